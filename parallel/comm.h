@@ -1,0 +1,72 @@
+/* Communication: one interface over MPI (host memory) and NCCL (device memory).
+ *
+ * A moe_comm is a group of ranks. Data calls are collective over the group and queued on the
+ * device's stream (MPI: they return when done). Counts are elements; above 2 GiB they are chunked
+ * inside. Agreement and small host values always go through MPI. */
+#ifndef MOE_PARALLEL_COMM_H
+#define MOE_PARALLEL_COMM_H
+
+#include "kernels/device.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct moe_comm moe_comm;
+typedef enum { MOE_SUM, MOE_MAX, MOE_MIN } moe_reduce_op;
+
+/* Start MPI (funneled; a program not under mpirun is a world of one) and end it. Once each. */
+moe_status moe_comm_init(int *argc, char ***argv);
+void moe_comm_finalize(void);
+/* All ranks, for tensors of `dev`: NCCL when dev is CUDA and there is more than one rank. */
+moe_status moe_comm_world(moe_device *dev, moe_comm **out);
+/* Collective over `parent`: ranks of one color form a group, ordered by key. */
+moe_status moe_comm_split(moe_comm *parent, int color, int key, moe_comm **out);
+void moe_comm_destroy(moe_comm *c);
+
+int moe_comm_rank(const moe_comm *c);
+int moe_comm_size(const moe_comm *c);
+/* This process among those of its node, before any device is open (0 without MPI). */
+int moe_comm_local_rank(void);
+int moe_comm_local_size(void);
+
+/* x = reduction of all ranks' x, in place. f32, f64, i32; SUM also of bf16 and f16 (summed in f32).
+ */
+moe_status moe_comm_all_reduce(moe_comm *c, moe_tensor x, moe_reduce_op op);
+/* x holds size equal chunks; afterwards chunk `rank` is the sum over ranks, the others undefined.
+ * Count must be a multiple of size. */
+moe_status moe_comm_reduce_scatter(moe_comm *c, moe_tensor x);
+/* Chunk `rank` of x is this rank's; afterwards all chunks are everyone's. In place. */
+moe_status moe_comm_all_gather(moe_comm *c, moe_tensor x);
+/* The same from a separate tensor: out holds size copies of x's shape. */
+moe_status moe_comm_all_gather_to(moe_comm *c, moe_tensor x, moe_tensor out);
+/* out [rows, ...] = the sum over ranks of chunk `rank` of x (size * rows rows). x is kept. */
+moe_status moe_comm_reduce_scatter_to(moe_comm *c, moe_tensor x, moe_tensor out);
+/* Rows of `send` to rank r: [send_at[r], + send_rows[r]); received into recv likewise. Host arrays
+ * of size ranks. Both tensors have rows of the same width and type. */
+moe_status moe_comm_all_to_all(moe_comm *c, moe_tensor send, const int64_t *send_rows,
+                               const int64_t *send_at, moe_tensor recv, const int64_t *recv_rows,
+                               const int64_t *recv_at);
+moe_status moe_comm_broadcast(moe_comm *c, moe_tensor x, int root);
+
+/* Host values, over MPI whatever the device. */
+moe_status moe_comm_host_all_reduce_i64(moe_comm *c, int64_t *x, int n, moe_reduce_op op);
+moe_status moe_comm_host_all_reduce_f64(moe_comm *c, double *x, int n, moe_reduce_op op);
+moe_status moe_comm_host_all_gather(moe_comm *c, const void *x, int64_t bytes, void *out);
+/* Variable lengths to `root`: out is malloc'd there (the caller frees), lengths holds size entries.
+ */
+moe_status moe_comm_host_gather_bytes(moe_comm *c, const void *x, int64_t bytes, int root,
+                                      void **out, int64_t *lengths);
+moe_status moe_comm_host_broadcast(moe_comm *c, void *x, int64_t bytes, int root);
+moe_status moe_comm_barrier(moe_comm *c);
+
+/* Collective. Every rank returns the worst status of all and that rank's message, which names the
+ * rank ("rank 3: ..."). MOE_OK only when all were. */
+moe_status moe_agree(moe_comm *c, moe_status mine);
+/* Local. Print the error and end the whole job with the status's exit code. Does not return. */
+void moe_abort(moe_status status) __attribute__((noreturn));
+
+#ifdef __cplusplus
+}
+#endif
+#endif

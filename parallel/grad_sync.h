@@ -1,0 +1,36 @@
+/* Gradient reduction and the optimizer's shards.
+ *
+ * Parameters lie in flat pools (core/model/params.h). A pool is replicated over a group: the world
+ * for dense parameters, the replicas for experts. Each rank is responsible for an equal chunk of
+ * the pool (moe_pool_chunk): it counts that chunk in the global norm, saves it to checkpoints and,
+ * with zero1, alone keeps its optimizer state. */
+#ifndef MOE_PARALLEL_GRAD_SYNC_H
+#define MOE_PARALLEL_GRAD_SYNC_H
+
+#include "parallel/mesh.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Pools are padded to a multiple of size * MOE_POOL_ALIGN elements, so chunks are equal. */
+enum { MOE_POOL_ALIGN = 64 };
+int64_t moe_pool_padded(int64_t count, int size);
+moe_range moe_pool_chunk(int64_t padded, int size, int rank);
+
+/* One pool's gradients f32 [padded] and who shares them. */
+typedef struct {
+  moe_tensor grads;
+  moe_comm *group;
+  bool shard; /* zero1: reduce-scatter, so only the own chunk is complete afterwards */
+} moe_grad_pool;
+
+/* Collective over the world: sum each pool over its group, then sum_squares f64 [1] (device) =
+ * squared global norm, each parameter counted once. */
+moe_status moe_grad_sync(moe_device *dev, moe_comm *world, const moe_grad_pool *pools, int n,
+                         moe_tensor sum_squares);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
