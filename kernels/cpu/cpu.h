@@ -1,0 +1,74 @@
+/* The CPU backend's slots, one file per op family. Contracts are in kernels/ops.h. */
+#ifndef MOE_KERNELS_CPU_CPU_H
+#define MOE_KERNELS_CPU_CPU_H
+
+#include "kernels/backend.h"
+
+moe_status moe_cpu_zero(moe_device *dev, moe_tensor x);
+moe_status moe_cpu_copy(moe_device *dev, moe_tensor dst, moe_tensor src);
+moe_status moe_cpu_add(moe_device *dev, moe_tensor y, moe_tensor x);
+moe_status moe_cpu_scale(moe_device *dev, moe_tensor x, float s);
+moe_status moe_cpu_sum_squares(moe_device *dev, moe_tensor x, moe_tensor out);
+moe_status moe_cpu_embed(moe_device *dev, moe_tensor tokens, moe_tensor weight, moe_tensor out);
+moe_status moe_cpu_embed_backward(moe_device *dev, moe_tensor tokens, moe_tensor dout,
+                                  moe_tensor dweight);
+moe_status moe_cpu_rms_norm(moe_device *dev, moe_tensor x, moe_tensor residual, moe_tensor gain,
+                            double eps, moe_tensor sum, moe_tensor out, moe_tensor rstd);
+moe_status moe_cpu_rms_norm_backward(moe_device *dev, moe_tensor dout, moe_tensor x,
+                                     moe_tensor gain, moe_tensor rstd, moe_tensor dx,
+                                     moe_tensor dgain);
+moe_status moe_cpu_gemm(moe_device *dev, moe_gemm_form form, moe_tensor a, moe_tensor b, float beta,
+                        moe_tensor c);
+moe_status moe_cpu_rope(moe_device *dev, moe_tensor qkv, moe_tensor positions, moe_tensor table,
+                        int64_t heads, int64_t kv_heads, int direction);
+moe_status moe_cpu_attention(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
+                             moe_tensor doc_start, moe_tensor out, moe_tensor lse);
+moe_status moe_cpu_attention_backward(moe_device *dev, moe_attention_shape shape, moe_tensor dout,
+                                      moe_tensor qkv, moe_tensor doc_start, moe_tensor out,
+                                      moe_tensor lse, moe_tensor dqkv);
+int64_t moe_cpu_attention_scratch(moe_device *dev, moe_attention_shape shape, moe_dtype dtype);
+moe_status moe_cpu_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,
+                          moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
+                          moe_tensor stats);
+moe_status moe_cpu_router_drop(moe_device *dev, moe_tensor probs, int64_t capacity,
+                               moe_tensor experts, moe_tensor gates, moe_tensor dropped);
+moe_status moe_cpu_router_backward(moe_device *dev, moe_tensor dgates, moe_tensor x,
+                                   moe_tensor weight, moe_tensor probs, moe_tensor lse,
+                                   moe_tensor experts, moe_tensor gates, moe_tensor load,
+                                   float aux_scale, float z_scale, moe_tensor dlogits,
+                                   moe_tensor dx, moe_tensor dweight);
+moe_status moe_cpu_permute_plan(moe_device *dev, moe_tensor experts, int64_t pad,
+                                moe_tensor offsets, moe_tensor pair, moe_tensor slot);
+moe_status moe_cpu_permute_window(moe_device *dev, moe_tensor offsets, int64_t begin, int64_t rows,
+                                  moe_tensor out);
+moe_status moe_cpu_gather_rows(moe_device *dev, moe_tensor src, moe_tensor pair, int64_t group,
+                               moe_tensor out);
+moe_status moe_cpu_gather_gates(moe_device *dev, moe_tensor values, moe_tensor pair,
+                                moe_tensor out);
+moe_status moe_cpu_combine_rows(moe_device *dev, moe_tensor src, moe_tensor slot, int64_t begin,
+                                int beta, moe_tensor out);
+moe_status moe_cpu_combine_gates(moe_device *dev, moe_tensor src, moe_tensor slot, int64_t begin,
+                                 int beta, moe_tensor out);
+moe_status moe_cpu_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
+                             moe_tensor gates, moe_tensor gu, moe_tensor a);
+moe_status moe_cpu_expert_down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_tensor w2,
+                               moe_tensor y);
+moe_status moe_cpu_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
+                                        moe_tensor w2, moe_tensor gates, moe_tensor gu,
+                                        moe_tensor a, moe_tensor dgates);
+moe_status moe_cpu_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
+                                      moe_tensor w13, moe_tensor dx);
+moe_status moe_cpu_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
+                                      moe_tensor offsets, int accumulate, moe_tensor dw);
+int64_t moe_cpu_expert_scratch(moe_device *dev, int64_t rows, int64_t hidden, int64_t ffn,
+                               moe_dtype dtype);
+moe_status moe_cpu_cross_entropy(moe_device *dev, moe_tensor logits, moe_tensor targets,
+                                 float scale, int with_grad, moe_tensor loss, moe_tensor row_loss);
+moe_status moe_cpu_clip_scale(moe_device *dev, moe_tensor sum_squares, double max_norm,
+                              double unscale, moe_tensor scale);
+moe_status moe_cpu_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_tensor scale,
+                         moe_tensor master, moe_tensor m, moe_tensor v, moe_tensor weight);
+moe_status moe_cpu_sample(moe_device *dev, moe_tensor logits, moe_sample_args args,
+                          uint64_t row_stream, uint64_t index, moe_tensor token);
+
+#endif

@@ -1,0 +1,45 @@
+/* Small pieces that every CPU kernel uses: element conversion by rows, and an exp that the compiler
+ * vectorizes. */
+#ifndef MOE_KERNELS_CPU_MATH_H
+#define MOE_KERNELS_CPU_MATH_H
+
+#include <string.h>
+
+#include "core/base/tensor.h"
+
+/* n elements of an act tensor, starting at element `at`, to or from float. */
+void moe_cpu_load(moe_tensor t, int64_t at, int64_t n, float *out);
+void moe_cpu_store(moe_tensor t, int64_t at, int64_t n, const float *values);
+/* As load, but an f32 tensor is not copied: returns its own memory, else `buffer` filled. */
+const float *moe_cpu_view(moe_tensor t, int64_t at, int64_t n, float *buffer);
+
+/* exp(x) for floats, within 2 units in the last place; below -87.3 gives 0, above 88.7 infinity.
+ * NaN in, NaN out. Cody-Waite reduction and a degree-6 polynomial; branch-free. */
+static inline float moe_expf(float x) {
+  const float log2e = 1.44269504088896341f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  float clamped = x > 88.72283f ? 88.72283f : x;
+  clamped = clamped < -87.33654f ? -87.33654f : clamped;
+  const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+  float shifted = clamped * log2e + magic;
+  float n = shifted - magic;
+  float r = clamped - n * ln2_high - n * ln2_low;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  /* scale by 2^n in two steps, so that n = 128 does not overflow too early */
+  int32_t half = (int32_t)n / 2, rest = (int32_t)n - half;
+  union {
+    int32_t i;
+    float f;
+  } a = {(half + 127) << 23}, b = {(rest + 127) << 23};
+  float y = p * a.f * b.f;
+  y = x > 88.72283f ? __builtin_inff() : y;
+  y = x < -87.33654f ? 0.0f : y;
+  return x == x ? y : x;
+}
+
+#endif
