@@ -99,12 +99,15 @@ moe_status moe_tfevents_create(const char *folder, int64_t first_step, moe_tfeve
   gethostname(host, sizeof host - 1);
   struct timespec now;
   clock_gettime(CLOCK_REALTIME, &now);
-  moe_status status = MOE_NO_MEMORY;
+  moe_status status;
   if (asprintf(&path, "%s/events.out.tfevents.%010lld.%s.%d.%09ld", folder, (long long)now.tv_sec,
-               host, (int)getpid(), now.tv_nsec) >= 0) {
+               host, (int)getpid(), now.tv_nsec) < 0) {
+    path = NULL;
+    status = moe_fail(MOE_NO_MEMORY, "out of memory: opening event files in %s", folder);
+  } else {
     status = moe_append_open(&w->file, path);
-    free(path);
   }
+  free(path);
   if (status != MOE_OK) {
     moe_tfevents_destroy(w);
     return status;
