@@ -39,6 +39,7 @@ typedef struct {
                         "DF", "D" */
   moe_pool_kind pool;
   moe_init_kind init;
+  char bundle; /* consecutive rows of one bundle lie together in memory; 0: alone */
 } moe_param_row;
 
 enum { MOE_PARAM_NAME = 96 };
@@ -67,6 +68,10 @@ moe_dims moe_dims_of(const moe_config *c);
 moe_status moe_params_create(const moe_dims *dims, moe_range experts, moe_params *out);
 void moe_params_destroy(moe_params *p);
 const moe_param *moe_params_find(const moe_params *p, const char *name);
+/* By the table's name pattern: moe_params_at(p, "model.layers.{L}.input_layernorm.weight", 3, -1).
+ */
+const moe_param *moe_params_at(const moe_params *p, const char *pattern, int64_t layer,
+                               int64_t expert);
 /* The table itself, ended by a row whose name is NULL. */
 const moe_param_row *moe_param_table(void);
 bool moe_pool_decays(moe_pool_kind pool);

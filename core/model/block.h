@@ -1,0 +1,112 @@
+/* One transformer block: attention, then experts. Private to core/model.
+ *
+ * Shape legend: T tokens of the micro-batch, D hidden, H, G, d heads, E experts, e of this rank, K
+ * per token, F FFN size, R rows received from all ranks, C rows of one round of expert work. */
+#ifndef MOE_CORE_MODEL_BLOCK_H
+#define MOE_CORE_MODEL_BLOCK_H
+
+#include "core/model/model.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* A layer's weights, or its gradients: views into the pools. */
+typedef struct {
+  moe_tensor norm1;  /* [D] */
+  moe_tensor qkv;    /* [(H+2G)d, D] */
+  moe_tensor o;      /* [D, H d] */
+  moe_tensor norm2;  /* [D] */
+  moe_tensor router; /* [E, D] */
+  moe_tensor w13;    /* [e, 2, F, D] */
+  moe_tensor w2;     /* [e, D, F] */
+} moe_layer_weights;
+
+/* What one layer's forward leaves for its backward. Layers that are recomputed share theirs. */
+typedef struct {
+  moe_tensor h1, rstd1;         /* [T, D], [T] */
+  moe_tensor qkv;               /* [T, (H+2G)d] after RoPE */
+  moe_tensor attended, lse;     /* [T, H d], [B, H, S] */
+  moe_tensor mid;               /* [T, D] x + attention */
+  moe_tensor h2, rstd2;         /* [T, D], [T] */
+  moe_tensor probs, router_lse; /* [T, E], [T] */
+  moe_tensor experts, gates;    /* [T, K] */
+  moe_route route;
+  moe_tensor offsets;    /* i32 [e + 1] of the sorted rows */
+  moe_tensor pair, slot; /* i32 [P], [R, K] */
+} moe_stash;
+
+/* Buffers that all layers use in turn. */
+typedef struct {
+  moe_tensor delta;           /* [T, D] what the block adds to the residual stream */
+  moe_tensor dx;              /* [T, D] gradient of the residual stream */
+  moe_tensor dh;              /* [T, D] */
+  moe_tensor dattended, dqkv; /* [T, H d], [T, (H+2G)d] */
+  moe_tensor dgates, dlogits; /* f32 [T, K], [T, E] */
+  moe_tensor rows;            /* [R, D] rows on their way back */
+  moe_tensor drows;           /* [R, D] gradients received */
+  moe_tensor row_dgates;      /* f32 [R, K] */
+  moe_tensor window;          /* i32 [e + 1] */
+  moe_tensor xs, ys, a;       /* [C, D], [C, D], [C, F] sorted rows */
+  moe_tensor gu_again; /* [C, 2F] of rounds after the first; absent when one round holds all */
+  moe_tensor sorted_gates, sorted_dgates; /* f32 [C] */
+  moe_tensor stats_again;                 /* where a recomputed router writes its statistics */
+} moe_work;
+
+typedef struct {
+  moe_dims dims;
+  const moe_config *config;
+  moe_device *dev;
+  const moe_mesh *mesh;
+  moe_dispatcher *dispatcher;
+  int64_t tokens; /* T */
+  int64_t batch, seq;
+  int64_t groups;     /* of router statistics: 1, or one per sequence */
+  int64_t round_rows; /* C */
+  int64_t pad;        /* expert segments are padded to this */
+  moe_dtype dtype;
+  moe_work work;
+  moe_tensor rope_table;                               /* f32 [S, d] */
+  moe_tensor tokens_in, targets, positions, doc_start; /* i32 [T]; doc_start absent without masks */
+} moe_block_env;
+
+typedef struct {
+  int64_t index;
+  moe_layer_weights w, g;
+  moe_tensor x;       /* [T, D] input: the residual stream with the last delta added */
+  moe_stash *stash;   /* own or shared */
+  moe_tensor gu;      /* [C, 2F] of the first round; shared by layers that recompute it */
+  int recompute;      /* MOE_RECOMPUTE_NONE, EXPERTS or BLOCK */
+  moe_tensor bias;    /* f32 [E] or absent */
+  moe_tensor stats;   /* f32 [groups (2E + 1)] of the current micro-batch */
+  moe_tensor dropped; /* f32 [1] of the current micro-batch */
+  bool accumulate;    /* expert weight gradients add to what is there */
+} moe_block;
+
+/* The most sorted rows any routing can need. */
+int64_t moe_block_most_rows(const moe_block_env *env);
+/* Room for a stash (without gu) and for the shared buffers. Local. */
+moe_status moe_stash_create(moe_block_env *env, moe_arena *arena, moe_stash *out);
+void moe_stash_destroy(moe_stash *s);
+void moe_work_create(moe_block_env *env, moe_memory *memory, bool training);
+
+/* x_in [T, D] plus delta_in -> block->x; leaves stash->mid and env->work.delta. delta_in may be
+ * absent when x_in is block->x already.
+ * Collective over the expert group. */
+moe_status moe_block_forward(moe_block_env *env, moe_block *b, moe_tensor x_in,
+                             moe_tensor delta_in);
+/* env->work.dx: gradient of the block's output, replaced by that of its input. aux_scale, z_scale:
+ * ops.h, moe_router_backward. Collective over the expert group. */
+moe_status moe_block_backward(moe_block_env *env, moe_block *b, float aux_scale, float z_scale);
+
+/* The halves (attention.c, moe_layer.c). stash->h1 -> work.delta; stash->h2 -> work.delta. */
+moe_status moe_attention_forward(moe_block_env *env, moe_block *b);
+moe_status moe_attention_backward_pass(moe_block_env *env, moe_block *b); /* dx -> dh (of h1) */
+moe_status moe_experts_forward(moe_block_env *env, moe_block *b, moe_tensor stats);
+moe_status moe_experts_backward(moe_block_env *env, moe_block *b, float aux_scale,
+                                float z_scale); /* dx -> dh (of h2) */
+
+#ifdef __cplusplus
+}
+#endif
+#endif

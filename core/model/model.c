@@ -1,0 +1,182 @@
+/* The passes over embedding, blocks and head, and a step's losses. */
+#include "core/model/model.h"
+
+#include <string.h>
+
+#include "core/model/model_state.h"
+#include "kernels/ops.h"
+
+static moe_status upload_batch(moe_model *m, const moe_batch *batch) {
+  moe_block_env *env = &m->env;
+  if (batch->batch != env->batch || batch->seq != env->seq) {
+    return moe_fail(MOE_INVALID, "batch of %lld x %lld where the model was set up for %lld x %lld",
+                    (long long)batch->batch, (long long)batch->seq, (long long)env->batch,
+                    (long long)env->seq);
+  }
+  int64_t bytes = env->tokens * moe_dtype_size(MOE_I32);
+  MOE_TRY(moe_device_upload(env->dev, env->tokens_in.data, batch->tokens, bytes));
+  MOE_TRY(moe_device_upload(env->dev, env->targets.data, batch->targets, bytes));
+  MOE_TRY(moe_device_upload(env->dev, env->positions.data, batch->positions, bytes));
+  if (!moe_tensor_present(env->doc_start) || !batch->doc_start) return MOE_OK;
+  return moe_device_upload(env->dev, env->doc_start.data, batch->doc_start, bytes);
+}
+
+/* Where micro-batch `micro` writes its statistics: [L, groups (2E+1)], then dropped [L]. */
+static void point_stats(moe_model *m, int64_t micro) {
+  const moe_dims *d = &m->env.dims;
+  int64_t width = moe_model_stats_width(m);
+  float *base = (float *)moe_tensor_rows(m->stats, micro, 1).data;
+  for (int64_t l = 0; l < d->layers; l++) {
+    m->blocks[l].stats =
+        moe_tensor_2d(base + l * width, MOE_F32, m->env.groups, 2 * d->experts + 1);
+    m->blocks[l].dropped = moe_tensor_1d(base + d->layers * width + l, MOE_F32, 1);
+  }
+}
+
+/* Embedding and blocks; leaves the residual stream in the last block's mid and work.delta. */
+static moe_status forward_blocks(moe_model *m) {
+  moe_block_env *env = &m->env;
+  moe_device_label(env->dev, "embedding", -1);
+  /* The first block's x receives the embedding directly. */
+  MOE_TRY(moe_embed(env->dev, env->tokens_in, m->embed, m->blocks[0].x));
+  moe_tensor x = m->blocks[0].x, delta = moe_tensor_none();
+  for (int64_t l = 0; l < env->dims.layers; l++) {
+    MOE_TRY(moe_block_forward(env, &m->blocks[l], x, delta));
+    x = m->blocks[l].stash->mid;
+    delta = env->work.delta;
+  }
+  return MOE_OK;
+}
+
+static moe_tensor last_mid(const moe_model *m) {
+  return m->blocks[m->env.dims.layers - 1].stash->mid;
+}
+
+moe_status moe_model_step_begin(moe_model *m) {
+  m->micros_done = 0;
+  for (int i = 0; i < MOE_POOLS; i++) {
+    if (i != MOE_POOL_EXPERT) MOE_TRY(moe_zero(m->env.dev, m->grads[i]));
+  }
+  MOE_TRY(moe_zero(m->env.dev, m->stats));
+  return moe_zero(m->env.dev, m->loss);
+}
+
+/* The coefficients of ops.h's moe_router_backward. N: tokens of this micro-batch on all ranks. */
+static void set_router_scales(moe_model *m, double grad_scale) {
+  const moe_config *c = &m->config;
+  const moe_dims *d = &m->env.dims;
+  double n = (double)m->env.tokens * moe_comm_size(m->options.mesh->world);
+  double load_tokens = c->train.aux_scope == MOE_AUX_SEQUENCE ? (double)m->env.seq : n;
+  double share = load_tokens * (double)d->top_k; /* f = load / share */
+  m->aux_scale = (float)(grad_scale * c->train.aux_coef * (double)d->experts / share / n);
+  m->z_scale = (float)(grad_scale * c->train.z_coef / n);
+}
+
+moe_status moe_model_forward(moe_model *m, const moe_batch *batch, int64_t micro,
+                             double grad_scale) {
+  moe_block_env *env = &m->env;
+  point_stats(m, micro);
+  set_router_scales(m, grad_scale);
+  MOE_TRY(upload_batch(m, batch));
+  MOE_TRY(forward_blocks(m));
+  moe_device_label(env->dev, "head", -1);
+  double n = (double)env->tokens * moe_comm_size(m->options.mesh->world);
+  MOE_TRY(moe_head_loss(env, &m->head, last_mid(m), env->work.delta, (float)(grad_scale / n), true,
+                        m->loss));
+  if (m->config.train.aux_scope == MOE_AUX_SEQUENCE) return MOE_OK;
+  return moe_comm_all_reduce(m->options.mesh->world, moe_tensor_rows(m->stats, micro, 1), MOE_SUM);
+}
+
+moe_status moe_model_backward(moe_model *m) {
+  moe_block_env *env = &m->env;
+  moe_device_label(env->dev, "head backward", -1);
+  MOE_TRY(moe_head_backward(env, &m->head));
+  for (int64_t l = env->dims.layers - 1; l >= 0; l--) {
+    m->blocks[l].accumulate = m->micros_done > 0;
+    MOE_TRY(moe_block_backward(env, &m->blocks[l], m->aux_scale, m->z_scale));
+  }
+  m->micros_done++;
+  moe_device_label(env->dev, "embedding backward", -1);
+  return moe_embed_backward(env->dev, env->tokens_in, env->work.dx, m->dembed);
+}
+
+/* aux, z, dropped and assignment counts (into load) of one layer of one micro-batch. */
+static void layer_losses(const moe_model *m, const float *stats, double *load, double *aux,
+                         double *z) {
+  const moe_dims *d = &m->env.dims;
+  int64_t groups = m->env.groups, e_count = d->experts;
+  double n = (double)m->env.tokens * moe_comm_size(m->options.mesh->world);
+  double group_tokens = m->config.train.aux_scope == MOE_AUX_SEQUENCE ? (double)m->env.seq : n;
+  const float *counts = stats, *probs = stats + groups * e_count,
+              *squares = probs + groups * e_count;
+  for (int64_t g = 0; g < groups; g++) {
+    double sum = 0.0;
+    for (int64_t e = 0; e < e_count; e++) {
+      double f = (double)counts[g * e_count + e] / (group_tokens * (double)d->top_k);
+      sum += f * (double)probs[g * e_count + e] / group_tokens;
+      load[e] += (double)counts[g * e_count + e];
+    }
+    *aux += (double)e_count * sum * group_tokens / n;
+    *z += (double)squares[g] / n;
+  }
+}
+
+moe_status moe_model_step_losses(moe_model *m, moe_losses *out) {
+  moe_block_env *env = &m->env;
+  const moe_dims *d = &env->dims;
+  double ce[2];
+  memset(out, 0, sizeof *out);
+  MOE_TRY(moe_device_download(env->dev, m->stats_host, m->stats.data, moe_tensor_bytes(m->stats)));
+  MOE_TRY(moe_device_download(env->dev, ce, m->loss.data, (int64_t)sizeof ce));
+  MOE_TRY(moe_device_sync(env->dev));
+  memset(m->load, 0, sizeof *m->load * (size_t)(d->layers * d->experts));
+  int64_t row = d->layers * (moe_model_stats_width(m) + 1);
+  for (int64_t i = 0; i < m->micros_done; i++) {
+    const float *stats = m->stats_host + i * row;
+    for (int64_t l = 0; l < d->layers; l++) {
+      layer_losses(m, stats + l * moe_model_stats_width(m), m->load + l * d->experts, &out->aux,
+                   &out->z);
+      out->dropped += (double)stats[d->layers * moe_model_stats_width(m) + l];
+    }
+  }
+  moe_comm *world = m->options.mesh->world;
+  MOE_TRY(moe_comm_host_all_reduce_f64(world, ce, 2, MOE_SUM));
+  if (m->config.train.aux_scope == MOE_AUX_SEQUENCE) { /* statistics are still this rank's alone */
+    double sums[3] = {out->aux, out->z, out->dropped};
+    MOE_TRY(moe_comm_host_all_reduce_f64(world, sums, 3, MOE_SUM));
+    MOE_TRY(moe_comm_host_all_reduce_f64(world, m->load, (int)(d->layers * d->experts), MOE_SUM));
+    out->aux = sums[0], out->z = sums[1], out->dropped = sums[2];
+  }
+  double micros = m->micros_done > 0 ? (double)m->micros_done : 1.0;
+  double assigned = micros * (double)(env->tokens * d->top_k) * moe_comm_size(world);
+  for (int64_t i = 0; i < d->layers * d->experts; i++) m->load[i] /= assigned;
+  out->load = m->load;
+  out->aux /= micros;
+  out->z /= micros;
+  out->ce = ce[1] > 0.0 ? ce[0] / ce[1] : 0.0;
+  out->loss = out->ce + m->config.train.aux_coef * out->aux + m->config.train.z_coef * out->z;
+  return MOE_OK;
+}
+
+moe_status moe_model_evaluate(moe_model *m, const moe_batch *batch, double loss[2]) {
+  moe_block_env *env = &m->env;
+  double sums[2];
+  point_stats(m, 0);
+  MOE_TRY(upload_batch(m, batch));
+  MOE_TRY(moe_zero(env->dev, m->loss));
+  MOE_TRY(forward_blocks(m));
+  MOE_TRY(moe_head_loss(env, &m->head, last_mid(m), env->work.delta, 0.0f, false, m->loss));
+  MOE_TRY(moe_device_download(env->dev, sums, m->loss.data, (int64_t)sizeof sums));
+  MOE_TRY(moe_device_sync(env->dev));
+  loss[0] += sums[0];
+  loss[1] += sums[1];
+  return MOE_OK;
+}
+
+moe_status moe_model_logits(moe_model *m, const moe_batch *batch, float *logits) {
+  moe_block_env *env = &m->env;
+  point_stats(m, 0);
+  MOE_TRY(upload_batch(m, batch));
+  MOE_TRY(forward_blocks(m));
+  return moe_head_logits(env, &m->head, last_mid(m), env->work.delta, logits);
+}

@@ -1,0 +1,93 @@
+/* The model: weights, gradients, activations and the passes over them.
+ *
+ * Set-up runs twice over the same code, first with a measuring moe_memory, then with a committed
+ * one (core/base/arena.h): what was measured is the memory plan.
+ *
+ *   x = embed[tokens];  for each block: x += attention(norm(x)); x += experts(norm(x))
+ *   logits = norm(x) lm_head^T
+ *
+ * The residual stream is carried as (x, delta): a block adds the delta of the one before inside its
+ * first norm, so no pass exists only to add. */
+#ifndef MOE_CORE_MODEL_MODEL_H
+#define MOE_CORE_MODEL_MODEL_H
+
+#include "core/base/arena.h"
+#include "core/model/params.h"
+#include "data/loader.h"
+#include "parallel/dispatch.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct moe_model moe_model;
+
+typedef struct {
+  const moe_config *config; /* resolved; copied */
+  moe_device *dev;
+  const moe_mesh *mesh;  /* borrowed, like dev */
+  int64_t batch, seq;    /* sequences and tokens per sequence of a micro-batch */
+  int64_t micro_batches; /* per step: how many micro-batches' router statistics are kept */
+  bool training;         /* gradients and stashes for backward */
+} moe_model_options;
+
+/* Local. Takes memory from `memory` (measuring or committed). MOE_NO_MEMORY, MOE_INVALID. */
+moe_status moe_model_create(const moe_model_options *options, moe_memory *memory, moe_model **out);
+void moe_model_destroy(moe_model *m);
+
+/* Draw a pool's initial weights, whatever the ranks (params.h), rounded once to its type. `master`
+ * f32 [n] or absent: receives elements [master_begin, master_begin + n) of the pool unrounded.
+ * Local. */
+moe_status moe_model_init_pool(moe_model *m, moe_pool_kind pool, uint64_t seed, moe_tensor master,
+                               int64_t master_begin);
+
+const moe_params *moe_model_params(const moe_model *m);
+/* Flat pools [padded]: weights in moe_pool_dtype, gradients f32 (absent unless training). */
+moe_tensor moe_model_weights(const moe_model *m, moe_pool_kind pool);
+moe_tensor moe_model_grads(const moe_model *m, moe_pool_kind pool);
+/* Who shares a pool: the world, or the experts' replicas. */
+moe_comm *moe_model_pool_group(const moe_model *m, moe_pool_kind pool);
+/* Selection bias f32 [L, E] on the host and its upload, for auxiliary-loss-free balancing. */
+float *moe_model_router_bias(moe_model *m); /* NULL when off */
+moe_status moe_model_router_bias_changed(moe_model *m);
+
+/* ---- one step; all collective ------------------------------------------------------------------
+ *   moe_model_step_begin
+ *   for i in micro-batches: moe_model_forward(i), moe_model_backward
+ *   moe_model_step_losses */
+
+/* Zero the gradients and the losses. */
+moe_status moe_model_step_begin(moe_model *m);
+/* Loss of micro-batch `micro`, and the head's gradients. grad_scale multiplies every gradient of
+ * this pass: 1 / micro_batches, times the loss scale. The mean is over the tokens of all ranks. */
+moe_status moe_model_forward(moe_model *m, const moe_batch *batch, int64_t micro,
+                             double grad_scale);
+/* Backward of the last forward; gradients add up. */
+moe_status moe_model_backward(moe_model *m);
+
+/* A step's losses, over all ranks and micro-batches, on the host. load [L, E] holds each layer's
+ * shares (sum 1); counts likewise, in assignments, of this step. */
+typedef struct {
+  double loss, ce, aux, z; /* aux and z before their coefficients; loss = ce + coefficients * */
+  double dropped;          /* assignments dropped by the capacity factor */
+  double *load;            /* [L, E], owned by the model */
+} moe_losses;
+/* Waits for the device. Collective. */
+moe_status moe_model_step_losses(moe_model *m, moe_losses *out);
+
+/* Forward only. Adds this batch's sum of -log p and number of targets to loss[2] (host, local to
+ * the rank). Collective over the expert group. */
+moe_status moe_model_evaluate(moe_model *m, const moe_batch *batch, double loss[2]);
+/* Forward only; logits f32 [T, V] to host memory. Collective over the expert group. */
+moe_status moe_model_logits(moe_model *m, const moe_batch *batch, float *logits);
+
+/* Seconds and bytes of expert exchange since the last call. */
+void moe_model_exchange_cost(moe_model *m, double *seconds, double *bytes);
+const char *moe_model_exchange_name(const moe_model *m);
+/* Layers with recomputed experts, and with wholly recomputed blocks. */
+void moe_model_recompute(const moe_model *m, int64_t *experts, int64_t *blocks);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,346 @@
+/* Setting a model up: pools, stashes, buffers, initial weights. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/model/model_state.h"
+#include "kernels/ops.h"
+#include "parallel/grad_sync.h"
+
+static bool measuring(const moe_memory *memory) {
+  return memory->arena[MOE_MEM_WEIGHTS].measuring;
+}
+
+moe_comm *moe_model_pool_group(const moe_model *m, moe_pool_kind pool) {
+  return pool == MOE_POOL_EXPERT ? m->options.mesh->replicas : m->options.mesh->world;
+}
+
+static void create_pools(moe_model *m, moe_memory *memory) {
+  for (int i = 0; i < MOE_POOLS; i++) {
+    moe_pool_kind pool = (moe_pool_kind)i;
+    int64_t n =
+        moe_pool_padded(m->params.pool_count[i], moe_comm_size(moe_model_pool_group(m, pool)));
+    moe_dtype dtype = moe_pool_dtype(pool, m->env.dtype);
+    m->weights[i] = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WEIGHTS], dtype, n);
+    if (!m->options.training) continue;
+    m->grads[i] = moe_arena_tensor_1d(&memory->arena[MOE_MEM_GRADIENTS], MOE_F32, n);
+  }
+}
+
+/* A view of `rows` rows of what starts at the named tensor, in weights or gradients. */
+static moe_tensor view(const moe_model *m, const moe_tensor *pools, const char *pattern,
+                       int64_t layer, int64_t rows) {
+  int64_t expert = strstr(pattern, "{E}") ? m->params.experts.begin : -1;
+  const moe_param *p = moe_params_at(&m->params, pattern, layer, expert);
+  moe_tensor pool = pools[p->row->pool];
+  if (!moe_tensor_present(pool)) return moe_tensor_none();
+  char *at = (char *)pool.data + p->offset * moe_dtype_size(pool.dtype);
+  if (p->dims == 1) return moe_tensor_1d(at, pool.dtype, rows);
+  return moe_tensor_2d(at, pool.dtype, rows, p->shape[1]);
+}
+
+#define LAYER "model.layers.{L}."
+#define EXPERT LAYER "block_sparse_moe.experts.{E}."
+
+static moe_tensor per_expert(moe_tensor t, int64_t experts) {
+  if (!moe_tensor_present(t)) return t;
+  return moe_tensor_3d(t.data, t.dtype, experts, t.shape[0] / experts, t.shape[1]);
+}
+
+static moe_layer_weights layer_views(const moe_model *m, const moe_tensor *pools, int64_t l) {
+  const moe_dims *d = &m->env.dims;
+  int64_t owned = moe_range_size(m->params.experts);
+  int64_t query = d->heads * d->head_dim, key = d->kv_heads * d->head_dim;
+  moe_layer_weights w = {
+      .norm1 = view(m, pools, LAYER "input_layernorm.weight", l, d->hidden),
+      .qkv = view(m, pools, LAYER "self_attn.q_proj.weight", l, query + 2 * key),
+      .o = view(m, pools, LAYER "self_attn.o_proj.weight", l, d->hidden),
+      .norm2 = view(m, pools, LAYER "post_attention_layernorm.weight", l, d->hidden),
+      .router = view(m, pools, LAYER "block_sparse_moe.gate.weight", l, d->experts),
+      .w13 = view(m, pools, EXPERT "w1.weight", l, owned * 2 * d->ffn),
+      .w2 = view(m, pools, EXPERT "w2.weight", l, owned * d->hidden)};
+  w.w13 = per_expert(w.w13, owned);
+  w.w2 = per_expert(w.w2, owned);
+  return w;
+}
+
+static int recompute_of(const moe_model *m, int64_t layer) {
+  const moe_config *c = &m->config;
+  if (!m->options.training) return MOE_RECOMPUTE_BLOCK; /* one stash for all */
+  bool applies = c->train.recompute_layers == 0 || layer < c->train.recompute_layers;
+  return applies ? c->train.recompute : MOE_RECOMPUTE_NONE;
+}
+
+/* Each layer's stash and gu: its own, or one shared by all layers that recompute them. */
+static moe_status create_blocks(moe_model *m, moe_memory *memory) {
+  moe_block_env *env = &m->env;
+  moe_arena *arena = &memory->arena[MOE_MEM_STASH];
+  moe_tensor shared_gu = moe_tensor_none(), shared_x = moe_tensor_none();
+  moe_stash *shared = NULL;
+  for (int64_t l = 0; l < env->dims.layers; l++) {
+    moe_block *b = &m->blocks[l];
+    b->index = l;
+    b->recompute = recompute_of(m, l);
+    b->w = layer_views(m, m->weights, l);
+    b->g = layer_views(m, m->grads, l);
+    bool own_x = m->options.training || l == 0;
+    b->x = own_x ? moe_arena_tensor_2d(arena, env->dtype, env->tokens, env->dims.hidden) : shared_x;
+    shared_x = b->x;
+    bool share = b->recompute == MOE_RECOMPUTE_BLOCK;
+    if (!share || !shared) {
+      b->stash = &m->stashes[m->stash_count++];
+      MOE_TRY(moe_stash_create(env, arena, b->stash));
+      if (share) shared = b->stash;
+    } else {
+      b->stash = shared;
+    }
+    bool own_gu = b->recompute == MOE_RECOMPUTE_NONE || !moe_tensor_present(shared_gu);
+    b->gu = own_gu ? moe_arena_tensor_2d(arena, env->dtype, env->round_rows, 2 * env->dims.ffn)
+                   : shared_gu;
+    if (b->recompute != MOE_RECOMPUTE_NONE) shared_gu = b->gu;
+    if (moe_tensor_present(m->bias)) b->bias = moe_tensor_rows(m->bias, l, 1);
+    b->bias.dims = moe_tensor_present(b->bias) ? 1 : 0;
+    if (b->bias.dims) b->bias.shape[0] = env->dims.experts;
+  }
+  return MOE_OK;
+}
+
+static int64_t round_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
+
+/* A quarter more than balanced routing needs, and never more than any routing can. */
+static int64_t choose_round_rows(const moe_block_env *env) {
+  int64_t owned = moe_range_size(env->mesh->owned);
+  double balanced = (double)(env->tokens * env->mesh->ep * env->dims.top_k) * (double)owned /
+                    (double)env->dims.experts;
+  int64_t usual = round_up((int64_t)(1.25 * balanced) + 1, env->pad) + owned * env->pad;
+  int64_t most = round_up(moe_block_most_rows(env), env->pad);
+  return usual < most ? usual : most;
+}
+
+int64_t moe_model_stats_width(const moe_model *m) {
+  return m->env.groups * (2 * m->env.dims.experts + 1);
+}
+
+static void create_batch(moe_model *m, moe_memory *memory) {
+  moe_block_env *env = &m->env;
+  moe_arena *work = &memory->arena[MOE_MEM_WORK];
+  const moe_dims *d = &env->dims;
+  env->tokens_in = moe_arena_tensor_1d(work, MOE_I32, env->tokens);
+  env->targets = moe_arena_tensor_1d(work, MOE_I32, env->tokens);
+  env->positions = moe_arena_tensor_1d(work, MOE_I32, env->tokens);
+  if (m->config.data.document_mask) {
+    env->doc_start = moe_arena_tensor_1d(work, MOE_I32, env->tokens);
+  }
+  env->rope_table = moe_arena_tensor_2d(work, MOE_F32, env->seq, d->head_dim);
+  m->stats = moe_arena_tensor_2d(work, MOE_F32, m->options.micro_batches,
+                                 d->layers * (moe_model_stats_width(m) + 1));
+  m->loss = moe_arena_tensor_1d(work, MOE_F64, 2);
+  if (m->config.train.bias_update_rate > 0.0) {
+    m->bias = moe_arena_tensor_2d(work, MOE_F32, d->layers, d->experts);
+  }
+}
+
+static moe_status upload_rope_table(moe_model *m) {
+  moe_tensor t = m->env.rope_table;
+  float *host = malloc((size_t)moe_tensor_bytes(t));
+  if (!host) return moe_fail(MOE_NO_MEMORY, "out of memory: rotary table");
+  moe_rope_table_fill(m->config.model.rope_base, m->config.model.rope_alpha, t.shape[0], t.shape[1],
+                      host);
+  moe_status status = moe_device_upload(m->env.dev, t.data, host, moe_tensor_bytes(t));
+  if (status == MOE_OK) status = moe_device_sync(m->env.dev);
+  free(host);
+  return status;
+}
+
+static void create_scratch(moe_model *m, moe_memory *memory) {
+  moe_block_env *env = &m->env;
+  const moe_dims *d = &env->dims;
+  moe_attention_shape shape = {env->batch, env->seq, d->heads, d->kv_heads, d->head_dim};
+  int64_t attention = moe_attention_scratch(env->dev, shape, env->dtype);
+  int64_t experts = moe_expert_scratch(env->dev, env->round_rows, d->hidden, d->ffn, env->dtype);
+  int64_t bytes = attention > experts ? attention : experts;
+  void *data = moe_arena_take(&memory->arena[MOE_MEM_SCRATCH], bytes);
+  if (!measuring(memory)) moe_device_set_scratch(env->dev, data, bytes);
+}
+
+static moe_status create_host_arrays(moe_model *m) {
+  const moe_dims *d = &m->env.dims;
+  size_t layers = (size_t)d->layers, experts = (size_t)d->experts;
+  m->blocks = calloc(layers, sizeof *m->blocks);
+  m->stashes = calloc(layers, sizeof *m->stashes);
+  m->load = calloc(layers * experts, sizeof *m->load);
+  if (m->config.train.bias_update_rate > 0.0)
+    m->bias_host = calloc(layers * experts, sizeof(float));
+  bool bias_ok = m->bias_host || m->config.train.bias_update_rate <= 0.0;
+  if (m->blocks && m->stashes && m->load && bias_ok) return MOE_OK;
+  return moe_fail(MOE_NO_MEMORY, "out of memory: tables of %zu layers", layers);
+}
+
+static void create_env(moe_model *m) {
+  moe_block_env *env = &m->env;
+  env->dims = moe_dims_of(&m->config);
+  env->config = &m->config;
+  env->dev = m->options.dev;
+  env->mesh = m->options.mesh;
+  env->batch = m->options.batch;
+  env->seq = m->options.seq;
+  env->tokens = env->batch * env->seq;
+  env->groups = m->config.train.aux_scope == MOE_AUX_SEQUENCE ? env->batch : 1;
+  env->pad = moe_device_what(env->dev) == MOE_DEVICE_CUDA ? 128 : 1;
+  env->dtype = moe_config_compute_dtype(&m->config);
+}
+
+static moe_status create(moe_model *m, moe_memory *memory) {
+  moe_block_env *env = &m->env;
+  const moe_dims *d = &env->dims;
+  MOE_TRY(moe_params_create(d, env->mesh->owned, &m->params));
+  moe_dispatch_shape shape = {.tokens = env->tokens,
+                              .hidden = d->hidden,
+                              .top_k = d->top_k,
+                              .dtype = env->dtype,
+                              .exchange = m->config.parallel.exchange};
+  MOE_TRY(moe_dispatcher_create(env->dev, env->mesh, shape, memory, &env->dispatcher));
+  env->round_rows = choose_round_rows(env);
+  MOE_TRY(create_host_arrays(m));
+  create_pools(m, memory);
+  create_batch(m, memory);
+  MOE_TRY(create_blocks(m, memory));
+  moe_work_create(env, memory, m->options.training);
+  m->embed = view(m, m->weights, "model.embed_tokens.weight", -1, d->vocab);
+  m->dembed = view(m, m->grads, "model.embed_tokens.weight", -1, d->vocab);
+  m->head.gain = view(m, m->weights, "model.norm.weight", -1, d->hidden);
+  m->head.weight = view(m, m->weights, "lm_head.weight", -1, d->vocab);
+  m->head.dgain = view(m, m->grads, "model.norm.weight", -1, d->hidden);
+  m->head.dweight = view(m, m->grads, "lm_head.weight", -1, d->vocab);
+  moe_head_create(env, &memory->arena[MOE_MEM_WORK], &m->head);
+  create_scratch(m, memory);
+  if (measuring(memory)) return MOE_OK;
+  m->stats_host = moe_device_alloc_host(env->dev, moe_tensor_bytes(m->stats));
+  if (!m->stats_host) return moe_fail(MOE_NO_MEMORY, "out of memory: router statistics");
+  return upload_rope_table(m);
+}
+
+moe_status moe_model_create(const moe_model_options *options, moe_memory *memory, moe_model **out) {
+  moe_model *m = calloc(1, sizeof *m);
+  if (!m) return moe_fail(MOE_NO_MEMORY, "out of memory: model");
+  m->config = *options->config;
+  m->options = *options;
+  m->options.config = &m->config;
+  create_env(m);
+  moe_status status = create(m, memory);
+  if (status != MOE_OK) {
+    moe_model_destroy(m);
+    m = NULL;
+  }
+  *out = m;
+  return status;
+}
+
+void moe_model_destroy(moe_model *m) {
+  if (!m) return;
+  if (m->stats_host) moe_device_free_host(m->env.dev, m->stats_host);
+  for (int i = 0; i < m->stash_count; i++) moe_stash_destroy(&m->stashes[i]);
+  moe_dispatcher_destroy(m->env.dispatcher);
+  moe_params_destroy(&m->params);
+  free(m->blocks);
+  free(m->stashes);
+  free(m->load);
+  free(m->bias_host);
+  free(m);
+}
+
+/* ---- what others need to see
+ * --------------------------------------------------------------------- */
+
+const moe_params *moe_model_params(const moe_model *m) {
+  return &m->params;
+}
+
+moe_tensor moe_model_weights(const moe_model *m, moe_pool_kind pool) {
+  return m->weights[pool];
+}
+
+moe_tensor moe_model_grads(const moe_model *m, moe_pool_kind pool) {
+  return m->grads[pool];
+}
+
+float *moe_model_router_bias(moe_model *m) {
+  return m->bias_host;
+}
+
+moe_status moe_model_router_bias_changed(moe_model *m) {
+  return moe_device_upload(m->env.dev, m->bias.data, m->bias_host, moe_tensor_bytes(m->bias));
+}
+
+void moe_model_exchange_cost(moe_model *m, double *seconds, double *bytes) {
+  moe_dispatch_cost(m->env.dispatcher, seconds, bytes);
+}
+
+const char *moe_model_exchange_name(const moe_model *m) {
+  return moe_dispatch_exchange_name(m->env.dispatcher);
+}
+
+void moe_model_recompute(const moe_model *m, int64_t *experts, int64_t *blocks) {
+  *experts = *blocks = 0;
+  for (int64_t l = 0; l < m->env.dims.layers; l++) {
+    *experts += m->blocks[l].recompute == MOE_RECOMPUTE_EXPERTS;
+    *blocks += m->blocks[l].recompute == MOE_RECOMPUTE_BLOCK;
+  }
+}
+
+/* Values [begin, begin + count) of a tensor, to its place in the pool, rounded if it is not f32. */
+static moe_status store_weights(moe_model *m, const moe_param *p, int64_t begin, int64_t count,
+                                float *values) {
+  moe_tensor to = moe_tensor_rows(m->weights[p->row->pool], p->offset + begin, count);
+  uint16_t *bits =
+      (uint16_t *)values; /* narrowed in place: never overtakes what is still to read */
+  for (int64_t i = 0; i < count && to.dtype != MOE_F32; i++) {
+    bits[i] = to.dtype == MOE_BF16 ? moe_f32_to_bf16(values[i]) : moe_f32_to_f16(values[i]);
+  }
+  MOE_TRY(moe_device_upload(m->env.dev, to.data, values, moe_tensor_bytes(to)));
+  return moe_device_sync(m->env.dev);
+}
+
+/* The part of those values that lies in `master`, the pool's elements from master_begin. */
+static moe_status store_master(moe_model *m, moe_tensor master, int64_t master_begin, int64_t at,
+                               int64_t count, const float *values) {
+  if (!moe_tensor_present(master)) return MOE_OK;
+  int64_t end = master_begin + master.shape[0];
+  int64_t from = at > master_begin ? at : master_begin;
+  int64_t to = at + count < end ? at + count : end;
+  if (from >= to) return MOE_OK;
+  moe_tensor part = moe_tensor_rows(master, from - master_begin, to - from);
+  MOE_TRY(moe_device_upload(m->env.dev, part.data, values + (from - at), moe_tensor_bytes(part)));
+  return moe_device_sync(m->env.dev);
+}
+
+static void draw(const moe_model *m, const moe_param *p, uint64_t seed, int64_t begin,
+                 int64_t count, float *out) {
+  enum { STRIPE = 1 << 13 };
+#pragma omp parallel for schedule(static)
+  for (int64_t at = 0; at < count; at += STRIPE) {
+    int64_t n = count - at < STRIPE ? count - at : STRIPE;
+    moe_param_init(p, &m->env.dims, m->config.model.init_std, seed, begin + at, n, out + at);
+  }
+}
+
+moe_status moe_model_init_pool(moe_model *m, moe_pool_kind pool, uint64_t seed, moe_tensor master,
+                               int64_t master_begin) {
+  enum { ROOM = 1 << 22 };
+  float *buffer = malloc(sizeof(float) * ROOM);
+  if (!buffer) return moe_fail(MOE_NO_MEMORY, "out of memory: initial weights");
+  moe_status status = MOE_OK;
+  for (int i = 0; i < m->params.count; i++) {
+    const moe_param *p = &m->params.list[i];
+    for (int64_t at = 0; at < p->count && p->row->pool == pool; at += ROOM) {
+      int64_t n = p->count - at < ROOM ? p->count - at : ROOM;
+      draw(m, p, seed, at, n, buffer);
+      MOE_TRY_OR(status, done, store_master(m, master, master_begin, p->offset + at, n, buffer));
+      MOE_TRY_OR(status, done, store_weights(m, p, at, n, buffer));
+    }
+  }
+done:
+  free(buffer);
+  return status;
+}
