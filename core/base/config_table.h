@@ -52,7 +52,7 @@ INT(data, prefetch, 2, 1, 64, "micro-batches prepared ahead")
 END_SECTION(data)
 
 SECTION(train, "Length, batches, the loss and recomputation.")
-INT(train, steps, 1000, 0, 1LL << 40, "optimizer steps in all")
+INT(train, steps, 10000, 0, 1LL << 40, "optimizer steps in all")
 INT(train, micro_batch, 1, 1, 1 << 20, "sequences per rank in one forward/backward pass")
 INT(train, global_batch, 0, 0, 1 << 24,
     "sequences per step over all ranks; 0: micro_batch * ranks; otherwise a multiple of that, "
