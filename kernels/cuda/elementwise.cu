@@ -1,0 +1,178 @@
+/* Elementwise operations and the sum of squares: all bound by memory, so one pass, 8 elements
+ * (16 or 32 bytes) per thread and step. */
+#include "kernels/cuda/common.cuh"
+
+moe_status moe_cuda_zero(moe_device *dev, moe_tensor x) {
+  int64_t bytes = moe_tensor_bytes(x);
+  if (bytes == 0) return MOE_OK;
+  cuda_offsets_changed(dev, x.data, bytes);
+  CUDA_TRY(dev, cudaMemsetAsync(x.data, 0, (size_t)bytes, cuda_of(dev)->stream));
+  return MOE_OK;
+}
+
+/* Call f(i) for each whole group of N elements; the last n % N elements go one by one through g. */
+template <int N, typename F, typename G>
+__device__ __forceinline__ void stride(int64_t n, F f, G g) {
+  int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+  int64_t step = (int64_t)gridDim.x * blockDim.x;
+  for (int64_t i = first; i < n / N; i += step) f(i * N);
+  for (int64_t i = n - n % N + first; i < n; i += step) g(i);
+}
+
+template <typename D, typename S, int N>
+__device__ __forceinline__ void convert(D *dst, const S *src) {
+  float v[N];
+  load<S, N>(v, src);
+  store<D, N>(dst, v);
+}
+
+template <typename D, typename S, int N>
+__global__ void copy_kernel(D *dst, const S *src, int64_t n) {
+  stride<N>(
+      n, [=](int64_t i) { convert<D, S, N>(dst + i, src + i); },
+      [=](int64_t i) { convert<D, S, 1>(dst + i, src + i); });
+}
+
+template <typename Y, typename X, int N> __device__ __forceinline__ void add(Y *y, const X *x) {
+  float a[N], b[N];
+  load<Y, N>(a, y);
+  load<X, N>(b, x);
+#pragma unroll
+  for (int i = 0; i < N; i++) a[i] += b[i];
+  store<Y, N>(y, a);
+}
+
+template <typename Y, typename X, int N> __global__ void add_kernel(Y *y, const X *x, int64_t n) {
+  stride<N>(
+      n, [=](int64_t i) { add<Y, X, N>(y + i, x + i); },
+      [=](int64_t i) { add<Y, X, 1>(y + i, x + i); });
+}
+
+template <typename X, int N> __device__ __forceinline__ void scale(X *x, float s) {
+  float v[N];
+  load<X, N>(v, x);
+#pragma unroll
+  for (int i = 0; i < N; i++) v[i] *= s;
+  store<X, N>(x, v);
+}
+
+template <typename X, int N> __global__ void scale_kernel(X *x, float s, int64_t n) {
+  stride<N>(
+      n, [=](int64_t i) { scale<X, N>(x + i, s); }, [=](int64_t i) { scale<X, 1>(x + i, s); });
+}
+
+/* Pick types and width for a kernel over one or two tensors. Rows do not matter: tails are handled.
+ */
+template <typename F> static moe_status pick(moe_tensor y, moe_tensor x, F f) {
+  return cuda_act(y.dtype, [&](auto b) {
+    return cuda_act(x.dtype, [&](auto a) {
+      return cuda_width(
+          0, [&](auto width) { return f(b, a, width); }, (char *)y.data, (char *)x.data);
+    });
+  });
+}
+
+moe_status moe_cuda_copy(moe_device *dev, moe_tensor dst, moe_tensor src) {
+  int64_t n = moe_tensor_count(dst);
+  if (n == 0) return MOE_OK;
+  cuda_offsets_changed(dev, dst.data, moe_tensor_bytes(dst));
+  cudaStream_t stream = cuda_of(dev)->stream;
+  if (dst.dtype == src.dtype) {
+    CUDA_TRY(dev, cudaMemcpyAsync(dst.data, src.data, (size_t)moe_tensor_bytes(dst),
+                                  cudaMemcpyDeviceToDevice, stream));
+    return MOE_OK;
+  }
+  return pick(dst, src, [&](auto d, auto s, auto width) {
+    using D = decltype(d);
+    using S = decltype(s);
+    constexpr int N = decltype(width)::value;
+    copy_kernel<D, S, N><<<cuda_blocks(dev, div_up(n, N), 256), 256, 0, stream>>>(
+        cuda_data<D>(dst), cuda_data<S>(src), n);
+    CUDA_LAUNCHED(dev);
+    return MOE_OK;
+  });
+}
+
+moe_status moe_cuda_add(moe_device *dev, moe_tensor y, moe_tensor x) {
+  int64_t n = moe_tensor_count(y);
+  if (n == 0) return MOE_OK;
+  return pick(y, x, [&](auto d, auto s, auto width) {
+    using Y = decltype(d);
+    using X = decltype(s);
+    constexpr int N = decltype(width)::value;
+    add_kernel<Y, X, N><<<cuda_blocks(dev, div_up(n, N), 256), 256, 0, cuda_of(dev)->stream>>>(
+        cuda_data<Y>(y), cuda_data<X>(x), n);
+    CUDA_LAUNCHED(dev);
+    return MOE_OK;
+  });
+}
+
+moe_status moe_cuda_scale(moe_device *dev, moe_tensor x, float s) {
+  int64_t n = moe_tensor_count(x);
+  if (n == 0) return MOE_OK;
+  return cuda_act(x.dtype, [&](auto d) {
+    using X = decltype(d);
+    return cuda_width(
+        0,
+        [&](auto width) {
+          constexpr int N = decltype(width)::value;
+          scale_kernel<X, N><<<cuda_blocks(dev, div_up(n, N), 256), 256, 0, cuda_of(dev)->stream>>>(
+              cuda_data<X>(x), s, n);
+          CUDA_LAUNCHED(dev);
+          return MOE_OK;
+        },
+        (char *)x.data);
+  });
+}
+
+/* ---- sum of squares ------------------------------------------------------------------------ */
+
+template <typename X, int N> __device__ __forceinline__ double squares(const X *x) {
+  float v[N];
+  load<X, N>(v, x);
+  double s = 0;
+#pragma unroll
+  for (int i = 0; i < N; i++) s += (double)v[i] * (double)v[i];
+  return s;
+}
+
+template <typename X, int N>
+__global__ void squares_kernel(const X *x, int64_t n, double *partial) {
+  double s = 0;
+  stride<N>(
+      n, [&](int64_t i) { s += squares<X, N>(x + i); },
+      [&](int64_t i) { s += squares<X, 1>(x + i); });
+  s = block_sum(s);
+  if (threadIdx.x == 0) partial[blockIdx.x] = s;
+}
+
+__global__ void add_partial_kernel(const double *partial, int count, double *out) {
+  double s = 0;
+  for (int i = (int)threadIdx.x; i < count; i += (int)blockDim.x) s += partial[i];
+  s = block_sum(s);
+  if (threadIdx.x == 0) *out += s;
+}
+
+moe_status moe_cuda_sum_squares(moe_device *dev, moe_tensor x, moe_tensor out) {
+  cuda_state *s = cuda_of(dev);
+  int64_t n = moe_tensor_count(x);
+  if (n == 0) return MOE_OK;
+  double *partial = reinterpret_cast<double *>(s->partial);
+  MOE_TRY(cuda_act(x.dtype, [&](auto d) {
+    using X = decltype(d);
+    return cuda_width(
+        0,
+        [&](auto width) {
+          constexpr int N = decltype(width)::value;
+          unsigned blocks = cuda_blocks(dev, div_up(n, N), 256);
+          squares_kernel<X, N><<<blocks, 256, 0, s->stream>>>(cuda_data<X>(x), n, partial);
+          CUDA_LAUNCHED(dev);
+          add_partial_kernel<<<1, 256, 0, s->stream>>>(partial, (int)blocks,
+                                                       cuda_data<double>(out));
+          CUDA_LAUNCHED(dev);
+          return MOE_OK;
+        },
+        (char *)x.data);
+  }));
+  return MOE_OK;
+}
