@@ -149,6 +149,11 @@ moe_status moe_combine_rows(moe_device *dev, moe_tensor src, moe_tensor slot, in
 moe_status moe_combine_gates(moe_device *dev, moe_tensor src, moe_tensor slot, int64_t begin,
                              int beta, moe_tensor out);
 
+/* experts i32 [R, K] inout: global numbers in [begin, begin + count) become 0..count-1, all others
+ * -1. gates f32 [R, K] inout: 0 where the expert became -1. */
+moe_status moe_localize_experts(moe_device *dev, moe_tensor experts, moe_tensor gates,
+                                int64_t begin, int64_t count);
+
 /* ---- experts: SwiGLU over sorted rows ----------------------------------------------------------
  * offsets i32 [e + 1] on the device: expert j owns rows [offsets[j], offsets[j+1]) of the C rows.
  * Rows past offsets[e] are left alone. Weights: w13 [e, 2, F, D] (W1 gate, then W3 up),

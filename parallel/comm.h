@@ -61,7 +61,9 @@ moe_status moe_comm_host_broadcast(moe_comm *c, void *x, int64_t bytes, int root
 moe_status moe_comm_barrier(moe_comm *c);
 
 /* Collective. Every rank returns the worst status of all and that rank's message, which names the
- * rank ("rank 3: ..."). MOE_OK only when all were. */
+ * rank ("rank 3: ..."; a world of one has no need). MOE_OK only when all were. From bad to worst:
+ * STOPPED, HUNG, FAILED, USAGE, DIVERGED, IO, DAMAGED, INVALID, NO_MEMORY; among equals the lowest
+ * rank speaks. Messages are cut at 1 KiB. */
 moe_status moe_agree(moe_comm *c, moe_status mine);
 /* Local. Print the error and end the whole job with the status's exit code. Does not return. */
 void moe_abort(moe_status status) __attribute__((noreturn));

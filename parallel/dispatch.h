@@ -7,7 +7,8 @@
  *   all-gather   every rank receives all rows of the group; reduce-scatter returns them. Moves
  *                less when most tokens visit most ranks (ep = 2, K = 4).
  *
- * With ep = 1 nothing moves and the received rows are the sent ones.
+ * With ep = 1 nothing moves: a route's tensors ARE the caller's x, experts and gates, which must
+ * therefore stay as they are until the backward pass is done. Otherwise they are copies.
  *
  *   send     x [T, D], experts, gates [T, K]  ->  rows [R, D], experts, gates [R, K] of my experts
  *   return   rows [R, D]                      ->  out [T, D] = sum over destinations
@@ -36,7 +37,9 @@ typedef struct {
   moe_tensor x;       /* [R, D] received rows */
   /* private: memory for the most rows, and the way back */
   moe_tensor experts_room, gates_room, x_room;
-  int32_t *sent_token; /* all-to-all: [T * min(ep, K)] token of each sent row, host */
+  moe_tensor sent_token; /* all-to-all: i32 [T * min(ep, K)] token of each sent row */
+  moe_tensor slot;       /* i32 [T, min(ep, K)] the sent rows of each token, or -1 */
+  moe_tensor gate_slot;  /* i32 [T, K] each gate's place among the sent rows' [S, K], or -1 */
   int64_t *send_rows, *send_at, *recv_rows, *recv_at; /* [ep], host */
 } moe_route;
 
@@ -58,17 +61,18 @@ int64_t moe_dispatch_max_rows(const moe_dispatcher *d);
 /* "all-to-all", "all-gather" or "none", for logs. */
 const char *moe_dispatch_exchange_name(const moe_dispatcher *d);
 
-/* All collective over the expert group. experts i32 [T, K] global numbers (-1: dropped). */
+/* All collective over the expert group. experts i32 [T, K] global numbers (-1: dropped). A batch may
+ * have fewer than T tokens; by all-gather it has the same number on every rank. */
 moe_status moe_dispatch_send(moe_dispatcher *d, moe_tensor x, moe_tensor experts, moe_tensor gates,
                              moe_route *route);
-/* out [T, D] act (written whole); a token with no experts gets zeros. */
+/* out [T, D] act (written whole); a token with no experts gets zeros. With ep = 1 out may be rows. */
 moe_status moe_dispatch_return(moe_dispatcher *d, const moe_route *route, moe_tensor rows,
                                moe_tensor out);
 /* rows [R, D] act out = dout [T, D] of each row's token. */
 moe_status moe_dispatch_send_grad(moe_dispatcher *d, const moe_route *route, moe_tensor dout,
                                   moe_tensor rows);
-/* dx [T, D] act out = sum of the token's rows; dgates f32 [T, K] out, from row_dgates f32 [R, K].
- */
+/* dx [T, D] act out = sum of the token's rows; dgates f32 [T, K] out, from row_dgates f32 [R, K],
+ * which is 0 where route->experts is -1. A dropped assignment's dgate is 0. */
 moe_status moe_dispatch_return_grad(moe_dispatcher *d, const moe_route *route, moe_tensor rows,
                                     moe_tensor row_dgates, moe_tensor dx, moe_tensor dgates);
 /* Seconds spent in exchanges, and bytes sent to other ranks, since the last call. */

@@ -1,0 +1,44 @@
+/* Gradient reduction: one collective per pool, then the global norm from everyone's own chunks.
+ *
+ * After the sums, the chunk of a pool that a rank is responsible for is complete on that rank and
+ * is nobody else's, so adding the chunks' squares over the world counts each parameter once. */
+#include "parallel/grad_sync.h"
+
+#include "kernels/ops.h"
+
+int64_t moe_pool_padded(int64_t count, int size) {
+  int64_t unit = (int64_t)size * MOE_POOL_ALIGN;
+  return (count + unit - 1) / unit * unit;
+}
+
+moe_range moe_pool_chunk(int64_t padded, int size, int rank) {
+  int64_t n = padded / size;
+  moe_range r = {rank * n, (rank + 1) * n};
+  return r;
+}
+
+static moe_status sync_pool(moe_device *dev, const moe_grad_pool *pool, moe_tensor sum_squares) {
+  int size = moe_comm_size(pool->group), rank = moe_comm_rank(pool->group);
+  int64_t count = moe_tensor_count(pool->grads);
+  if (pool->grads.dtype != MOE_F32 || pool->grads.dims != 1 ||
+      count != moe_pool_padded(count, size))
+    return moe_fail(MOE_INVALID,
+                    "moe_grad_sync: a pool of %lld %s gradients is not a padded f32 pool of %d "
+                    "ranks",
+                    (long long)count, moe_dtype_name(pool->grads.dtype), size);
+  if (count == 0) return MOE_OK;
+  if (pool->shard)
+    MOE_TRY(moe_comm_reduce_scatter(pool->group, pool->grads));
+  else
+    MOE_TRY(moe_comm_all_reduce(pool->group, pool->grads, MOE_SUM));
+  moe_range own = moe_pool_chunk(count, size, rank);
+  return moe_sum_squares(dev, moe_tensor_rows(pool->grads, own.begin, moe_range_size(own)),
+                         sum_squares);
+}
+
+moe_status moe_grad_sync(moe_device *dev, moe_comm *world, const moe_grad_pool *pools, int n,
+                         moe_tensor sum_squares) {
+  MOE_TRY(moe_zero(dev, sum_squares));
+  for (int i = 0; i < n; i++) MOE_TRY(sync_pool(dev, &pools[i], sum_squares));
+  return moe_comm_all_reduce(world, sum_squares, MOE_SUM);
+}
