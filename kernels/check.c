@@ -6,7 +6,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* ---- shapes and types -------------------------------------------------------------------------- */
+/* ---- shapes and types --------------------------------------------------------------------------
+ */
 
 enum { SHAPE_TEXT = 96 };
 
@@ -15,8 +16,7 @@ static const char *shape_text(char text[SHAPE_TEXT], int dims, const int64_t *sh
   for (int i = 0; i < dims && used < SHAPE_TEXT; i++) {
     char number[24] = "any";
     if (shape[i] != MOE_ANY) snprintf(number, sizeof number, "%lld", (long long)shape[i]);
-    used +=
-        snprintf(text + used, (size_t)(SHAPE_TEXT - used), "%s%s", i > 0 ? ", " : "", number);
+    used += snprintf(text + used, (size_t)(SHAPE_TEXT - used), "%s%s", i > 0 ? ", " : "", number);
   }
   if (used < SHAPE_TEXT) snprintf(text + used, (size_t)(SHAPE_TEXT - used), "]");
   return text;
@@ -77,15 +77,21 @@ moe_status moe_check_rule(const char *op, int holds, const char *rule) {
   return holds ? MOE_OK : moe_fail(MOE_INVALID, "%s: %s", op, rule);
 }
 
-/* ---- values, in debug mode --------------------------------------------------------------------- */
+/* ---- values, in debug mode ---------------------------------------------------------------------
+ */
 
 static double value_at(const void *data, moe_dtype dtype, int64_t i) {
   switch (dtype) {
-  case MOE_F32: return (double)((const float *)data)[i];
-  case MOE_BF16: return (double)moe_bf16_to_f32(((const uint16_t *)data)[i]);
-  case MOE_F16: return (double)moe_f16_to_f32(((const uint16_t *)data)[i]);
-  case MOE_F64: return ((const double *)data)[i];
-  case MOE_I32: break;
+  case MOE_F32:
+    return (double)((const float *)data)[i];
+  case MOE_BF16:
+    return (double)moe_bf16_to_f32(((const uint16_t *)data)[i]);
+  case MOE_F16:
+    return (double)moe_f16_to_f32(((const uint16_t *)data)[i]);
+  case MOE_F64:
+    return ((const double *)data)[i];
+  case MOE_I32:
+    break;
   }
   return 0.0;
 }
@@ -95,11 +101,11 @@ static moe_status non_finite(const moe_device *dev, const char *op, const char *
   char layer[32] = "";
   if (dev->label_layer >= 0)
     snprintf(layer, sizeof layer, "layer %lld ", (long long)dev->label_layer);
-  return moe_fail(MOE_DIVERGED,
-                  "non-finite value: %s in %s%s: element %lld of %s is %g: lower the learning rate, "
-                  "or look at what this operation was given",
-                  op, layer, dev->label != NULL ? dev->label : "an unnamed place", (long long)at,
-                  name, value);
+  return moe_fail(
+      MOE_DIVERGED,
+      "non-finite value: %s in %s%s: element %lld of %s is %g: lower the learning rate, "
+      "or look at what this operation was given",
+      op, layer, dev->label != NULL ? dev->label : "an unnamed place", (long long)at, name, value);
 }
 
 /* The first `count` elements, brought to the host a piece at a time. */

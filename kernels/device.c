@@ -34,8 +34,8 @@ moe_status moe_device_open(const moe_device_options *options, moe_device **out) 
   if (dev == NULL) return moe_fail(MOE_NO_MEMORY, "device: out of memory");
   dev->options = *options;
   dev->label_layer = -1;
-  bool cuda = options->kind == MOE_DEVICE_CUDA ||
-              (options->kind == MOE_DEVICE_AUTO && cuda_count() > 0);
+  bool cuda =
+      options->kind == MOE_DEVICE_CUDA || (options->kind == MOE_DEVICE_AUTO && cuda_count() > 0);
   moe_status status = cuda ? open_cuda(dev) : moe_cpu_open(dev);
   if (status != MOE_OK) {
     free(dev);

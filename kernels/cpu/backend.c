@@ -12,7 +12,8 @@
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/gemm.h"
 
-/* ---- memory ------------------------------------------------------------------------------------ */
+/* ---- memory ------------------------------------------------------------------------------------
+ */
 
 enum { LINE = 64, HUGE_PAGE = 2 << 20 };
 
@@ -66,7 +67,8 @@ static moe_status cpu_move(moe_device *dev, void *to, const void *from, int64_t 
   return MOE_OK;
 }
 
-/* ---- the device -------------------------------------------------------------------------------- */
+/* ---- the device --------------------------------------------------------------------------------
+ */
 
 static moe_status cpu_sync(moe_device *dev) {
   (void)dev;
@@ -121,6 +123,7 @@ static const moe_backend cpu_backend = {
     .gather_gates = moe_cpu_gather_gates,
     .combine_rows = moe_cpu_combine_rows,
     .combine_gates = moe_cpu_combine_gates,
+    .localize_experts = moe_cpu_localize_experts,
     .expert_up = moe_cpu_expert_up,
     .expert_down = moe_cpu_expert_down,
     .expert_down_backward = moe_cpu_expert_down_backward,
@@ -140,21 +143,21 @@ static void name_device(moe_device *dev, int threads) {
   while (file != NULL && fgets(line, sizeof line, file) != NULL)
     if (sscanf(line, "model name : %95[^\n]", model) == 1) break;
   if (file != NULL) fclose(file);
-  snprintf(dev->name, sizeof dev->name, "%s, %d thread%s", model, threads,
-           threads == 1 ? "" : "s");
+  snprintf(dev->name, sizeof dev->name, "%s, %d thread%s", model, threads, threads == 1 ? "" : "s");
 }
 
 moe_status moe_cpu_open(moe_device *dev) {
   moe_cpu_state *state = calloc(1, sizeof *state);
   if (state == NULL) return moe_fail(MOE_NO_MEMORY, "CPU device: out of memory");
   state->threads = dev->options.threads > 0 ? dev->options.threads : omp_get_num_procs();
-  state->panels = cpu_alloc(
-      dev, state->threads * moe_cpu_panel_floats() * (int64_t)sizeof *state->panels);
+  state->panels =
+      cpu_alloc(dev, state->threads * moe_cpu_panel_floats() * (int64_t)sizeof *state->panels);
   if (state->panels == NULL) {
     int threads = state->threads;
     free(state);
-    return moe_fail(MOE_NO_MEMORY, "CPU device: no memory for the buffers of %d threads: lower "
-                                   "run.threads",
+    return moe_fail(MOE_NO_MEMORY,
+                    "CPU device: no memory for the buffers of %d threads: lower "
+                    "run.threads",
                     threads);
   }
   omp_set_num_threads(state->threads);

@@ -61,8 +61,7 @@ typedef struct {
 static matrix block(moe_tensor t, int64_t row, int64_t rows, int64_t column, int64_t columns,
                     float *panel) {
   int64_t stride = t.shape[1];
-  if (t.dtype == MOE_F32)
-    return (matrix){(const float *)t.data + row * stride + column, stride};
+  if (t.dtype == MOE_F32) return (matrix){(const float *)t.data + row * stride + column, stride};
   for (int64_t i = 0; i < rows; i++)
     moe_cpu_load(t, (row + i) * stride + column, columns, panel + i * columns);
   return (matrix){panel, columns};
@@ -70,8 +69,7 @@ static matrix block(moe_tensor t, int64_t row, int64_t rows, int64_t column, int
 
 /* c[row.., column..] += or = the product's terms [at, at + k). */
 static void multiply(const product *p, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                     int64_t at, int64_t k, float beta, float *c, int64_t c_stride,
-                     float *panels) {
+                     int64_t at, int64_t k, float beta, float *c, int64_t c_stride, float *panels) {
   float *panel_b = panels + BLOCK_M * BLOCK_K;
   matrix a = p->form == MOE_TN ? block(p->a, at, k, row, rows, panels)
                                : block(p->a, row, rows, at, k, panels);
