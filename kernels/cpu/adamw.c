@@ -1,0 +1,69 @@
+/* AdamW, and the factor that clips gradients.
+ *
+ * Factors of the update are worked out in f64 once per call. Decay is subtracted as lr * (u + decay
+ * w) rather than by multiplying w with 1 - lr * decay, which in f32 would round 1e-5 to 2 digits.
+ */
+#include <math.h>
+
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/cpu_math.h"
+
+enum { PIECE = 2048, PARALLEL = 8 * PIECE };
+
+moe_status moe_cpu_clip_scale(moe_device *dev, moe_tensor sum_squares, double max_norm,
+                              double unscale, moe_tensor scale) {
+  (void)dev;
+  double squares = *(const double *)sum_squares.data, norm = sqrt(squares) * unscale;
+  double factor = max_norm > 0.0 && norm > max_norm ? max_norm / norm : 1.0;
+  *(float *)scale.data = isfinite(squares) ? (float)(unscale * factor) : -1.0f;
+  return MOE_OK;
+}
+
+typedef struct {
+  float beta1, rest1, beta2, rest2; /* rest = 1 - beta */
+  float correct1, correct2;         /* 1 / (1 - beta^step) */
+  float lr, eps, decay, scale;
+} factors;
+
+static factors make_factors(moe_adamw_args args, float scale) {
+  double steps = (double)args.step;
+  return (factors){.beta1 = (float)args.beta1,
+                   .rest1 = (float)(1.0 - args.beta1),
+                   .beta2 = (float)args.beta2,
+                   .rest2 = (float)(1.0 - args.beta2),
+                   .correct1 = (float)(1.0 / (1.0 - pow(args.beta1, steps))),
+                   .correct2 = (float)(1.0 / (1.0 - pow(args.beta2, steps))),
+                   .lr = (float)args.lr,
+                   .eps = (float)args.eps,
+                   .decay = (float)args.weight_decay,
+                   .scale = scale};
+}
+
+static void update(factors f, int64_t n, const float *restrict grad, float *restrict w,
+                   float *restrict m, float *restrict v) {
+  for (int64_t i = 0; i < n; i++) {
+    float g = grad[i] * f.scale;
+    m[i] = f.beta1 * m[i] + f.rest1 * g;
+    v[i] = f.beta2 * v[i] + f.rest2 * (g * g);
+    float step = m[i] * f.correct1 / (sqrtf(v[i] * f.correct2) + f.eps);
+    w[i] = w[i] - f.lr * (step + f.decay * w[i]);
+  }
+}
+
+moe_status moe_cpu_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_tensor scale,
+                         moe_tensor master, moe_tensor m, moe_tensor v, moe_tensor weight) {
+  (void)dev;
+  float factor = *(const float *)scale.data;
+  if (factor < 0.0f) return MOE_OK;
+  factors f = make_factors(args, factor);
+  float *w = master.data, *first = m.data, *second = v.data;
+  const float *g = grad.data;
+  int64_t count = moe_tensor_count(master);
+#pragma omp parallel for if (count > PARALLEL)
+  for (int64_t at = 0; at < count; at += PIECE) {
+    int64_t n = count - at < PIECE ? count - at : PIECE;
+    update(f, n, g + at, w + at, first + at, second + at);
+    if (moe_tensor_present(weight)) moe_cpu_store(weight, at, n, w + at);
+  }
+  return MOE_OK;
+}
