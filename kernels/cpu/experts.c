@@ -1,0 +1,297 @@
+/* The experts' SwiGLU networks over rows sorted by expert.
+ *
+ * Four of the five ops are one thing: rows of each expert's segment times that expert's weights,
+ * then a pass over the result while it is in cache. grouped_product does it in panels of rows,
+ * which threads share out; the pass is a `finish` function (SwiGLU, its derivative, or none).
+ * f32 tensors are used where they lie. Half-precision weights are converted once per expert, rows
+ * panel by panel, into scratch.
+ *
+ * Rows are panels of the segment, so the bits do not depend on the number of threads.
+ * Source: Shazeer 2020, arXiv:2002.05202. */
+#include <omp.h>
+
+#include "kernels/cpu/cpu_blas.h"
+#include "kernels/cpu/cpu_math.h"
+
+enum {
+  PANEL_ROWS = 256, /* rows of a product; also the terms of one step of a weight gradient */
+  CHUNK = 256       /* elements of a row that a pass holds on the stack */
+};
+
+typedef struct grouped grouped;
+
+/* One of the four products, and what its finish needs. */
+struct grouped {
+  moe_gemm_form form;
+  moe_tensor left;    /* [C, k] */
+  moe_tensor weights; /* [e, n, k] for MOE_NT, [e, k, n] for MOE_NN */
+  moe_tensor result;  /* [C, n]: where f32 products go, and what a NULL finish stores */
+  int64_t n, k;
+  const int32_t *offsets;
+  int64_t experts;
+  const float *gates; /* for the finish */
+  moe_tensor gu, a;
+  float *dgates;
+  /* After the products of rows [row, row + rows), whose f32 values lie in `values`. */
+  void (*finish)(const grouped *g, int64_t row, int64_t rows, float *values);
+};
+
+static int64_t min64(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+/* ---- scratch --------------------------------------------------------------------------------- */
+
+/* Half precision: one expert's weights, and for each thread a panel of both sides of a product; or
+ * for a weight gradient one panel of both sides. */
+static int64_t weight_floats(int64_t n, int64_t k) {
+  return (n * k + 15) / 16 * 16;
+}
+
+static int64_t panel_floats(int64_t n, int64_t k) {
+  return PANEL_ROWS * ((n + k + 15) / 16 * 16);
+}
+
+int64_t moe_cpu_expert_scratch(moe_device *dev, int64_t rows, int64_t hidden, int64_t ffn,
+                               moe_dtype dtype) {
+  (void)rows;
+  if (dtype == MOE_F32) return 0;
+  return (int64_t)sizeof(float) *
+         (weight_floats(2 * ffn, hidden) + moe_cpu_threads(dev) * panel_floats(2 * ffn, hidden));
+}
+
+static moe_status get_scratch(moe_device *dev, moe_dtype dtype, int64_t floats, float **out) {
+  *out = NULL;
+  if (dtype == MOE_F32) return MOE_OK;
+  *out = moe_device_scratch(dev, floats * (int64_t)sizeof(float));
+  if (*out) return MOE_OK;
+  return moe_fail(MOE_NO_MEMORY,
+                  "kernel scratch is too small: an expert product needs %lld bytes: plan it with "
+                  "moe_expert_scratch",
+                  (long long)(floats * (int64_t)sizeof(float)));
+}
+
+/* ---- products -------------------------------------------------------------------------------- */
+
+/* Rows [row, row + rows) of one expert. */
+static void one_panel(const grouped *g, int64_t row, int64_t rows, const float *weights,
+                      float *panel) {
+  const float *left = moe_cpu_view(g->left, row * g->k, rows * g->k, panel);
+  float *values = panel + PANEL_ROWS * g->k;
+  if (g->result.dtype == MOE_F32) values = (float *)g->result.data + row * g->n;
+  moe_cpu_product(g->form, rows, g->n, g->k, left, g->k, weights, g->form == MOE_NT ? g->k : g->n,
+                  0.0f, values, g->n);
+  if (g->finish)
+    g->finish(g, row, rows, values);
+  else if (g->result.dtype != MOE_F32)
+    moe_cpu_store(g->result, row * g->n, rows * g->n, values);
+}
+
+static moe_status grouped_product(moe_device *dev, const grouped *g) {
+  int threads = moe_cpu_threads(dev);
+  int64_t size = g->n * g->k, each = panel_floats(g->n, g->k);
+  bool half = g->weights.dtype != MOE_F32;
+  float *scratch;
+  MOE_TRY(get_scratch(dev, g->weights.dtype, weight_floats(g->n, g->k) + threads * each, &scratch));
+#pragma omp parallel num_threads(threads)
+  {
+    float *panel = half ? scratch + weight_floats(g->n, g->k) + omp_get_thread_num() * each : NULL;
+    for (int64_t j = 0; j < g->experts; j++) {
+      int64_t begin = g->offsets[j], end = g->offsets[j + 1];
+      if (begin >= end) continue;
+      const float *weights = half ? scratch : (const float *)g->weights.data + j * size;
+      if (half) {
+#pragma omp for
+        for (int64_t i = 0; i < size; i += 4096)
+          moe_cpu_load(g->weights, j * size + i, min64(4096, size - i), scratch + i);
+      }
+#pragma omp for schedule(dynamic) nowait
+      for (int64_t row = begin; row < end; row += PANEL_ROWS)
+        one_panel(g, row, min64(PANEL_ROWS, end - row), weights, panel);
+      if (half) {
+#pragma omp barrier
+      }
+    }
+  }
+  return MOE_OK;
+}
+
+/* ---- SwiGLU ---------------------------------------------------------------------------------- */
+
+/* silu(g) * u, the hidden activation before its gate: one formula for forward and backward. */
+static inline float swiglu(float g, float u) {
+  return g / (1.0f + moe_expf(-g)) * u;
+}
+
+/* gu is stored first and read back, so that backward, which has only the stored values, makes the
+ * same a. */
+static void finish_up(const grouped *g, int64_t row, int64_t rows, float *values) {
+  int64_t ffn = g->n / 2;
+  float gate_part[CHUNK], up_part[CHUNK], hidden[CHUNK];
+  if (g->gu.dtype != MOE_F32) moe_cpu_store(g->gu, row * g->n, rows * g->n, values);
+  for (int64_t r = row; r < row + rows; r++) {
+    float scale = g->gates[r];
+    for (int64_t i = 0; i < ffn; i += CHUNK) {
+      int64_t n = min64(CHUNK, ffn - i);
+      const float *gate = moe_cpu_view(g->gu, r * g->n + i, n, gate_part);
+      const float *up = moe_cpu_view(g->gu, r * g->n + ffn + i, n, up_part);
+#pragma omp simd
+      for (int64_t f = 0; f < n; f++) hidden[f] = scale * swiglu(gate[f], up[f]);
+      moe_cpu_store(g->a, r * ffn + i, n, hidden);
+    }
+  }
+}
+
+moe_status moe_cpu_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
+                             moe_tensor gates, moe_tensor gu, moe_tensor a) {
+  grouped g = {.form = MOE_NT,
+               .left = x,
+               .weights = w13,
+               .result = gu,
+               .n = gu.shape[1],
+               .k = x.shape[1],
+               .offsets = offsets.data,
+               .experts = offsets.shape[0] - 1,
+               .gates = gates.data,
+               .gu = gu,
+               .a = a,
+               .finish = finish_up};
+  return grouped_product(dev, &g);
+}
+
+moe_status moe_cpu_expert_down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_tensor w2,
+                               moe_tensor y) {
+  grouped g = {.form = MOE_NT,
+               .left = a,
+               .weights = w2,
+               .result = y,
+               .n = y.shape[1],
+               .k = a.shape[1],
+               .offsets = offsets.data,
+               .experts = offsets.shape[0] - 1};
+  return grouped_product(dev, &g);
+}
+
+/* ---- backward -------------------------------------------------------------------------------- */
+
+/* n elements of one row: gate and up become their gradients, da becomes a. Returns the sum of
+ * da * silu(gate) * up.
+ *     h = silu(g) u, s = sigmoid(g):   dh/dg = s (1 + g (1 - s)) u,   dh/du = g s */
+static float differentiate(int64_t n, float scale, float *gate, float *up, float *da) {
+  float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t f = 0; f < n; f++) {
+    float g = gate[f], u = up[f], grad = da[f];
+    float s = 1.0f / (1.0f + moe_expf(-g)), h = swiglu(g, u);
+    dot += grad * h;
+    grad *= scale;
+    gate[f] = grad * u * s * (1.0f + g * (1.0f - s));
+    up[f] = grad * g * s;
+    da[f] = scale * h;
+  }
+  return dot;
+}
+
+static void finish_down_backward(const grouped *g, int64_t row, int64_t rows, float *values) {
+  int64_t ffn = g->n;
+  float gate[CHUNK], up[CHUNK];
+  for (int64_t r = row; r < row + rows; r++) {
+    double dot = 0.0;
+    for (int64_t i = 0; i < ffn; i += CHUNK) {
+      int64_t n = min64(CHUNK, ffn - i), at = r * 2 * ffn + i;
+      float *da = values + (r - row) * ffn + i;
+      moe_cpu_load(g->gu, at, n, gate);
+      moe_cpu_load(g->gu, at + ffn, n, up);
+      dot += (double)differentiate(n, g->gates[r], gate, up, da);
+      moe_cpu_store(g->gu, at, n, gate);
+      moe_cpu_store(g->gu, at + ffn, n, up);
+      if (g->a.dtype != MOE_F32) moe_cpu_store(g->a, r * ffn + i, n, da);
+    }
+    g->dgates[r] = (float)dot;
+  }
+}
+
+moe_status moe_cpu_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
+                                        moe_tensor w2, moe_tensor gates, moe_tensor gu,
+                                        moe_tensor a, moe_tensor dgates) {
+  grouped g = {.form = MOE_NN,
+               .left = dy,
+               .weights = w2,
+               .result = a, /* f32: da is made where a will be */
+               .n = a.shape[1],
+               .k = dy.shape[1],
+               .offsets = offsets.data,
+               .experts = offsets.shape[0] - 1,
+               .gates = gates.data,
+               .gu = gu,
+               .a = a,
+               .dgates = dgates.data,
+               .finish = finish_down_backward};
+  return grouped_product(dev, &g);
+}
+
+moe_status moe_cpu_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
+                                      moe_tensor w13, moe_tensor dx) {
+  grouped g = {.form = MOE_NN,
+               .left = dgu,
+               .weights = w13,
+               .result = dx,
+               .n = dx.shape[1],
+               .k = dgu.shape[1],
+               .offsets = offsets.data,
+               .experts = offsets.shape[0] - 1};
+  return grouped_product(dev, &g);
+}
+
+/* ---- weight gradients ------------------------------------------------------------------------ */
+
+enum { GRAD_ROWS = 256 }; /* rows of dw that one thread makes at a time */
+
+/* dw (+)= left^T right over `rows` rows, by all threads of the region; each owns blocks of dw. */
+static void share_product(const float *left, int64_t m, const float *right, int64_t n, int64_t rows,
+                          float beta, float *dw) {
+#pragma omp for schedule(dynamic) nowait
+  for (int64_t i = 0; i < m; i += GRAD_ROWS)
+    moe_cpu_product(MOE_TN, min64(GRAD_ROWS, m - i), n, rows, left + i, m, right, n, beta,
+                    dw + i * n, n);
+}
+
+/* The same for half precision, panel by panel through scratch [PANEL_ROWS, m + n]. */
+static void share_converted(moe_tensor left, moe_tensor right, int64_t begin, int64_t end,
+                            float beta, float *scratch, float *dw) {
+  int64_t m = left.shape[1], n = right.shape[1];
+  for (int64_t row = begin; row < end; row += PANEL_ROWS, beta = 1.0f) {
+    int64_t rows = min64(PANEL_ROWS, end - row);
+    float *right_panel = scratch + PANEL_ROWS * m;
+#pragma omp for
+    for (int64_t r = 0; r < rows; r++) {
+      moe_cpu_load(left, (row + r) * m, m, scratch + r * m);
+      moe_cpu_load(right, (row + r) * n, n, right_panel + r * n);
+    }
+    share_product(scratch, m, right_panel, n, rows, beta, dw);
+#pragma omp barrier
+  }
+}
+
+moe_status moe_cpu_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
+                                      moe_tensor offsets, int accumulate, moe_tensor dw) {
+  int64_t m = left.shape[1], n = right.shape[1], experts = offsets.shape[0] - 1;
+  const int32_t *offset = offsets.data;
+  float *scratch;
+  MOE_TRY(get_scratch(dev, left.dtype, panel_floats(m, n), &scratch));
+#pragma omp parallel num_threads(moe_cpu_threads(dev))
+  for (int64_t j = 0; j < experts; j++) {
+    int64_t begin = offset[j], end = offset[j + 1];
+    float *grad = (float *)dw.data + j * m * n, beta = accumulate ? 1.0f : 0.0f;
+    if (begin >= end) {
+#pragma omp single nowait
+      if (!accumulate) memset(grad, 0, (size_t)(m * n) * sizeof *grad);
+    } else if (left.dtype == MOE_F32) {
+      share_product((const float *)left.data + begin * m, m, (const float *)right.data + begin * n,
+                    n, end - begin, beta, grad);
+    } else {
+      share_converted(left, right, begin, end, beta, scratch, grad);
+    }
+  }
+  return MOE_OK;
+}
