@@ -147,12 +147,19 @@ moe_status moe_combine_gates(moe_device *dev, moe_tensor src, moe_tensor slot, i
   return moe_check_finite(dev, "combine_gates", "out", out);
 }
 
-/* ---- experts -----------------------------------------------------------------------------------
- */
+/* ---- experts -- */
+
+/* w13 may come as [e, 2 F, D], as it is stored and reduced; the slots see [e, 2, F, D]. */
+static moe_tensor split_w13(moe_tensor w13) {
+  if (w13.dims != 3 || w13.shape[1] % 2 != 0) return w13;
+  moe_tensor split = {w13.data, w13.dtype, 4, {w13.shape[0], 2, w13.shape[1] / 2, w13.shape[2]}};
+  return split;
+}
 
 moe_status moe_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
                          moe_tensor gates, moe_tensor gu, moe_tensor a) {
   const char *op = "expert_up";
+  w13 = split_w13(w13);
   MOE_TRY(moe_check_2d(op, "x", x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
   MOE_TRY(moe_check_4d(op, "w13", w13, moe_same_type(x), MOE_ANY, 2, MOE_ANY, x.shape[1]));
   int64_t rows = x.shape[0], ffn = w13.shape[2];
@@ -201,6 +208,7 @@ moe_status moe_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor o
 moe_status moe_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                   moe_tensor w13, moe_tensor dx) {
   const char *op = "expert_up_backward";
+  w13 = split_w13(w13);
   MOE_TRY(moe_check_2d(op, "dgu", dgu, MOE_IS_ACT, MOE_ANY, MOE_ANY));
   MOE_TRY(moe_check_4d(op, "w13", w13, moe_same_type(dgu), MOE_ANY, 2, MOE_ANY, MOE_ANY));
   MOE_TRY(moe_check_rule(op, dgu.shape[1] == 2 * w13.shape[2],

@@ -6,9 +6,9 @@
  * block at a time, to the thread's f32 panels; sums stay in f32 and are rounded once at the end. */
 #include "kernels/cpu/gemm.h"
 
-#include <cblas.h>
 #include <omp.h>
 
+#include "kernels/cpu/cpu_blas.h"
 #include "kernels/cpu/cpu_math.h"
 
 enum {
@@ -75,9 +75,7 @@ static void multiply(const product *p, int64_t row, int64_t rows, int64_t column
                                : block(p->a, row, rows, at, k, panels);
   matrix b = p->form == MOE_NT ? block(p->b, column, columns, at, k, panel_b)
                                : block(p->b, at, k, column, columns, panel_b);
-  cblas_sgemm(CblasRowMajor, p->form == MOE_TN ? CblasTrans : CblasNoTrans,
-              p->form == MOE_NT ? CblasTrans : CblasNoTrans, (int)rows, (int)columns, (int)k, 1.0f,
-              a.data, (int)a.stride, b.data, (int)b.stride, beta, c, (int)c_stride);
+  moe_cpu_product(p->form, rows, columns, k, a.data, a.stride, b.data, b.stride, beta, c, c_stride);
 }
 
 static void tile(const product *p, int64_t row, int64_t column, float *panels) {
