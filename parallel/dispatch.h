@@ -35,7 +35,8 @@ typedef struct {
   moe_tensor experts; /* i32 [R, K] this rank's expert numbers 0..e-1, or -1 */
   moe_tensor gates;   /* f32 [R, K], 0 where -1 */
   moe_tensor x;       /* [R, D] received rows */
-  /* private: memory for the most rows, and the way back */
+  /* private: the batch's tokens, memory for the most rows, and the way back */
+  int64_t tokens;
   moe_tensor experts_room, gates_room, x_room;
   moe_tensor sent_token; /* all-to-all: i32 [T * min(ep, K)] token of each sent row */
   moe_tensor slot;       /* i32 [T, min(ep, K)] the sent rows of each token, or -1 */
@@ -61,11 +62,12 @@ int64_t moe_dispatch_max_rows(const moe_dispatcher *d);
 /* "all-to-all", "all-gather" or "none", for logs. */
 const char *moe_dispatch_exchange_name(const moe_dispatcher *d);
 
-/* All collective over the expert group. experts i32 [T, K] global numbers (-1: dropped). A batch may
- * have fewer than T tokens; by all-gather it has the same number on every rank. */
+/* All collective over the expert group. experts i32 [T, K] global numbers (-1: dropped). A batch
+ * may have fewer than T tokens; by all-gather it has the same number on every rank. */
 moe_status moe_dispatch_send(moe_dispatcher *d, moe_tensor x, moe_tensor experts, moe_tensor gates,
                              moe_route *route);
-/* out [T, D] act (written whole); a token with no experts gets zeros. With ep = 1 out may be rows. */
+/* out [T, D] act (written whole); a token with no experts gets zeros. With ep = 1 out may be rows.
+ */
 moe_status moe_dispatch_return(moe_dispatcher *d, const moe_route *route, moe_tensor rows,
                                moe_tensor out);
 /* rows [R, D] act out = dout [T, D] of each row's token. */

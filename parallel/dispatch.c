@@ -1,0 +1,382 @@
+/* Dispatch: two ways of carrying rows to their experts' ranks and back.
+ *
+ * Everything that travels goes one of two directions, `carry_out` (tokens to rows) or `carry_back`
+ * (rows summed to tokens), forward and backward alike; the exchanges differ only there. The
+ * all-gather exchange never waits for the device. The all-to-all one must know its row counts on
+ * the host: it waits once per layer, in moe_dispatch_send, and keeps its index tensors in the route
+ * so that the way back and the gradients need no planning. */
+#include "parallel/dispatch.h"
+
+#include <stdlib.h>
+
+#include "core/base/config.h"
+#include "core/base/log.h"
+#include "kernels/ops.h"
+#include "parallel/dispatch_plan.h"
+
+typedef enum { EXCHANGE_NONE, EXCHANGE_ALLTOALL, EXCHANGE_ALLGATHER } exchange_kind;
+
+struct moe_dispatcher {
+  moe_device *dev;
+  const moe_mesh *mesh;
+  moe_dispatch_shape shape;
+  exchange_kind exchange;
+  double seconds, bytes; /* cost since it was last asked for */
+  /* all-to-all, device: what is sent, or comes back; M = min(ep, K) */
+  moe_tensor rows;        /* act [T M, D] */
+  moe_tensor row_gates;   /* f32 [T M, K] */
+  moe_tensor row_experts; /* i32 [T M, K] */
+  moe_tensor gate_places; /* i32 [T M K] */
+  /* all-to-all, host */
+  void *host; /* holds the plan and the counts */
+  moe_dispatch_plan plan;
+  int64_t *counts; /* [ep, ep] rows from rank to rank */
+};
+
+/* ---- set-up -------------------------------------------------------------------------------- */
+
+/* All-gather moves ep - 1 rows per token whatever the routing, in one call and without waiting for
+ * row counts; it is taken unless all-to-all saves more than a tenth of that. */
+static exchange_kind choose_exchange(const moe_mesh *mesh, moe_dispatch_shape shape) {
+  if (mesh->ep == 1) return EXCHANGE_NONE;
+  if (shape.exchange == MOE_EXCHANGE_ALLTOALL) return EXCHANGE_ALLTOALL;
+  if (shape.exchange == MOE_EXCHANGE_ALLGATHER) return EXCHANGE_ALLGATHER;
+  double expected = moe_dispatch_expected_rows(mesh->ep, mesh->num_experts, shape.top_k);
+  return expected < 0.9 * (mesh->ep - 1) ? EXCHANGE_ALLTOALL : EXCHANGE_ALLGATHER;
+}
+
+/* Indices of rows and pairs are int32 on the device. */
+static moe_status check_shape(const moe_mesh *mesh, moe_dispatch_shape s) {
+  if (s.tokens < 1 || s.hidden < 1 || s.top_k < 1 || s.top_k > mesh->num_experts)
+    return moe_fail(
+        MOE_INVALID, "moe_dispatcher_create: %lld tokens of %lld, %lld of %lld experts each",
+        (long long)s.tokens, (long long)s.hidden, (long long)s.top_k, (long long)mesh->num_experts);
+  if (s.tokens > INT32_MAX / mesh->ep / s.top_k)
+    return moe_fail(MOE_USAGE,
+                    "train.micro_batch: %lld tokens * %d ranks * %lld experts per token exceed "
+                    "2^31: take a smaller micro_batch, sequence_length or parallel.ep",
+                    (long long)s.tokens, mesh->ep, (long long)s.top_k);
+  return MOE_OK;
+}
+
+static void take_host(moe_dispatcher *d, moe_arena *arena) {
+  int64_t ep = d->mesh->ep;
+  moe_dispatch_plan_take(&d->plan, d->mesh->ep, d->mesh->num_experts, d->shape.top_k,
+                         d->shape.tokens, arena);
+  d->counts = moe_arena_take(arena, ep * ep * (int64_t)sizeof *d->counts);
+}
+
+static moe_status take_alltoall(moe_dispatcher *d, moe_arena *device) {
+  moe_arena host = {.measuring = true};
+  take_host(d, &host);
+  host.size = host.used;
+  d->host = moe_device_alloc_host(d->dev, host.size);
+  if (!d->host)
+    return moe_fail(MOE_NO_MEMORY, "out of memory: %lld bytes of host memory to plan dispatch",
+                    (long long)host.size);
+  host = (moe_arena){.base = d->host, .size = host.size};
+  take_host(d, &host);
+
+  int64_t rows = d->shape.tokens * d->plan.fan, k = d->shape.top_k;
+  d->rows = moe_arena_tensor_2d(device, d->shape.dtype, rows, d->shape.hidden);
+  d->row_gates = moe_arena_tensor_2d(device, MOE_F32, rows, k);
+  d->row_experts = moe_arena_tensor_2d(device, MOE_I32, rows, k);
+  d->gate_places = moe_arena_tensor_1d(device, MOE_I32, rows * k);
+  return MOE_OK;
+}
+
+moe_status moe_dispatcher_create(moe_device *dev, const moe_mesh *mesh, moe_dispatch_shape shape,
+                                 moe_memory *memory, moe_dispatcher **out) {
+  *out = NULL;
+  MOE_TRY(check_shape(mesh, shape));
+  moe_dispatcher *d = calloc(1, sizeof *d);
+  if (!d) return moe_fail(MOE_NO_MEMORY, "out of memory: making a dispatcher");
+  d->dev = dev;
+  d->mesh = mesh;
+  d->shape = shape;
+  d->exchange = choose_exchange(mesh, shape);
+  if (d->exchange == EXCHANGE_ALLTOALL) {
+    moe_status status = take_alltoall(d, &memory->arena[MOE_MEM_EXCHANGE]);
+    if (status != MOE_OK) {
+      moe_dispatcher_destroy(d);
+      return status;
+    }
+  }
+  *out = d;
+  return MOE_OK;
+}
+
+void moe_dispatcher_destroy(moe_dispatcher *d) {
+  if (!d) return;
+  if (d->host) moe_device_free_host(d->dev, d->host);
+  free(d);
+}
+
+moe_status moe_route_create(moe_dispatcher *d, moe_arena *arena, moe_route *out) {
+  int64_t t = d->shape.tokens, k = d->shape.top_k, most = moe_dispatch_max_rows(d);
+  *out = (moe_route){.rows = 0};
+  if (d->exchange == EXCHANGE_NONE) return MOE_OK;
+  out->experts_room = moe_arena_tensor_2d(arena, MOE_I32, most, k);
+  out->gates_room = moe_arena_tensor_2d(arena, MOE_F32, most, k);
+  out->x_room = moe_arena_tensor_2d(arena, d->shape.dtype, most, d->shape.hidden);
+  if (d->exchange == EXCHANGE_ALLGATHER) return MOE_OK;
+
+  int64_t ep = d->mesh->ep;
+  out->sent_token = moe_arena_tensor_1d(arena, MOE_I32, t * d->plan.fan);
+  out->slot = moe_arena_tensor_2d(arena, MOE_I32, t, d->plan.fan);
+  out->gate_slot = moe_arena_tensor_2d(arena, MOE_I32, t, k);
+  out->send_rows = calloc(4 * (size_t)ep, sizeof *out->send_rows);
+  if (!out->send_rows) return moe_fail(MOE_NO_MEMORY, "out of memory: making a route");
+  out->send_at = out->send_rows + ep;
+  out->recv_rows = out->send_rows + 2 * ep;
+  out->recv_at = out->send_rows + 3 * ep;
+  return MOE_OK;
+}
+
+void moe_route_destroy(moe_route *r) {
+  if (!r) return;
+  free(r->send_rows);
+  *r = (moe_route){.rows = 0};
+}
+
+int64_t moe_dispatch_max_rows(const moe_dispatcher *d) {
+  return d->shape.tokens * d->mesh->ep;
+}
+
+const char *moe_dispatch_exchange_name(const moe_dispatcher *d) {
+  static const char *const names[] = {"none", "all-to-all", "all-gather"};
+  return names[d->exchange];
+}
+
+/* ---- exchanges, with their cost ------------------------------------------------------------ */
+
+static int64_t width_bytes(moe_tensor t) {
+  return t.shape[1] * moe_dtype_size(t.dtype);
+}
+
+static int64_t sum(const int64_t *x, int n) {
+  int64_t total = 0;
+  for (int i = 0; i < n; i++) total += x[i];
+  return total;
+}
+
+static moe_status gather(moe_dispatcher *d, moe_tensor x, moe_tensor out) {
+  double start = moe_clock_s();
+  MOE_TRY(moe_comm_all_gather_to(d->mesh->experts, x, out));
+  d->seconds += moe_clock_s() - start;
+  d->bytes += (double)((d->mesh->ep - 1) * moe_tensor_bytes(x));
+  return MOE_OK;
+}
+
+static moe_status scatter_sum(moe_dispatcher *d, moe_tensor x, moe_tensor out) {
+  double start = moe_clock_s();
+  MOE_TRY(moe_comm_reduce_scatter_to(d->mesh->experts, x, out));
+  d->seconds += moe_clock_s() - start;
+  d->bytes += (double)((d->mesh->ep - 1) * moe_tensor_bytes(out));
+  return MOE_OK;
+}
+
+/* Sent rows to the experts' ranks. */
+static moe_status send_rows(moe_dispatcher *d, const moe_route *r, moe_tensor from, moe_tensor to) {
+  double start = moe_clock_s();
+  int me = moe_comm_rank(d->mesh->experts);
+  MOE_TRY(moe_comm_all_to_all(d->mesh->experts, from, r->send_rows, r->send_at, to, r->recv_rows,
+                              r->recv_at));
+  d->seconds += moe_clock_s() - start;
+  d->bytes += (double)((from.shape[0] - r->send_rows[me]) * width_bytes(from));
+  return MOE_OK;
+}
+
+/* Received rows back to where they came from. */
+static moe_status send_rows_back(moe_dispatcher *d, const moe_route *r, moe_tensor from,
+                                 moe_tensor to) {
+  double start = moe_clock_s();
+  int me = moe_comm_rank(d->mesh->experts);
+  MOE_TRY(moe_comm_all_to_all(d->mesh->experts, from, r->recv_rows, r->recv_at, to, r->send_rows,
+                              r->send_at));
+  d->seconds += moe_clock_s() - start;
+  d->bytes += (double)((from.shape[0] - r->recv_rows[me]) * width_bytes(from));
+  return MOE_OK;
+}
+
+void moe_dispatch_cost(moe_dispatcher *d, double *seconds, double *bytes) {
+  *seconds = d->seconds;
+  *bytes = d->bytes;
+  d->seconds = d->bytes = 0.0;
+}
+
+/* ---- the two directions -------------------------------------------------------------------- */
+
+static int64_t rows_sent(const moe_dispatcher *d, const moe_route *r) {
+  return sum(r->send_rows, d->mesh->ep);
+}
+
+static moe_status copy_unless_same(moe_device *dev, moe_tensor dst, moe_tensor src) {
+  return dst.data == src.data ? MOE_OK : moe_copy(dev, dst, src);
+}
+
+/* rows [R, D] = x [t, D] of each row's token. */
+static moe_status carry_out(moe_dispatcher *d, const moe_route *r, moe_tensor x, moe_tensor rows) {
+  if (d->exchange == EXCHANGE_NONE) return copy_unless_same(d->dev, rows, x);
+  if (d->exchange == EXCHANGE_ALLGATHER) return gather(d, x, rows);
+  int64_t sent = rows_sent(d, r);
+  moe_tensor buffer = moe_tensor_rows(d->rows, 0, sent);
+  if (sent > 0)
+    MOE_TRY(moe_gather_rows(d->dev, x, moe_tensor_rows(r->sent_token, 0, sent), 1, buffer));
+  return send_rows(d, r, buffer, rows);
+}
+
+/* out [t, D] = sum over the token's rows, in f32 and in a fixed order. */
+static moe_status carry_back(moe_dispatcher *d, const moe_route *r, moe_tensor rows,
+                             moe_tensor out) {
+  if (d->exchange == EXCHANGE_NONE) return copy_unless_same(d->dev, out, rows);
+  if (d->exchange == EXCHANGE_ALLGATHER) return scatter_sum(d, rows, out);
+  int64_t sent = rows_sent(d, r);
+  moe_tensor buffer = moe_tensor_rows(d->rows, 0, sent);
+  MOE_TRY(send_rows_back(d, r, rows, buffer));
+  if (sent == 0) return moe_zero(d->dev, out);
+  return moe_combine_rows(d->dev, buffer, moe_tensor_rows(r->slot, 0, r->tokens), 0, 0, out);
+}
+
+/* dgates [t, K] from row_dgates [R, K]: each gate was used on one rank only. */
+static moe_status carry_gates_back(moe_dispatcher *d, const moe_route *r, moe_tensor row_dgates,
+                                   moe_tensor dgates) {
+  if (d->exchange == EXCHANGE_NONE) return copy_unless_same(d->dev, dgates, row_dgates);
+  if (d->exchange == EXCHANGE_ALLGATHER) return scatter_sum(d, row_dgates, dgates);
+  int64_t sent = rows_sent(d, r);
+  moe_tensor buffer = moe_tensor_rows(d->row_gates, 0, sent);
+  MOE_TRY(send_rows_back(d, r, row_dgates, buffer));
+  if (sent == 0) return moe_zero(d->dev, dgates);
+  moe_tensor values = moe_tensor_1d(buffer.data, MOE_F32, moe_tensor_count(buffer));
+  return moe_combine_gates(d->dev, values, moe_tensor_rows(r->gate_slot, 0, r->tokens), 0, 0,
+                           dgates);
+}
+
+/* ---- send ---------------------------------------------------------------------------------- */
+
+static void set_rows(moe_route *r, int64_t rows) {
+  r->rows = rows;
+  r->experts = moe_tensor_rows(r->experts_room, 0, rows);
+  r->gates = moe_tensor_rows(r->gates_room, 0, rows);
+  r->x = moe_tensor_rows(r->x_room, 0, rows);
+}
+
+/* Everyone receives everything; what is not for my experts is masked. */
+static moe_status send_allgather(moe_dispatcher *d, moe_tensor x, moe_tensor experts,
+                                 moe_tensor gates, moe_route *r) {
+  moe_range own = d->mesh->owned;
+  set_rows(r, x.shape[0] * d->mesh->ep);
+  MOE_TRY(gather(d, experts, r->experts));
+  MOE_TRY(gather(d, gates, r->gates));
+  MOE_TRY(carry_out(d, r, x, r->x));
+  return moe_localize_experts(d->dev, r->experts, r->gates, own.begin, moe_range_size(own));
+}
+
+/* Tell everyone how many rows to expect from whom. */
+static moe_status exchange_counts(moe_dispatcher *d, moe_route *r) {
+  int ep = d->mesh->ep, me = moe_comm_rank(d->mesh->experts);
+  double start = moe_clock_s();
+  MOE_TRY(moe_comm_host_all_gather(d->mesh->experts, d->plan.rows, ep * (int64_t)sizeof *d->counts,
+                                   d->counts));
+  d->seconds += moe_clock_s() - start;
+  int64_t at = 0;
+  for (int from = 0; from < ep; from++) {
+    r->send_rows[from] = d->plan.rows[from];
+    r->send_at[from] = d->plan.at[from];
+    r->recv_rows[from] = d->counts[from * ep + me];
+    r->recv_at[from] = at;
+    at += r->recv_rows[from];
+  }
+  set_rows(r, at);
+  return MOE_OK;
+}
+
+static moe_status upload_i32(moe_dispatcher *d, moe_tensor to, const int32_t *from, int64_t n) {
+  return n == 0 ? MOE_OK : moe_device_upload(d->dev, to.data, from, n * (int64_t)sizeof(int32_t));
+}
+
+/* The plan's lists to the device. The host's copies stay untouched until the next send has waited
+ * for its experts, so these transfers need no wait of their own. */
+static moe_status upload_plan(moe_dispatcher *d, moe_route *r, int64_t tokens, int64_t sent) {
+  const moe_dispatch_plan *p = &d->plan;
+  MOE_TRY(upload_i32(d, r->sent_token, p->token, sent));
+  MOE_TRY(upload_i32(d, r->slot, p->slot, tokens * p->fan));
+  MOE_TRY(upload_i32(d, r->gate_slot, p->gate_slot, tokens * p->top_k));
+  MOE_TRY(upload_i32(d, d->row_experts, p->row_experts, sent * p->top_k));
+  return upload_i32(d, d->gate_places, p->row_gates, sent * p->top_k);
+}
+
+static moe_status send_alltoall(moe_dispatcher *d, moe_tensor x, moe_tensor experts,
+                                moe_tensor gates, moe_route *r) {
+  int64_t sent = 0, tokens = x.shape[0], k = d->shape.top_k;
+  MOE_TRY(moe_device_download(d->dev, d->plan.chosen, experts.data, moe_tensor_bytes(experts)));
+  MOE_TRY(moe_device_sync(d->dev));
+  MOE_TRY(moe_dispatch_plan_make(&d->plan, tokens, &sent));
+  MOE_TRY(upload_plan(d, r, tokens, sent));
+  MOE_TRY(exchange_counts(d, r));
+
+  moe_tensor row_gates = moe_tensor_rows(d->row_gates, 0, sent);
+  if (sent > 0)
+    MOE_TRY(moe_gather_gates(d->dev, gates, moe_tensor_rows(d->gate_places, 0, sent * k),
+                             moe_tensor_1d(row_gates.data, MOE_F32, sent * k)));
+  MOE_TRY(send_rows(d, r, moe_tensor_rows(d->row_experts, 0, sent), r->experts));
+  MOE_TRY(send_rows(d, r, row_gates, r->gates));
+  return carry_out(d, r, x, r->x);
+}
+
+/* ---- the public calls ---------------------------------------------------------------------- */
+
+/* Is t [rows, width] of this type? */
+static moe_status check_2d(const char *name, moe_tensor t, moe_dtype dtype, int64_t rows,
+                           int64_t width) {
+  if (t.dims == 2 && t.dtype == dtype && t.shape[0] == rows && t.shape[1] == width) return MOE_OK;
+  return moe_fail(MOE_INVALID, "dispatch: %s is %s [%lld, %lld]: it must be %s [%lld, %lld]", name,
+                  moe_dtype_name(t.dtype), (long long)t.shape[0], (long long)t.shape[1],
+                  moe_dtype_name(dtype), (long long)rows, (long long)width);
+}
+
+/* The side of the sent tokens and the side of the received rows, both act of width D. */
+static moe_status check_sides(const moe_dispatcher *d, const moe_route *r, moe_tensor tokens,
+                              moe_tensor rows) {
+  const moe_dispatch_shape *s = &d->shape;
+  MOE_TRY(check_2d("the tokens' tensor", tokens, s->dtype, r->tokens, s->hidden));
+  return check_2d("the rows' tensor", rows, s->dtype, r->rows, s->hidden);
+}
+
+moe_status moe_dispatch_send(moe_dispatcher *d, moe_tensor x, moe_tensor experts, moe_tensor gates,
+                             moe_route *route) {
+  const moe_dispatch_shape *s = &d->shape;
+  int64_t t = x.shape[0] < s->tokens ? x.shape[0] : s->tokens;
+  MOE_TRY(check_2d("x", x, s->dtype, t, s->hidden));
+  MOE_TRY(check_2d("experts", experts, MOE_I32, t, s->top_k));
+  MOE_TRY(check_2d("gates", gates, MOE_F32, t, s->top_k));
+  route->tokens = t;
+  if (d->exchange == EXCHANGE_ALLTOALL) return send_alltoall(d, x, experts, gates, route);
+  if (d->exchange == EXCHANGE_ALLGATHER) return send_allgather(d, x, experts, gates, route);
+  route->rows = t;
+  route->x = x;
+  route->experts = experts;
+  route->gates = gates;
+  return MOE_OK;
+}
+
+moe_status moe_dispatch_return(moe_dispatcher *d, const moe_route *route, moe_tensor rows,
+                               moe_tensor out) {
+  MOE_TRY(check_sides(d, route, out, rows));
+  return carry_back(d, route, rows, out);
+}
+
+moe_status moe_dispatch_send_grad(moe_dispatcher *d, const moe_route *route, moe_tensor dout,
+                                  moe_tensor rows) {
+  MOE_TRY(check_sides(d, route, dout, rows));
+  return carry_out(d, route, dout, rows);
+}
+
+moe_status moe_dispatch_return_grad(moe_dispatcher *d, const moe_route *route, moe_tensor rows,
+                                    moe_tensor row_dgates, moe_tensor dx, moe_tensor dgates) {
+  MOE_TRY(check_sides(d, route, dx, rows));
+  MOE_TRY(check_2d("row_dgates", row_dgates, MOE_F32, route->rows, d->shape.top_k));
+  MOE_TRY(check_2d("dgates", dgates, MOE_F32, route->tokens, d->shape.top_k));
+  MOE_TRY(carry_back(d, route, rows, dx));
+  return carry_gates_back(d, route, row_dgates, dgates);
+}
