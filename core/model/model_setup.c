@@ -293,10 +293,9 @@ void moe_model_recompute(const moe_model *m, int64_t *experts, int64_t *blocks) 
 static moe_status store_weights(moe_model *m, const moe_param *p, int64_t begin, int64_t count,
                                 float *values) {
   moe_tensor to = moe_tensor_rows(m->weights[p->row->pool], p->offset + begin, count);
-  uint16_t *bits =
-      (uint16_t *)values; /* narrowed in place: never overtakes what is still to read */
-  for (int64_t i = 0; i < count && to.dtype != MOE_F32; i++) {
-    bits[i] = to.dtype == MOE_BF16 ? moe_f32_to_bf16(values[i]) : moe_f32_to_f16(values[i]);
+  for (int64_t i = 0; i < count && to.dtype != MOE_F32; i++) { /* narrowed in place */
+    uint16_t bits = to.dtype == MOE_BF16 ? moe_f32_to_bf16(values[i]) : moe_f32_to_f16(values[i]);
+    memcpy((char *)values + i * (int64_t)sizeof bits, &bits, sizeof bits);
   }
   MOE_TRY(moe_device_upload(m->env.dev, to.data, values, moe_tensor_bytes(to)));
   return moe_device_sync(m->env.dev);
@@ -325,6 +324,12 @@ static void draw(const moe_model *m, const moe_param *p, uint64_t seed, int64_t 
   }
 }
 
+moe_status moe_model_write_param(moe_model *m, const moe_param *p, int64_t begin, int64_t count,
+                                 float *values, moe_tensor master, int64_t master_begin) {
+  MOE_TRY(store_master(m, master, master_begin, p->offset + begin, count, values));
+  return store_weights(m, p, begin, count, values);
+}
+
 moe_status moe_model_init_pool(moe_model *m, moe_pool_kind pool, uint64_t seed, moe_tensor master,
                                int64_t master_begin) {
   enum { ROOM = 1 << 22 };
@@ -336,8 +341,7 @@ moe_status moe_model_init_pool(moe_model *m, moe_pool_kind pool, uint64_t seed, 
     for (int64_t at = 0; at < p->count && p->row->pool == pool; at += ROOM) {
       int64_t n = p->count - at < ROOM ? p->count - at : ROOM;
       draw(m, p, seed, at, n, buffer);
-      MOE_TRY_OR(status, done, store_master(m, master, master_begin, p->offset + at, n, buffer));
-      MOE_TRY_OR(status, done, store_weights(m, p, at, n, buffer));
+      MOE_TRY_OR(status, done, moe_model_write_param(m, p, at, n, buffer, master, master_begin));
     }
   }
 done:

@@ -1,0 +1,167 @@
+/* Setting everything up in one place, and the end of a step. */
+#include "core/train/engine.h"
+
+#include <math.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "core/base/log.h"
+#include "kernels/ops.h"
+
+moe_status moe_engine_open_device(const moe_config *config, moe_device **out) {
+  int local = moe_comm_local_size();
+  int64_t cores = sysconf(_SC_NPROCESSORS_ONLN);
+  int64_t share = cores / local > 1 ? cores / local : 1;
+  moe_device_options options = {.kind = (moe_device_kind)config->run.backend,
+                                .local_rank = moe_comm_local_rank(),
+                                .threads =
+                                    (int)(config->run.threads > 0 ? config->run.threads : share),
+                                .deterministic = config->run.deterministic,
+                                .tf32 = config->precision.tf32,
+                                .debug = config->run.debug};
+  return moe_device_open(&options, out);
+}
+
+/* Model and optimizer over e->memory, measuring or committed. */
+static moe_status set_up(moe_engine *e, bool training) {
+  moe_model_options options = {.config = &e->config,
+                               .dev = e->dev,
+                               .mesh = &e->mesh,
+                               .batch = e->config.train.micro_batch,
+                               .seq = e->config.data.sequence_length,
+                               .micro_batches = e->accumulation,
+                               .training = training};
+  MOE_TRY(moe_model_create(&options, &e->memory, &e->model));
+  if (!training) return MOE_OK;
+  return moe_optimizer_create(&e->config, e->dev, &e->mesh, e->model, &e->memory, &e->optimizer);
+}
+
+static void tear_down(moe_engine *e) {
+  moe_optimizer_destroy(e->optimizer);
+  moe_model_destroy(e->model);
+  e->optimizer = NULL;
+  e->model = NULL;
+}
+
+static moe_status measure(moe_engine *e, bool training) {
+  moe_memory_measure(&e->memory);
+  moe_status status = set_up(e, training);
+  tear_down(e);
+  return status;
+}
+
+static int64_t budget_bytes(moe_engine *e) {
+  double gib = e->config.run.memory_gib;
+  if (gib > 0.0) return (int64_t)(gib * 1073741824.0);
+  return moe_device_free_bytes(e->dev);
+}
+
+/* recompute = auto: the cheapest choice that fits every rank. Recomputing the experts of one more
+ * layer is cheaper than recomputing a whole block, so all of the first come before the second. */
+static moe_status settle_recompute(moe_engine *e, int64_t budget) {
+  static const int modes[] = {MOE_RECOMPUTE_EXPERTS, MOE_RECOMPUTE_BLOCK};
+  e->config.train.recompute = MOE_RECOMPUTE_NONE;
+  e->config.train.recompute_layers = 0;
+  for (size_t i = 0; i < 2; i++) {
+    for (int64_t n = i == 0 ? 0 : 1; n <= e->config.model.num_layers; n++) {
+      e->config.train.recompute = n == 0 ? MOE_RECOMPUTE_NONE : modes[i];
+      e->config.train.recompute_layers = n;
+      MOE_TRY(measure(e, true));
+      int64_t largest = moe_memory_total(&e->memory);
+      MOE_TRY(moe_comm_host_all_reduce_i64(e->world, &largest, 1, MOE_MAX));
+      if (largest <= budget) return MOE_OK;
+    }
+  }
+  return MOE_OK; /* the check that follows says what does not fit */
+}
+
+static moe_status check_budget(moe_engine *e, int64_t budget) {
+  int64_t total = moe_memory_total(&e->memory);
+  if (total <= budget) return MOE_OK;
+  char need[MOE_TEXT], have[MOE_TEXT], largest_text[MOE_TEXT];
+  int largest = 0;
+  for (int i = 1; i < MOE_MEM_PURPOSES; i++) {
+    if (e->memory.arena[i].used > e->memory.arena[largest].used) largest = i;
+  }
+  return moe_fail(MOE_NO_MEMORY,
+                  "the plan needs %s and %s may be used: most of it is %s (%s): lower "
+                  "train.micro_batch or data.sequence_length, set train.recompute = auto, "
+                  "parallel.zero1 = true, or use more ranks",
+                  moe_text_bytes(need, (double)total), moe_text_bytes(have, (double)budget),
+                  moe_memory_purpose_text((moe_memory_purpose)largest),
+                  moe_text_bytes(largest_text, (double)e->memory.arena[largest].used));
+}
+
+static moe_status plan(moe_engine *e, bool training) {
+  int64_t budget = budget_bytes(e);
+  MOE_TRY(moe_comm_host_all_reduce_i64(e->world, &budget, 1, MOE_MIN));
+  if (training && e->config.train.recompute == MOE_RECOMPUTE_AUTO) {
+    MOE_TRY(settle_recompute(e, budget));
+  }
+  MOE_TRY(measure(e, training));
+  return moe_agree(e->world, check_budget(e, budget));
+}
+
+static moe_status create(moe_engine *e, bool training, bool plan_only) {
+  const moe_config *c = &e->config;
+  MOE_TRY(moe_comm_world(e->dev, &e->world));
+  MOE_TRY(moe_mesh_create(e->world, (int)c->parallel.ep, c->model.num_experts, &e->mesh));
+  int64_t per_pass = c->train.micro_batch * moe_comm_size(e->world);
+  e->accumulation = training && c->train.global_batch > 0 ? c->train.global_batch / per_pass : 1;
+  e->loss_scale = c->precision.dtype == MOE_PRECISION_FP16 ? c->precision.loss_scale : 1.0;
+  MOE_TRY(plan(e, training));
+  if (plan_only) return MOE_OK;
+  moe_status status = moe_memory_commit(&e->memory, moe_device_alloc, e->dev);
+  MOE_TRY(moe_agree(e->world, status));
+  return moe_agree(e->world, set_up(e, training));
+}
+
+moe_status moe_engine_create(const moe_config *config, moe_device *dev, bool training,
+                             bool plan_only, moe_engine *out) {
+  memset(out, 0, sizeof *out);
+  out->config = *config;
+  out->dev = dev;
+  moe_status status = create(out, training, plan_only);
+  if (status != MOE_OK) moe_engine_destroy(out);
+  return status;
+}
+
+void moe_engine_destroy(moe_engine *e) {
+  tear_down(e);
+  for (int i = 0; i < MOE_MEM_PURPOSES; i++) {
+    if (e->memory.arena[i].base) moe_device_free(e->dev, e->memory.arena[i].base);
+  }
+  moe_mesh_destroy(&e->mesh);
+  moe_comm_destroy(e->world);
+  memset(e, 0, sizeof *e);
+}
+
+double moe_engine_grad_scale(const moe_engine *e) {
+  return e->loss_scale / (double)e->accumulation;
+}
+
+/* Dynamic loss scaling: halve after a non-finite step, double after a window of finite ones. */
+static void adapt_loss_scale(moe_engine *e, bool finite) {
+  const moe_config *c = &e->config;
+  if (c->precision.dtype != MOE_PRECISION_FP16) return;
+  e->good_steps = finite ? e->good_steps + 1 : 0;
+  if (!finite && e->loss_scale > 1.0) e->loss_scale *= 0.5;
+  if (e->good_steps >= c->precision.loss_scale_window) {
+    e->loss_scale *= 2.0;
+    e->good_steps = 0;
+  }
+}
+
+moe_status moe_engine_finish_step(moe_engine *e, double lr, int64_t step, moe_step_result *out) {
+  double unscale = 1.0 / e->loss_scale;
+  double start = moe_clock_s();
+  MOE_TRY(moe_optimizer_reduce(e->optimizer));
+  double reduced = moe_clock_s();
+  MOE_TRY(moe_optimizer_step(e->optimizer, lr, step, unscale));
+  MOE_TRY(moe_optimizer_norm(e->optimizer, unscale, &out->grad_norm));
+  out->sync_seconds = reduced - start;
+  out->optimizer_seconds = moe_clock_s() - reduced;
+  out->finite = isfinite(out->grad_norm);
+  adapt_loss_scale(e, out->finite);
+  return moe_model_step_losses(e->model, &out->losses);
+}

@@ -1,0 +1,11 @@
+/* The matrix rate of this device, measured now: the ceiling beside which steps are reported. */
+#ifndef MOE_CORE_TRAIN_MATRIX_RATE_H
+#define MOE_CORE_TRAIN_MATRIX_RATE_H
+
+#include "kernels/device.h"
+
+/* TFLOP/s of an n x n x n product of random `dtype` values: the median of five, after one to warm
+ * up. Local. */
+moe_status moe_matrix_rate(moe_device *dev, int64_t n, moe_dtype dtype, double *tflops);
+
+#endif

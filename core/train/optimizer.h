@@ -1,0 +1,44 @@
+/* The optimizer: AdamW over the model's pools, with the gradients' norm clipped globally.
+ *
+ * A pool's state (f32 master when the weights are not f32, moments m and v) covers the whole pool,
+ * or with zero1 only this rank's chunk of it; then the updated weights are gathered. */
+#ifndef MOE_CORE_TRAIN_OPTIMIZER_H
+#define MOE_CORE_TRAIN_OPTIMIZER_H
+
+#include "core/model/model.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct moe_optimizer moe_optimizer;
+
+/* One pool's optimizer state: elements [owned.begin, owned.end) of the pool. */
+typedef struct {
+  moe_range owned;
+  moe_tensor master, m, v; /* f32 [owned]; master absent when the weights are f32 */
+} moe_optimizer_pool;
+
+/* Local. Takes memory (MASTER, MOMENTS) like moe_model_create; model and dev are borrowed. */
+moe_status moe_optimizer_create(const moe_config *config, moe_device *dev, const moe_mesh *mesh,
+                                moe_model *model, moe_memory *memory, moe_optimizer **out);
+void moe_optimizer_destroy(moe_optimizer *o);
+/* Initial weights of the model and their masters. Local. */
+moe_status moe_optimizer_init_weights(moe_optimizer *o, uint64_t seed);
+
+/* Collective: sum the gradients over the ranks that share them. grad_norm is ready after
+ * moe_optimizer_norm. */
+moe_status moe_optimizer_reduce(moe_optimizer *o);
+/* Collective with zero1. One update at step = 1, 2, ...; unscale undoes the loss scale. Does
+ * nothing when a gradient was not finite. */
+moe_status moe_optimizer_step(moe_optimizer *o, double lr, int64_t step, double unscale);
+/* The gradient norm of the last reduce, before clipping; not finite when a gradient was not. Waits
+ * for the device. Local. */
+moe_status moe_optimizer_norm(moe_optimizer *o, double unscale, double *norm);
+
+const moe_optimizer_pool *moe_optimizer_pool_state(const moe_optimizer *o, moe_pool_kind pool);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,182 @@
+/* Pieces of an engine: element ranges of its tensors, by role. */
+#include "core/train/run_state.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/base/log.h"
+#include "parallel/grad_sync.h"
+
+typedef struct {
+  moe_piece *list;
+  int count;
+} piece_list;
+
+int64_t moe_run_state_bytes(const moe_config *config) {
+  moe_dims d = moe_dims_of(config);
+  moe_dtype act = moe_config_compute_dtype(config);
+  int64_t per_parameter = act == MOE_F32 ? 4 + 8 : moe_dtype_size(act) + 4 + 8;
+  return moe_dims_parameters(&d) * per_parameter;
+}
+
+/* The part of parameter p within elements `range` of its pool, as a piece of `values`, which holds
+ * the pool's elements from values_begin on. */
+static void add_piece(piece_list *out, const moe_param *p, moe_role role, moe_range range,
+                      moe_tensor values, int64_t values_begin) {
+  int64_t begin = p->offset > range.begin ? p->offset : range.begin;
+  int64_t end = p->offset + p->count < range.end ? p->offset + p->count : range.end;
+  if (begin >= end) return;
+  moe_piece *piece = &out->list[out->count++];
+  memset(piece, 0, sizeof *piece);
+  snprintf(piece->name, sizeof piece->name, "%s", p->name);
+  piece->role = role;
+  piece->dtype = values.dtype;
+  piece->dims = p->dims;
+  piece->shape[0] = p->shape[0];
+  piece->shape[1] = p->shape[1];
+  piece->begin = begin - p->offset;
+  piece->count = end - begin;
+  piece->data = (char *)values.data + (begin - values_begin) * moe_dtype_size(values.dtype);
+}
+
+static moe_range intersect(moe_range a, moe_range b) {
+  moe_range r = {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
+  return r;
+}
+
+/* Every role of one parameter, cut to `range` of its pool. */
+static void add_parameter(moe_engine *e, piece_list *out, const moe_param *p, moe_range range,
+                          bool optimizer) {
+  moe_pool_kind pool = p->row->pool;
+  add_piece(out, p, MOE_ROLE_PARAM, range, moe_model_weights(e->model, pool), 0);
+  if (!optimizer) return;
+  const moe_optimizer_pool *o = moe_optimizer_pool_state(e->optimizer, pool);
+  moe_range owned = intersect(range, o->owned);
+  int64_t at = o->owned.begin;
+  if (moe_tensor_present(o->master)) add_piece(out, p, MOE_ROLE_MASTER, owned, o->master, at);
+  add_piece(out, p, MOE_ROLE_ADAM_M, owned, o->m, at);
+  add_piece(out, p, MOE_ROLE_ADAM_V, owned, o->v, at);
+}
+
+static moe_status list_create(moe_engine *e, piece_list *out) {
+  size_t room = (size_t)moe_model_params(e->model)->count * MOE_ROLES;
+  out->count = 0;
+  out->list = calloc(room, sizeof *out->list);
+  if (out->list) return MOE_OK;
+  return moe_fail(MOE_NO_MEMORY, "out of memory: list of %zu pieces", room);
+}
+
+/* What this rank saves: its chunk of each pool, so that replicas divide the work. */
+static moe_status pieces_to_save(moe_engine *e, piece_list *out) {
+  MOE_TRY(list_create(e, out));
+  const moe_params *params = moe_model_params(e->model);
+  for (int i = 0; i < params->count; i++) {
+    moe_pool_kind pool = params->list[i].row->pool;
+    moe_comm *group = moe_model_pool_group(e->model, pool);
+    moe_range chunk = moe_pool_chunk(moe_model_weights(e->model, pool).shape[0],
+                                     moe_comm_size(group), moe_comm_rank(group));
+    add_parameter(e, out, &params->list[i], chunk, true);
+  }
+  return MOE_OK;
+}
+
+/* What this rank needs: all its weights, and the optimizer state it keeps. */
+static moe_status pieces_to_load(moe_engine *e, bool optimizer, piece_list *out) {
+  MOE_TRY(list_create(e, out));
+  const moe_params *params = moe_model_params(e->model);
+  for (int i = 0; i < params->count; i++) {
+    moe_range all = {0, moe_model_weights(e->model, params->list[i].row->pool).shape[0]};
+    add_parameter(e, out, &params->list[i], all, optimizer);
+  }
+  return MOE_OK;
+}
+
+moe_status moe_run_save(moe_engine *e, int64_t step, int64_t tokens, int64_t samples,
+                        uint64_t data_fingerprint, int64_t *bytes, double *seconds) {
+  float *bias = moe_model_router_bias(e->model);
+  moe_run_state state = {.step = step,
+                         .tokens = tokens,
+                         .samples = samples,
+                         .seed = (uint64_t)e->config.train.seed,
+                         .data_fingerprint = data_fingerprint,
+                         .loss_scale = e->loss_scale,
+                         .loss_scale_good_steps = e->good_steps,
+                         .router_bias_count =
+                             bias ? e->config.model.num_layers * e->config.model.num_experts : 0,
+                         .router_bias = bias,
+                         .config = moe_config_text(&e->config)};
+  piece_list pieces;
+  moe_status status = state.config ? pieces_to_save(e, &pieces)
+                                   : moe_fail(MOE_NO_MEMORY, "out of memory: configuration text");
+  status = moe_agree(e->world, status);
+  if (status == MOE_OK) {
+    status = moe_checkpoint_save(e->world, e->dev, e->config.run.dir, &state, pieces.list,
+                                 pieces.count, (int)e->config.checkpoint.keep, bytes, seconds);
+    free(pieces.list);
+  }
+  free(state.config);
+  return status;
+}
+
+/* One line that lists the keys in which the checkpoint and this run contradict each other. */
+static moe_status check_config(const moe_engine *e, const char *path, const moe_run_state *state) {
+  moe_config saved;
+  moe_config_defaults(&saved);
+  MOE_TRY(moe_config_parse(&saved, state->config, (int64_t)strlen(state->config), path));
+  MOE_TRY(moe_config_resolve(&saved, 0));
+  char *text = NULL;
+  size_t size = 0;
+  FILE *out = open_memstream(&text, &size);
+  if (!out) return moe_fail(MOE_NO_MEMORY, "out of memory: comparing configurations");
+  int differ = moe_config_diff_for_resume(&saved, &e->config, out);
+  fclose(out);
+  for (char *c = text; *c; c++) {
+    if (*c == '\n') *c = c[1] ? ';' : '\0';
+  }
+  moe_status status = MOE_OK;
+  if (differ > 0) {
+    status = moe_fail(MOE_USAGE,
+                      "cannot resume: %s was made with another configuration: %s: restore these "
+                      "settings, or start a new run in another run.dir",
+                      path, text);
+  }
+  free(text);
+  return status;
+}
+
+static moe_status restore_bias(moe_engine *e, const moe_run_state *state) {
+  float *bias = moe_model_router_bias(e->model);
+  int64_t n = e->config.model.num_layers * e->config.model.num_experts;
+  if (!bias || state->router_bias_count != n) return MOE_OK;
+  memcpy(bias, state->router_bias, (size_t)n * sizeof *bias);
+  return moe_model_router_bias_changed(e->model);
+}
+
+moe_status moe_run_restore(moe_engine *e, const char *path, const moe_run_state *state) {
+  MOE_TRY(moe_agree(e->world, check_config(e, path, state)));
+  bool moments = e->optimizer != NULL;
+  if (moments) {
+    bool there = false;
+    MOE_TRY(moe_agree(e->world, moe_checkpoint_has_role(path, MOE_ROLE_ADAM_M, &there)));
+    if (!there) moe_warn("%s has no optimizer state: the moments start at zero", path);
+    moments = there;
+  }
+  piece_list pieces;
+  MOE_TRY(moe_agree(e->world, pieces_to_load(e, e->optimizer != NULL, &pieces)));
+  if (e->optimizer && !moments) { /* keep weights and masters only */
+    int kept = 0;
+    for (int i = 0; i < pieces.count; i++) {
+      if (pieces.list[i].role <= MOE_ROLE_MASTER) pieces.list[kept++] = pieces.list[i];
+    }
+    pieces.count = kept;
+  }
+  moe_status status = moe_checkpoint_load(e->world, e->dev, path, pieces.list, pieces.count, true);
+  free(pieces.list);
+  MOE_TRY(status);
+  if (state->loss_scale > 0.0 && e->config.precision.dtype == MOE_PRECISION_FP16) {
+    e->loss_scale = state->loss_scale;
+    e->good_steps = state->loss_scale_good_steps;
+  }
+  return restore_bias(e, state);
+}

@@ -1,0 +1,286 @@
+/* The main job: steps, evaluation, checkpoints. */
+#include "core/train/trainer.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/base/log.h"
+#include "core/train/matrix_rate.h"
+#include "core/train/metrics.h"
+#include "core/train/run_state.h"
+#include "core/train/schedule.h"
+#include "core/train/stop_signal.h"
+
+typedef struct {
+  moe_engine engine;
+  moe_run_lock *lock;
+  moe_loader *loader, *valid;
+  moe_metrics *metrics;
+  moe_schedule schedule;
+  moe_dims dims;
+  int64_t step; /* done */
+  int64_t tokens, step_tokens;
+  int64_t saved_step; /* of the last checkpoint */
+  int nonfinite_in_a_row;
+  moe_step_record record;
+} trainer;
+
+/* ---- one step
+ * ------------------------------------------------------------------------------------ */
+
+static double lap(double *last) {
+  double now = moe_clock_s(), spent = now - *last;
+  *last = now;
+  return spent;
+}
+
+static moe_status micro_batches(trainer *t) {
+  moe_engine *e = &t->engine;
+  double *part = t->record.part_seconds, last = moe_clock_s();
+  MOE_TRY(moe_model_step_begin(e->model));
+  for (int64_t i = 0; i < e->accumulation; i++) {
+    moe_batch batch;
+    MOE_TRY(moe_loader_next(t->loader, &batch));
+    part[MOE_PART_DATA] += lap(&last);
+    MOE_TRY(moe_model_forward(e->model, &batch, i, moe_engine_grad_scale(e)));
+    part[MOE_PART_FORWARD] += lap(&last);
+    MOE_TRY(moe_model_backward(e->model));
+    part[MOE_PART_BACKWARD] += lap(&last);
+  }
+  return MOE_OK;
+}
+
+/* Auxiliary-loss-free balancing: move each expert's selection bias against its load. Wang et al.
+ * 2024, arXiv:2408.15664. */
+static moe_status update_router_bias(trainer *t, const double *load) {
+  moe_engine *e = &t->engine;
+  float *bias = moe_model_router_bias(e->model);
+  if (!bias) return MOE_OK;
+  double mean = 1.0 / (double)t->dims.experts, rate = e->config.train.bias_update_rate;
+  for (int64_t i = 0; i < t->dims.layers * t->dims.experts; i++) {
+    bias[i] += (float)(load[i] < mean ? rate : load[i] > mean ? -rate : 0.0);
+  }
+  return moe_model_router_bias_changed(e->model);
+}
+
+static moe_status record_step(trainer *t, const moe_step_result *r, double lr, double seconds) {
+  moe_step_record *m = &t->record;
+  double exchanged = 0.0;
+  moe_model_exchange_cost(t->engine.model, &m->part_seconds[MOE_PART_EXCHANGE], &exchanged);
+  m->part_seconds[MOE_PART_GRAD_SYNC] = r->sync_seconds;
+  m->part_seconds[MOE_PART_OPTIMIZER] = r->optimizer_seconds;
+  m->step = t->step;
+  m->tokens = t->tokens;
+  m->step_tokens = t->step_tokens;
+  m->loss = r->losses.loss;
+  m->ce = r->losses.ce;
+  m->aux = r->losses.aux;
+  m->z = r->losses.z;
+  m->lr = lr;
+  m->grad_norm = r->grad_norm;
+  m->skipped = !r->finite;
+  m->seconds = seconds;
+  m->flops = (double)t->step_tokens *
+             moe_dims_flops_per_token(&t->dims, t->engine.config.data.sequence_length);
+  m->expert_load = r->losses.load;
+  m->dropped = r->losses.dropped;
+  return moe_metrics_record(t->metrics, m);
+}
+
+static moe_status train_step(trainer *t) {
+  double start = moe_clock_s();
+  double lr = moe_schedule_lr(&t->schedule, t->step + 1);
+  moe_step_result result;
+  memset(t->record.part_seconds, 0, sizeof t->record.part_seconds);
+  MOE_TRY(micro_batches(t));
+  MOE_TRY(moe_engine_finish_step(&t->engine, lr, t->step + 1, &result));
+  if (result.finite) MOE_TRY(update_router_bias(t, result.losses.load));
+  t->step++;
+  t->tokens += t->step_tokens;
+  t->nonfinite_in_a_row = result.finite ? 0 : t->nonfinite_in_a_row + 1;
+  MOE_TRY(record_step(t, &result, lr, moe_clock_s() - start));
+  int64_t limit = t->engine.config.train.nonfinite_limit;
+  if (t->nonfinite_in_a_row < limit) return MOE_OK;
+  return moe_fail(MOE_DIVERGED,
+                  "training diverged: the gradient was not finite in %" PRId64
+                  " steps in a row, up to step %" PRId64
+                  ": resume from the last checkpoint with a lower optim.lr or a smaller optim.clip",
+                  limit, t->step);
+}
+
+/* ---- between steps
+ * -------------------------------------------------------------------------------- */
+
+static moe_status save(trainer *t) {
+  moe_engine *e = &t->engine;
+  int64_t bytes = 0, samples = t->step_tokens / e->config.data.sequence_length * t->step;
+  double seconds = 0.0;
+  MOE_TRY(moe_run_save(e, t->step, t->tokens, samples, moe_loader_fingerprint(t->loader), &bytes,
+                       &seconds));
+  char size[MOE_TEXT], rate[MOE_TEXT];
+  moe_info("checkpoint of step %" PRId64 " saved: %s in %.1f s (%s/s)", t->step,
+           moe_text_bytes(size, (double)bytes), seconds,
+           moe_text_bytes(rate, (double)bytes / (seconds > 0.0 ? seconds : 1.0)));
+  t->saved_step = t->step;
+  return MOE_OK;
+}
+
+/* A failed save is a warning: the last checkpoint is intact, and the next save tries again. */
+static void save_or_warn(trainer *t) {
+  if (save(t) == MOE_OK) return;
+  if (moe_comm_rank(t->engine.world) == 0) {
+    moe_warn("checkpoint of step %" PRId64 " was not saved: %s; training goes on", t->step,
+             moe_error_message());
+  }
+  moe_error_clear();
+}
+
+static moe_status evaluate(trainer *t) {
+  moe_engine *e = &t->engine;
+  double start = moe_clock_s(), sums[2] = {0.0, 0.0};
+  MOE_TRY(moe_loader_seek(t->valid, 0));
+  for (int64_t i = 0; i < e->config.train.eval_batches; i++) {
+    moe_batch batch;
+    MOE_TRY(moe_loader_next(t->valid, &batch));
+    MOE_TRY(moe_model_evaluate(e->model, &batch, sums));
+  }
+  MOE_TRY(moe_comm_host_all_reduce_f64(e->world, sums, 2, MOE_SUM));
+  double ce = sums[0] / sums[1];
+  moe_eval_record record = {.step = t->step,
+                            .ce = ce,
+                            .perplexity = exp(ce),
+                            .seconds = moe_clock_s() - start,
+                            .tokens = (int64_t)sums[1]};
+  return moe_metrics_eval(t->metrics, &record);
+}
+
+static bool due(int64_t step, int64_t interval) {
+  return interval > 0 && step % interval == 0;
+}
+
+static moe_status between_steps(trainer *t) {
+  const moe_config *c = &t->engine.config;
+  int64_t stop = moe_stop_requested();
+  MOE_TRY(moe_comm_host_all_reduce_i64(t->engine.world, &stop, 1, MOE_MAX));
+  if (due(t->step, c->train.eval_interval)) MOE_TRY(evaluate(t));
+  if (stop) {
+    MOE_TRY(save(t));
+    return moe_fail(MOE_STOPPED,
+                    "stopped on request after step %" PRId64 " of %" PRId64
+                    ": saved: run the same command again to go on",
+                    t->step, c->train.steps);
+  }
+  /* Not while the gradient is non-finite: the state worth keeping is the one before. */
+  if (due(t->step, c->checkpoint.interval) && t->nonfinite_in_a_row == 0) save_or_warn(t);
+  return MOE_OK;
+}
+
+/* Inside a step nothing agrees: what fails there fails on one rank while others wait for it, so it
+ * ends the whole job. What all ranks know (stopped, diverged) is returned. */
+static moe_status run(trainer *t) {
+  const moe_config *c = &t->engine.config;
+  while (t->step < c->train.steps) {
+    moe_status status = train_step(t);
+    if (status == MOE_OK) status = between_steps(t);
+    if (status == MOE_STOPPED || status == MOE_DIVERGED) return status;
+    if (status != MOE_OK) moe_abort(status);
+  }
+  if (c->checkpoint.save_final && t->saved_step != t->step) return save(t);
+  return MOE_OK;
+}
+
+/* ---- set-up
+ * --------------------------------------------------------------------------------------- */
+
+static moe_status write_config(const trainer *t) {
+  char path[MOE_CONFIG_TEXT + 32];
+  if (moe_comm_rank(t->engine.world) != 0) return MOE_OK;
+  snprintf(path, sizeof path, "%s/config.ini", t->engine.config.run.dir);
+  FILE *f = fopen(path, "w");
+  if (f) moe_config_print(&t->engine.config, f);
+  if (f && fclose(f) == 0) return MOE_OK;
+  return moe_fail(MOE_IO, "cannot write: %s: %s", path, strerror(errno));
+}
+
+/* Continue from the checkpoint `resume` names, or draw initial weights. */
+static moe_status start_state(trainer *t, const char *resume) {
+  moe_engine *e = &t->engine;
+  char path[MOE_PATH];
+  MOE_TRY(moe_checkpoint_find(e->world, e->config.run.dir, resume, path));
+  if (!path[0]) {
+    moe_info("new run: initial weights from seed %" PRId64, e->config.train.seed);
+    return moe_optimizer_init_weights(e->optimizer, (uint64_t)e->config.train.seed);
+  }
+  moe_run_state state;
+  MOE_TRY(moe_checkpoint_read_state(e->world, path, &state));
+  t->step = t->saved_step = state.step;
+  t->tokens = state.tokens;
+  moe_status status = moe_run_restore(e, path, &state);
+  if (status == MOE_OK && state.data_fingerprint != moe_loader_fingerprint(t->loader)) {
+    moe_warn("the token files are not those of the checkpoint: samples may repeat or be skipped");
+  }
+  moe_run_state_clear(&state);
+  if (status == MOE_OK) moe_info("resuming after step %" PRId64 ": %s", t->step, path);
+  return status;
+}
+
+static moe_status open_data(trainer *t) {
+  moe_engine *e = &t->engine;
+  int rank = moe_comm_rank(e->world), ranks = moe_comm_size(e->world);
+  MOE_TRY(moe_loader_create(&e->config, MOE_SPLIT_TRAIN, rank, ranks, &t->loader));
+  if (e->config.train.eval_interval == 0) return MOE_OK;
+  return moe_loader_create(&e->config, MOE_SPLIT_VALID, rank, ranks, &t->valid);
+}
+
+static moe_status peak_rate(trainer *t, double *tflops) {
+  moe_engine *e = &t->engine;
+  *tflops = e->config.log.peak_tflops;
+  if (*tflops <= 0.0)
+    *tflops = moe_device_peak_tflops(e->dev, moe_config_compute_dtype(&e->config));
+  if (*tflops > 0.0) return MOE_OK;
+  return moe_matrix_rate(e->dev, 1024, MOE_F32, tflops);
+}
+
+static moe_status set_up(trainer *t, const char *resume) {
+  moe_engine *e = &t->engine;
+  t->dims = moe_dims_of(&e->config);
+  t->schedule = moe_schedule_of(&e->config);
+  MOE_TRY(moe_run_lock_take(e->world, e->config.run.dir, &t->lock));
+  MOE_TRY(moe_agree(e->world, open_data(t)));
+  MOE_TRY(moe_agree(e->world, start_state(t, resume)));
+  MOE_TRY(moe_agree(e->world, write_config(t)));
+  MOE_TRY(moe_agree(e->world, moe_loader_seek(t->loader, t->step)));
+  int64_t memory = moe_memory_total(&e->memory);
+  MOE_TRY(moe_comm_host_all_reduce_i64(e->world, &memory, 1, MOE_MAX));
+  t->record.memory_bytes = memory;
+  t->step_tokens = e->config.train.micro_batch * e->accumulation * moe_comm_size(e->world) *
+                   e->config.data.sequence_length;
+  double peak = 0.0;
+  MOE_TRY(moe_agree(e->world, peak_rate(t, &peak)));
+  moe_status status =
+      moe_metrics_create(&e->config, moe_comm_rank(e->world), moe_comm_size(e->world),
+                         t->dims.layers, t->dims.experts, peak, t->step, &t->metrics);
+  return moe_agree(e->world, status);
+}
+
+moe_status moe_train(const moe_config *config, moe_device *dev, const char *resume) {
+  trainer t;
+  memset(&t, 0, sizeof t);
+  moe_stop_listen();
+  MOE_TRY(moe_engine_create(config, dev, true, false, &t.engine));
+  moe_status status;
+  MOE_TRY_OR(status, done, moe_engine_print_plan(&t.engine, stderr));
+  MOE_TRY_OR(status, done, set_up(&t, resume));
+  MOE_TRY_OR(status, done, run(&t));
+done:
+  moe_metrics_destroy(t.metrics);
+  moe_loader_destroy(t.valid);
+  moe_loader_destroy(t.loader);
+  moe_run_lock_release(t.lock);
+  moe_engine_destroy(&t.engine);
+  return status;
+}

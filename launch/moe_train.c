@@ -1,0 +1,146 @@
+/* moe-train: the main job.   mpirun -np N moe-train CFG [options] */
+#include <getopt.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/base/log.h"
+#include "core/train/engine.h"
+#include "core/train/trainer.h"
+
+static const char help[] =
+    "Usage: mpirun -np RANKS moe-train CFG [--set section.key=value]... [options]\n"
+    "\n"
+    "Train a mixture-of-experts transformer as the INI file CFG says. Without mpirun: one rank.\n"
+    "\n"
+    "  --set SECTION.KEY=VALUE  override a setting; may be repeated\n"
+    "  --dry-run                print the resolved configuration and the plan (parameters, who "
+    "owns\n"
+    "                           what, memory per rank, disk per checkpoint, FLOPs), then stop\n"
+    "  --resume auto|none|PATH  auto (default): continue from the newest checkpoint of run.dir "
+    "that\n"
+    "                           verifies, if there is one; none: start anew; PATH: from this one\n"
+    "  --help, --version\n"
+    "\n"
+    "Settings: docs/config.md. TERM, INT or USR2 save at the next step boundary and stop.\n"
+    "Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 damaged input file,\n"
+    "4 training diverged, 75 stopped on request after saving (run again to go on).\n";
+
+typedef struct {
+  moe_config config;
+  const char *resume;
+  bool dry_run;
+  const char *answer; /* to --help or --version */
+} command;
+
+static moe_status parse(int argc, char **argv, command *cmd) {
+  static const struct option options[] = {
+      {"set", required_argument, NULL, 's'},    {"dry-run", no_argument, NULL, 'd'},
+      {"resume", required_argument, NULL, 'r'}, {"help", no_argument, NULL, 'h'},
+      {"version", no_argument, NULL, 'v'},      {NULL, 0, NULL, 0}};
+  const char **sets = calloc((size_t)argc, sizeof *sets);
+  int set_count = 0, option;
+  moe_status status = MOE_OK;
+  if (!sets) return moe_fail(MOE_NO_MEMORY, "out of memory: command line");
+  opterr = 0;
+  while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
+    switch (option) {
+    case 's':
+      sets[set_count++] = optarg;
+      break;
+    case 'd':
+      cmd->dry_run = true;
+      break;
+    case 'r':
+      cmd->resume = optarg;
+      break;
+    case 'h':
+      cmd->answer = help;
+      break;
+    case 'v':
+      cmd->answer = "moe-train " MOE_VERSION "\n";
+      break;
+    default:
+      status = moe_fail(MOE_USAGE, "unknown or incomplete option: %s: see moe-train --help",
+                        argv[optind - 1]);
+      goto done;
+    }
+  }
+  if (cmd->answer) goto done;
+  if (argc - optind != 1) {
+    status = moe_fail(MOE_USAGE, "%s: command line: give one INI file: see moe-train --help",
+                      argc == optind ? "no configuration" : "too many arguments");
+    goto done;
+  }
+  moe_config_defaults(&cmd->config);
+  MOE_TRY_OR(status, done, moe_config_read(&cmd->config, argv[optind]));
+  for (int i = 0; i < set_count; i++)
+    MOE_TRY_OR(status, done, moe_config_set(&cmd->config, sets[i]));
+done:
+  free(sets);
+  return status;
+}
+
+static moe_status check_run(const command *cmd) {
+  if (cmd->dry_run) return MOE_OK;
+  if (!cmd->config.run.dir[0]) {
+    return moe_fail(MOE_USAGE, "run.dir is not set: configuration: add `dir = PATH` to [run]");
+  }
+  if (!cmd->config.data.train[0]) {
+    return moe_fail(MOE_USAGE,
+                    "data.train is not set: configuration: add `train = PREFIX` to [data] "
+                    "(made by moe-data tokenize)");
+  }
+  return MOE_OK;
+}
+
+static moe_status dry_run(const command *cmd, moe_device *dev, int rank) {
+  moe_engine engine;
+  if (rank == 0) moe_config_print(&cmd->config, stdout);
+  moe_status status = moe_engine_create(&cmd->config, dev, true, true, &engine);
+  if (status != MOE_OK) return status;
+  if (rank == 0) printf("\n");
+  status = moe_engine_print_plan(&engine, stdout);
+  moe_engine_destroy(&engine);
+  return status;
+}
+
+/* Everything between MPI's start and end. Errors are the same on every rank. */
+static moe_status work(command *cmd, moe_comm *world) {
+  moe_device *dev = NULL;
+  int rank = moe_comm_rank(world);
+  MOE_TRY(moe_config_resolve(&cmd->config, moe_comm_size(world)));
+  MOE_TRY(check_run(cmd));
+  MOE_TRY(moe_agree(world, moe_engine_open_device(&cmd->config, &dev)));
+  if (!cmd->dry_run && rank == 0) moe_config_print(&cmd->config, stderr);
+  moe_status status =
+      cmd->dry_run ? dry_run(cmd, dev, rank) : moe_train(&cmd->config, dev, cmd->resume);
+  moe_device_close(dev);
+  return status;
+}
+
+int main(int argc, char **argv) {
+  moe_cpu_choose_blas(argv);
+  command *cmd = calloc(1, sizeof *cmd);
+  moe_comm *world = NULL;
+  moe_log_init("moe-train", -1);
+  if (!cmd) return moe_report(moe_fail(MOE_NO_MEMORY, "out of memory: start"));
+  cmd->resume = "auto";
+  moe_status status = moe_comm_init(&argc, &argv);
+  if (status == MOE_OK) status = moe_comm_world(NULL, &world);
+  if (status != MOE_OK) return moe_report(status);
+  int rank = moe_comm_rank(world);
+  moe_log_init("moe-train", rank);
+  status = moe_agree(world, parse(argc, argv, cmd));
+  if (status == MOE_OK && cmd->answer) {
+    if (rank == 0) fputs(cmd->answer, stdout);
+  } else if (status == MOE_OK) {
+    status = work(cmd, world);
+  }
+  int code = moe_status_exit_code(status);
+  if (status != MOE_OK && rank == 0) moe_report(status);
+  moe_comm_destroy(world);
+  moe_comm_finalize();
+  free(cmd);
+  return code;
+}
