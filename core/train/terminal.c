@@ -91,7 +91,8 @@ void moe_terminal_step(moe_terminal *t, const moe_step_record *r, const moe_step
   double percent = t->total > 0 ? 100.0 * (double)r->step / (double)t->total : 100.0;
   field(t, line, "step %*lld/%lld", digits(t->total), (long long)r->step, (long long)t->total);
   field(t, line, "%5.1f %%", percent);
-  field(t, line, "eta %7s", moe_text_seconds(text, seconds_left(t, r)));
+  double left_s = seconds_left(t, r);
+  field(t, line, "eta %7s", left_s < 1.0 ? "< 1 s" : moe_text_seconds(text, left_s));
   field(t, line, "loss %7.4f", r->loss);
   rate_text(text, rates->tokens_per_s);
   field(t, line, "%s tok/s", text);
