@@ -208,6 +208,46 @@ template <typename T> __device__ __forceinline__ T block_sum(T x) {
   return block_reduce(x, op_sum{}, T(0));
 }
 
+/* The sum over the threads before this one, in thread order; *total gets the sum over all. For
+ * blocks of whole warps; all threads must call. */
+template <typename T> __device__ __forceinline__ T block_scan(T x, T *total) {
+  __shared__ T part[32];
+  int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, warps = (int)blockDim.x / 32;
+  T sum = x;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    T before = __shfl_up_sync(full_warp, sum, step);
+    if (lane >= step) sum += before;
+  }
+  __syncthreads(); /* an earlier call's readers are done */
+  if (lane == 31) part[warp] = sum;
+  __syncthreads();
+  T base = 0, all = 0;
+  for (int w = 0; w < warps; w++) {
+    if (w < warp) base += part[w];
+    all += part[w];
+  }
+  *total = all;
+  return base + sum - x;
+}
+
+/* ---- loops --------------------------------------------------------------------------------- */
+
+/* A grid-stride loop: f(i) for each whole group of N elements from i on; the last n % N elements
+ * go one by one through g. */
+template <int N, typename F, typename G>
+__device__ __forceinline__ void stride(int64_t n, F f, G g) {
+  int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+  int64_t step = (int64_t)gridDim.x * blockDim.x;
+  for (int64_t i = first; i < n / N; i += step) f(i * N);
+  for (int64_t i = n - n % N + first; i < n; i += step) g(i);
+}
+/* The same for single elements. */
+template <typename F> __device__ __forceinline__ void stride(int64_t n, F f) {
+  int64_t step = (int64_t)gridDim.x * blockDim.x;
+  for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) f(i);
+}
+
 /* ---- shared by op families ----------------------------------------------------------------- */
 
 /* gemm.cu: c [m, n] (row length ldc) = form(a, b) + beta c on the device's stream; lda, ldb, ldc

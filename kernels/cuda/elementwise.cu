@@ -10,15 +10,6 @@ moe_status moe_cuda_zero(moe_device *dev, moe_tensor x) {
   return MOE_OK;
 }
 
-/* Call f(i) for each whole group of N elements; the last n % N elements go one by one through g. */
-template <int N, typename F, typename G>
-__device__ __forceinline__ void stride(int64_t n, F f, G g) {
-  int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  int64_t step = (int64_t)gridDim.x * blockDim.x;
-  for (int64_t i = first; i < n / N; i += step) f(i * N);
-  for (int64_t i = n - n % N + first; i < n; i += step) g(i);
-}
-
 template <typename D, typename S, int N>
 __device__ __forceinline__ void convert(D *dst, const S *src) {
   float v[N];
