@@ -18,7 +18,8 @@ typedef enum { MOE_SUM, MOE_MAX, MOE_MIN } moe_reduce_op;
 /* Start MPI (funneled; a program not under mpirun is a world of one) and end it. Once each. */
 moe_status moe_comm_init(int *argc, char ***argv);
 void moe_comm_finalize(void);
-/* All ranks, for tensors of `dev`: NCCL when dev is CUDA and there is more than one rank. */
+/* All ranks, for tensors of `dev`: NCCL when dev is CUDA and there is more than one rank. dev NULL:
+ * for host values and agreement alone, before a device is open. */
 moe_status moe_comm_world(moe_device *dev, moe_comm **out);
 /* Collective over `parent`: ranks of one color form a group, ordered by key. */
 moe_status moe_comm_split(moe_comm *parent, int color, int key, moe_comm **out);
