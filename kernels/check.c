@@ -6,8 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* ---- shapes and types --------------------------------------------------------------------------
- */
+/* ---- shapes and types -------------------------------------------------------------------- */
 
 enum { SHAPE_TEXT = 96 };
 
@@ -77,8 +76,7 @@ moe_status moe_check_rule(const char *op, int holds, const char *rule) {
   return holds ? MOE_OK : moe_fail(MOE_INVALID, "%s: %s", op, rule);
 }
 
-/* ---- values, in debug mode ---------------------------------------------------------------------
- */
+/* ---- values, in debug mode --------------------------------------------------------------- */
 
 static double value_at(const void *data, moe_dtype dtype, int64_t i) {
   switch (dtype) {

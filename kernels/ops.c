@@ -9,8 +9,7 @@
 
 #include "kernels/check.h"
 
-/* ---- elementwise -------------------------------------------------------------------------------
- */
+/* ---- elementwise ------------------------------------------------------------------------- */
 
 moe_status moe_zero(moe_device *dev, moe_tensor x) {
   MOE_TRY(moe_check_any("zero", "x", x, MOE_IS_ACT | MOE_IS_I32 | MOE_IS_F64));
@@ -66,8 +65,7 @@ moe_status moe_embed_backward(moe_device *dev, moe_tensor tokens, moe_tensor dou
   return moe_check_finite(dev, "embed_backward", "dweight", dweight);
 }
 
-/* ---- norm --------------------------------------------------------------------------------------
- */
+/* ---- norm -------------------------------------------------------------------------------- */
 
 moe_status moe_rms_norm(moe_device *dev, moe_tensor x, moe_tensor residual, moe_tensor gain,
                         double eps, moe_tensor sum, moe_tensor out, moe_tensor rstd) {
@@ -103,8 +101,7 @@ moe_status moe_rms_norm_backward(moe_device *dev, moe_tensor dout, moe_tensor x,
   return moe_check_finite(dev, op, "dgain", dgain);
 }
 
-/* ---- gemm --------------------------------------------------------------------------------------
- */
+/* ---- gemm -------------------------------------------------------------------------------- */
 
 moe_status moe_gemm(moe_device *dev, moe_gemm_form form, moe_tensor a, moe_tensor b, float beta,
                     moe_tensor c) {
@@ -124,8 +121,7 @@ moe_status moe_gemm(moe_device *dev, moe_gemm_form form, moe_tensor a, moe_tenso
   return moe_check_finite(dev, "gemm", "c", c);
 }
 
-/* ---- rope and attention ------------------------------------------------------------------------
- */
+/* ---- rope and attention ------------------------------------------------------------------ */
 
 void moe_rope_table_fill(double base, double alpha, int64_t positions, int64_t d, float *table) {
   int64_t half = d / 2;
@@ -195,8 +191,7 @@ int64_t moe_attention_scratch(moe_device *dev, moe_attention_shape shape, moe_dt
   return dev->backend->attention_scratch(dev, shape, dtype);
 }
 
-/* ---- loss --------------------------------------------------------------------------------------
- */
+/* ---- loss -------------------------------------------------------------------------------- */
 
 moe_status moe_cross_entropy(moe_device *dev, moe_tensor logits, moe_tensor targets, float scale,
                              int with_grad, moe_tensor loss, moe_tensor row_loss) {
@@ -212,8 +207,7 @@ moe_status moe_cross_entropy(moe_device *dev, moe_tensor logits, moe_tensor targ
   return moe_check_finite(dev, op, "logits", logits);
 }
 
-/* ---- adamw -------------------------------------------------------------------------------------
- */
+/* ---- adamw ------------------------------------------------------------------------------- */
 
 moe_status moe_clip_scale(moe_device *dev, moe_tensor sum_squares, double max_norm, double unscale,
                           moe_tensor scale) {
@@ -249,8 +243,7 @@ moe_status moe_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_
   return moe_check_finite(dev, "adamw", "master", master);
 }
 
-/* ---- decode ------------------------------------------------------------------------------------
- */
+/* ---- decode ------------------------------------------------------------------------------ */
 
 moe_status moe_sample(moe_device *dev, moe_tensor logits, moe_sample_args args, uint64_t row_stream,
                       uint64_t index, moe_tensor token) {

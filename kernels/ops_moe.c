@@ -5,8 +5,7 @@
 #include "kernels/check.h"
 #include "kernels/ops.h"
 
-/* ---- router ------------------------------------------------------------------------------------
- */
+/* ---- router ------------------------------------------------------------------------------ */
 
 moe_status moe_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,
                       moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
@@ -71,8 +70,7 @@ moe_status moe_router_backward(moe_device *dev, moe_tensor dgates, moe_tensor x,
   return moe_check_finite(dev, op, "dweight", dweight);
 }
 
-/* ---- permute -----------------------------------------------------------------------------------
- */
+/* ---- permute ----------------------------------------------------------------------------- */
 
 moe_status moe_permute_plan(moe_device *dev, moe_tensor experts, int64_t pad, moe_tensor offsets,
                             moe_tensor pair, moe_tensor slot) {
@@ -147,7 +145,7 @@ moe_status moe_combine_gates(moe_device *dev, moe_tensor src, moe_tensor slot, i
   return moe_check_finite(dev, "combine_gates", "out", out);
 }
 
-/* ---- experts -- */
+/* ---- experts ----------------------------------------------------------------------------- */
 
 /* w13 may come as [e, 2 F, D], as it is stored and reduced; the slots see [e, 2, F, D]. */
 static moe_tensor split_w13(moe_tensor w13) {

@@ -61,7 +61,7 @@ moe_status moe_cpu_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, 
   int64_t count = moe_tensor_count(master);
 #pragma omp parallel for if (count > PARALLEL)
   for (int64_t at = 0; at < count; at += PIECE) {
-    int64_t n = count - at < PIECE ? count - at : PIECE;
+    int64_t n = moe_min64(PIECE, count - at);
     update(f, n, g + at, w + at, first + at, second + at);
     if (moe_tensor_present(weight)) moe_cpu_store(weight, at, n, w + at);
   }

@@ -9,13 +9,13 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "core/base/arena.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/gemm.h"
 
-/* ---- memory ------------------------------------------------------------------------------------
- */
+/* ---- memory ------------------------------------------------------------------------------ */
 
-enum { LINE = 64, HUGE_PAGE = 2 << 20 };
+enum { LINE = 64, SMALL_ALIGN = MOE_ARENA_ALIGN, HUGE_PAGE = 2 << 20 };
 
 /* Lies in the cache line before each block. */
 typedef struct {
@@ -37,8 +37,8 @@ static void *cpu_alloc(moe_device *dev, int64_t bytes) {
   if (bytes < 0 || bytes > (int64_t)1 << 46) return NULL;
   size_t size = (size_t)bytes;
   if (size < HUGE_PAGE) {
-    void *base = calloc(1, size + 2 * LINE);
-    return base == NULL ? NULL : place(base, LINE, 0);
+    void *base = calloc(1, size + LINE + SMALL_ALIGN);
+    return base == NULL ? NULL : place(base, SMALL_ALIGN, 0);
   }
   size_t mapped = size + LINE + HUGE_PAGE;
   void *base = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -67,8 +67,7 @@ static moe_status cpu_move(moe_device *dev, void *to, const void *from, int64_t 
   return MOE_OK;
 }
 
-/* ---- the device --------------------------------------------------------------------------------
- */
+/* ---- the device -------------------------------------------------------------------------- */
 
 static moe_status cpu_sync(moe_device *dev) {
   (void)dev;
@@ -160,8 +159,8 @@ moe_status moe_cpu_open(moe_device *dev) {
                     "run.threads",
                     threads);
   }
-  omp_set_num_threads(state->threads);
-  openblas_set_num_threads(1); /* see gemm.h */
+  openblas_set_num_threads(1);         /* see gemm.h; OpenBLAS's OpenMP build sets OpenMP's too, */
+  omp_set_num_threads(state->threads); /* hence this order */
   dev->backend = &cpu_backend;
   dev->state = state;
   name_device(dev, state->threads);

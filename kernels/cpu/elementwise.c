@@ -11,17 +11,13 @@ enum {
   PARTIALS = 256         /* most partial sums */
 };
 
-static int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 moe_status moe_cpu_zero(moe_device *dev, moe_tensor x) {
   (void)dev;
   enum { BLOCK = 1 << 20 };
   int64_t bytes = moe_tensor_bytes(x);
 #pragma omp parallel for if (bytes > 4 * BLOCK)
   for (int64_t at = 0; at < bytes; at += BLOCK)
-    memset((char *)x.data + at, 0, (size_t)smaller(BLOCK, bytes - at));
+    memset((char *)x.data + at, 0, (size_t)moe_min64(BLOCK, bytes - at));
   return MOE_OK;
 }
 
@@ -32,7 +28,7 @@ moe_status moe_cpu_copy(moe_device *dev, moe_tensor dst, moe_tensor src) {
 #pragma omp parallel for if (count > PARALLEL)
   for (int64_t at = 0; at < count; at += PIECE) {
     float buffer[PIECE];
-    int64_t n = smaller(PIECE, count - at);
+    int64_t n = moe_min64(PIECE, count - at);
     if (dst.dtype == src.dtype)
       memcpy((char *)dst.data + at * size, (const char *)src.data + at * size, (size_t)(n * size));
     else
@@ -47,7 +43,7 @@ moe_status moe_cpu_add(moe_device *dev, moe_tensor y, moe_tensor x) {
 #pragma omp parallel for if (count > PARALLEL)
   for (int64_t at = 0; at < count; at += PIECE) {
     float x_buffer[PIECE], y_buffer[PIECE], sum[PIECE];
-    int64_t n = smaller(PIECE, count - at);
+    int64_t n = moe_min64(PIECE, count - at);
     const float *xs = moe_cpu_view(x, at, n, x_buffer), *ys = moe_cpu_view(y, at, n, y_buffer);
     for (int64_t i = 0; i < n; i++) sum[i] = ys[i] + xs[i];
     moe_cpu_store(y, at, n, sum);
@@ -61,7 +57,7 @@ moe_status moe_cpu_scale(moe_device *dev, moe_tensor x, float s) {
 #pragma omp parallel for if (count > PARALLEL)
   for (int64_t at = 0; at < count; at += PIECE) {
     float buffer[PIECE], scaled[PIECE];
-    int64_t n = smaller(PIECE, count - at);
+    int64_t n = moe_min64(PIECE, count - at);
     const float *xs = moe_cpu_view(x, at, n, buffer);
     for (int64_t i = 0; i < n; i++) scaled[i] = xs[i] * s;
     moe_cpu_store(x, at, n, scaled);
@@ -73,7 +69,7 @@ static double sum_squares(moe_tensor x, int64_t begin, int64_t end) {
   double sum = 0.0;
   float buffer[PIECE];
   for (int64_t at = begin; at < end; at += PIECE) {
-    int64_t n = smaller(PIECE, end - at);
+    int64_t n = moe_min64(PIECE, end - at);
     const float *xs = moe_cpu_view(x, at, n, buffer);
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; i++) sum += (double)xs[i] * (double)xs[i];
@@ -89,15 +85,14 @@ moe_status moe_cpu_sum_squares(moe_device *dev, moe_tensor x, moe_tensor out) {
   double partial[PARTIALS] = {0};
 #pragma omp parallel for if (count > PARALLEL)
   for (int64_t i = 0; i < PARTIALS; i++)
-    partial[i] = sum_squares(x, smaller(i * share, count), smaller((i + 1) * share, count));
+    partial[i] = sum_squares(x, moe_min64(i * share, count), moe_min64((i + 1) * share, count));
   double sum = 0.0;
   for (int64_t i = 0; i < PARTIALS; i++) sum += partial[i];
   *(double *)out.data += sum;
   return MOE_OK;
 }
 
-/* ---- embedding ---------------------------------------------------------------------------------
- */
+/* ---- embedding --------------------------------------------------------------------------- */
 
 static moe_status check_tokens(const char *op, moe_tensor tokens, int64_t vocabulary) {
   const int32_t *ids = tokens.data;
@@ -133,7 +128,7 @@ moe_status moe_cpu_embed_backward(moe_device *dev, moe_tensor tokens, moe_tensor
 #pragma omp parallel for if (moe_tensor_count(dout) > PARALLEL)
   for (int64_t column = 0; column < width; column += COLUMNS) {
     float buffer[COLUMNS];
-    int64_t n = smaller(COLUMNS, width - column);
+    int64_t n = moe_min64(COLUMNS, width - column);
     for (int64_t t = 0; t < count; t++) {
       const float *from = moe_cpu_view(dout, t * width + column, n, buffer);
       float *to = (float *)dweight.data + ids[t] * width + column;

@@ -31,19 +31,15 @@ typedef struct {
   int64_t tile_m, tile_n, tile_k;
 } product;
 
-static int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 static int64_t tiles_along(int64_t size, int64_t tile) {
   return (size + tile - 1) / tile;
 }
 
 /* Cut the longer side until there are enough tiles, unless the product is small anyway. */
 static void choose_tiles(product *p) {
-  p->tile_m = smaller(p->m, BLOCK_M);
-  p->tile_n = smaller(p->n, BLOCK_N);
-  p->tile_k = p->a.dtype == MOE_F32 ? p->k : smaller(p->k, BLOCK_K);
+  p->tile_m = moe_min64(p->m, BLOCK_M);
+  p->tile_n = moe_min64(p->n, BLOCK_N);
+  p->tile_k = p->a.dtype == MOE_F32 ? p->k : moe_min64(p->k, BLOCK_K);
   if ((double)p->m * (double)p->n * (double)p->k < 1e6) return;
   while (tiles_along(p->m, p->tile_m) * tiles_along(p->n, p->tile_n) < ENOUGH) {
     int64_t *longer = p->tile_m >= p->tile_n ? &p->tile_m : &p->tile_n;
@@ -79,7 +75,7 @@ static void multiply(const product *p, int64_t row, int64_t rows, int64_t column
 }
 
 static void tile(const product *p, int64_t row, int64_t column, float *panels) {
-  int64_t rows = smaller(p->tile_m, p->m - row), columns = smaller(p->tile_n, p->n - column);
+  int64_t rows = moe_min64(p->tile_m, p->m - row), columns = moe_min64(p->tile_n, p->n - column);
   bool in_place = p->c.dtype == MOE_F32;
   float *c = in_place ? (float *)p->c.data + row * p->n + column
                       : panels + BLOCK_M * BLOCK_K + BLOCK_K * BLOCK_N;
@@ -88,7 +84,7 @@ static void tile(const product *p, int64_t row, int64_t column, float *panels) {
     for (int64_t i = 0; i < rows; i++)
       moe_cpu_load(p->c, (row + i) * p->n + column, columns, c + i * stride);
   for (int64_t at = 0; at < p->k; at += p->tile_k)
-    multiply(p, row, rows, column, columns, at, smaller(p->tile_k, p->k - at),
+    multiply(p, row, rows, column, columns, at, moe_min64(p->tile_k, p->k - at),
              at > 0 ? 1.0f : p->beta, c, stride, panels);
   if (!in_place)
     for (int64_t i = 0; i < rows; i++)

@@ -20,4 +20,8 @@ int64_t moe_cpu_panel_floats(void);
  * threads of an OpenMP region, where each call runs on its caller's thread alone. The same bits for
  * any number of threads. */
 
+/* moe_cpu_choose_blas's condition: OpenBLAS loaded kernels for `core`, and `asked` (or NULL) is
+ * what the environment told it to. */
+bool moe_cpu_blas_mistaken(const char *core, bool avx512, const char *asked);
+
 #endif

@@ -12,16 +12,12 @@
 
 enum { PIECE = 1024, BLOCKS = 64 };
 
-static int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 /* The largest element; NaN when there is one, so that it reaches the loss. */
 static float row_max(moe_tensor x, int64_t begin, int64_t end) {
   float buffer[PIECE], most = -INFINITY;
   int nans = 0;
   for (int64_t at = begin; at < end; at += PIECE) {
-    int64_t n = smaller(PIECE, end - at);
+    int64_t n = moe_min64(PIECE, end - at);
     const float *xs = moe_cpu_view(x, at, n, buffer);
 #pragma omp simd reduction(max : most) reduction(| : nans)
     for (int64_t i = 0; i < n; i++) {
@@ -36,7 +32,7 @@ static double sum_exp(moe_tensor x, int64_t begin, int64_t end, float most) {
   float buffer[PIECE];
   double sum = 0.0;
   for (int64_t at = begin; at < end; at += PIECE) {
-    int64_t n = smaller(PIECE, end - at);
+    int64_t n = moe_min64(PIECE, end - at);
     const float *xs = moe_cpu_view(x, at, n, buffer);
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; i++) sum += (double)moe_expf(xs[i] - most);
@@ -49,7 +45,7 @@ static void write_gradient(moe_tensor x, int64_t begin, int64_t end, float most,
                            int64_t target, float scale) {
   float buffer[PIECE], result[PIECE];
   for (int64_t at = begin; at < end; at += PIECE) {
-    int64_t n = smaller(PIECE, end - at);
+    int64_t n = moe_min64(PIECE, end - at);
     const float *xs = moe_cpu_view(x, at, n, buffer);
     for (int64_t i = 0; i < n; i++) result[i] = factor * moe_expf(xs[i] - most);
     if (target >= at && target < at + n) result[target - at] -= scale;
@@ -97,7 +93,7 @@ moe_status moe_cpu_cross_entropy(moe_device *dev, moe_tensor logits, moe_tensor 
   double sum[BLOCKS] = {0}, counted[BLOCKS] = {0};
 #pragma omp parallel for schedule(dynamic, 1) if (rows * width > 8192)
   for (int block = 0; block < BLOCKS; block++)
-    for (int64_t i = block * share; i < smaller((block + 1) * share, rows); i++) {
+    for (int64_t i = block * share; i < moe_min64((block + 1) * share, rows); i++) {
       int64_t begin = i * width, end = begin + width;
       double value = 0.0;
       if (target[i] >= 0) {

@@ -13,15 +13,11 @@ enum {
   PARALLEL = 16 * 1024 /* elements below which one thread is faster */
 };
 
-static int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 static void add_residual(moe_tensor x, moe_tensor residual, moe_tensor sum, int64_t begin,
                          int64_t end) {
   float x_buffer[PIECE], r_buffer[PIECE], total[PIECE];
   for (int64_t at = begin; at < end; at += PIECE) {
-    int64_t n = smaller(PIECE, end - at);
+    int64_t n = moe_min64(PIECE, end - at);
     const float *xs = moe_cpu_view(x, at, n, x_buffer);
     const float *rs = moe_cpu_view(residual, at, n, r_buffer);
     for (int64_t i = 0; i < n; i++) total[i] = xs[i] + rs[i];
@@ -33,7 +29,7 @@ static double sum_squares(moe_tensor x, int64_t begin, int64_t end) {
   float buffer[PIECE];
   double sum = 0.0;
   for (int64_t at = begin; at < end; at += PIECE) {
-    int64_t n = smaller(PIECE, end - at);
+    int64_t n = moe_min64(PIECE, end - at);
     const float *xs = moe_cpu_view(x, at, n, buffer);
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; i++) sum += (double)xs[i] * (double)xs[i];
@@ -45,7 +41,7 @@ static void normalize(moe_tensor x, int64_t begin, int64_t end, float rstd, cons
                       moe_tensor out) {
   float buffer[PIECE], result[PIECE];
   for (int64_t at = begin; at < end; at += PIECE) {
-    int64_t n = smaller(PIECE, end - at);
+    int64_t n = moe_min64(PIECE, end - at);
     const float *xs = moe_cpu_view(x, at, n, buffer), *gains = gain + (at - begin);
     for (int64_t i = 0; i < n; i++) result[i] = xs[i] * rstd * gains[i];
     moe_cpu_store(out, at, n, result);
@@ -70,7 +66,7 @@ moe_status moe_cpu_rms_norm(moe_device *dev, moe_tensor x, moe_tensor residual, 
   return MOE_OK;
 }
 
-/* ---- backward ----------------------------------------------------------------------------------
+/* ---- backward -------------------------------------------------------------------------------
  * With h = x rstd and g = dout gain:  dx += rstd (g - h mean(g h)),  dgain += sum over rows dout h.
  */
 
@@ -79,7 +75,7 @@ static double dot_gained(moe_tensor dout, moe_tensor x, const float *gain, int64
   float d_buffer[PIECE], x_buffer[PIECE];
   double sum = 0.0;
   for (int64_t at = begin; at < end; at += PIECE) {
-    int64_t n = smaller(PIECE, end - at);
+    int64_t n = moe_min64(PIECE, end - at);
     const float *ds = moe_cpu_view(dout, at, n, d_buffer), *xs = moe_cpu_view(x, at, n, x_buffer);
     const float *gains = gain + (at - begin);
 #pragma omp simd reduction(+ : sum)
@@ -94,7 +90,7 @@ static void add_row_gradient(moe_tensor dout, moe_tensor x, const float *gain, f
   float pull = (float)(dot_gained(dout, x, gain, begin, end) / width * r * r * r);
   float d_buffer[PIECE], x_buffer[PIECE], dx_buffer[PIECE], result[PIECE];
   for (int64_t at = begin; at < end; at += PIECE) {
-    int64_t n = smaller(PIECE, end - at);
+    int64_t n = moe_min64(PIECE, end - at);
     const float *ds = moe_cpu_view(dout, at, n, d_buffer), *xs = moe_cpu_view(x, at, n, x_buffer);
     const float *old = moe_cpu_view(dx, at, n, dx_buffer), *gains = gain + (at - begin);
     for (int64_t i = 0; i < n; i++) result[i] = old[i] + (rstd * (ds[i] * gains[i]) - pull * xs[i]);
@@ -126,7 +122,7 @@ moe_status moe_cpu_rms_norm_backward(moe_device *dev, moe_tensor dout, moe_tenso
     /* dgain first: dx may be dout's own memory */
 #pragma omp for
     for (int64_t column = 0; column < width; column += COLUMNS)
-      add_gain_gradient(dout, x, inverse, column, smaller(COLUMNS, width - column), dgain.data);
+      add_gain_gradient(dout, x, inverse, column, moe_min64(COLUMNS, width - column), dgain.data);
 #pragma omp for
     for (int64_t row = 0; row < rows; row++)
       add_row_gradient(dout, x, gain.data, inverse[row], row * width, (row + 1) * width, dx);

@@ -6,16 +6,12 @@
 
 enum { PIECE = 256 };
 
-static int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 /* The head of 2 * half elements that starts at `at`. */
 static void rotate(moe_tensor qkv, int64_t at, int64_t half, const float *cosine, const float *sine,
                    float sign) {
   float a_buffer[PIECE], b_buffer[PIECE], a_turned[PIECE], b_turned[PIECE];
   for (int64_t begin = 0; begin < half; begin += PIECE) {
-    int64_t n = smaller(PIECE, half - begin), low = at + begin, high = low + half;
+    int64_t n = moe_min64(PIECE, half - begin), low = at + begin, high = low + half;
     const float *a = moe_cpu_view(qkv, low, n, a_buffer);
     const float *b = moe_cpu_view(qkv, high, n, b_buffer);
     const float *c = cosine + begin, *s = sine + begin;

@@ -26,8 +26,7 @@ static int listed;
 static moe_device *device;
 static char place[64]; /* "CPU, bf16" */
 
-/* ---- failures ----------------------------------------------------------------------------------
- */
+/* ---- failures ---------------------------------------------------------------------------- */
 
 void op_fail(const char *file, int line, const char *condition, const char *format, ...) {
   fprintf(stderr, "%s:%d: [%s] %s: ", file, line, place, condition);
@@ -52,8 +51,7 @@ void op_expect_refused(moe_status code, const char *text, moe_status status, con
     op_fail(file, line, call, "the message \"%s\" does not say \"%s\"", moe_error_message(), text);
 }
 
-/* ---- the list of what a body owns --------------------------------------------------------------
- */
+/* ---- the list of what a body owns -------------------------------------------------------- */
 
 static owned *own(const char *name) {
   op_require(listed < MOST, "a body makes more than %d tensors", MOST);
@@ -108,8 +106,7 @@ static void release_all(void) {
   moe_device_set_scratch(device, NULL, 0);
 }
 
-/* ---- running a body ----------------------------------------------------------------------------
- */
+/* ---- running a body ---------------------------------------------------------------------- */
 
 static bool open_device(moe_device_kind kind, int threads) {
   const char *only = getenv("MOE_TEST_BACKEND");
@@ -162,8 +159,7 @@ void op_with_threads(int threads, void (*body)(moe_device *dev)) {
   close_device();
 }
 
-/* ---- values and bytes --------------------------------------------------------------------------
- */
+/* ---- values and bytes -------------------------------------------------------------------- */
 
 static void encode(moe_dtype dtype, double value, char *to) {
   float f = (float)value;
@@ -221,8 +217,7 @@ double op_tolerance(moe_dtype dtype) {
   return dtype == MOE_BF16 ? 3e-3 : dtype == MOE_F16 ? 4e-4 : 1e-6;
 }
 
-/* ---- tensors -----------------------------------------------------------------------------------
- */
+/* ---- tensors ----------------------------------------------------------------------------- */
 
 /* Bring x->v to the device, rounded; x->v becomes what was stored. */
 static void upload(op_tensor *x) {
@@ -316,8 +311,7 @@ double *op_read(op_tensor *x) {
   return x->v;
 }
 
-/* ---- expectations ------------------------------------------------------------------------------
- */
+/* ---- expectations ------------------------------------------------------------------------ */
 
 void op_expect_close(op_tensor *x, const double *reference, double tolerance, const char *file,
                      int line) {
@@ -345,8 +339,7 @@ void op_expect_equal(op_tensor *x, const double *reference, const char *file, in
               reference[i]);
 }
 
-/* ---- references --------------------------------------------------------------------------------
- */
+/* ---- references -------------------------------------------------------------------------- */
 
 void op_differences(double (*f)(const double *x, void *context), void *context, double *x,
                     int64_t count, double *gradient) {

@@ -12,7 +12,7 @@
 
 #include "kernels/ops.h"
 
-/* ---- running a body ------------------------------------------------------------------------ */
+/* ---- running a body ---------------------------------------------------------------------- */
 
 /* For each backend (CPU; CUDA where a device opens) and each of f32, bf16, f16. The environment
  * variable MOE_TEST_BACKEND=cpu|cuda keeps one. */
@@ -22,7 +22,7 @@ void op_each_device(void (*body)(moe_device *dev));
 /* One body, on a CPU device with so many threads. */
 void op_with_threads(int threads, void (*body)(moe_device *dev));
 
-/* ---- tensors on the device ----------------------------------------------------------------- */
+/* ---- tensors on the device --------------------------------------------------------------- */
 
 typedef struct {
   moe_tensor t;     /* on the device */
@@ -58,7 +58,7 @@ void op_scratch(moe_device *dev, int64_t bytes);
 /* Wait for the device, check the guards, bring the values to x->v and return it. */
 double *op_read(op_tensor *x);
 
-/* ---- expectations -------------------------------------------------------------------------- */
+/* ---- expectations ------------------------------------------------------------------------ */
 
 #define op_require(condition, ...) \
   ((condition) ? (void)0 : op_fail(__FILE__, __LINE__, #condition, __VA_ARGS__))
@@ -90,7 +90,7 @@ double op_tolerance(moe_dtype dtype);
 /* A value as the type stores it. */
 double op_round(moe_dtype dtype, double value);
 
-/* ---- gradients ----------------------------------------------------------------------------- */
+/* ---- gradients --------------------------------------------------------------------------- */
 
 /* Central differences of a float64 reference: gradient[i] = (f(x + h e_i) - f(x - h e_i)) / 2h with
  * h = 1e-5 (1 + |x_i|). x is restored. */
