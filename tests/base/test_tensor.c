@@ -1,0 +1,110 @@
+#include <criterion/criterion.h>
+#include <math.h>
+#include <string.h>
+
+#include "core/base/rng.h"
+#include "core/base/tensor.h"
+
+Test(tensor, sizes_and_names_follow_the_table) {
+  cr_assert_eq(moe_dtype_size(MOE_F32), 4);
+  cr_assert_eq(moe_dtype_size(MOE_BF16), 2);
+  cr_assert_eq(moe_dtype_size(MOE_F16), 2);
+  cr_assert_eq(moe_dtype_size(MOE_I32), 4);
+  cr_assert_eq(moe_dtype_size(MOE_F64), 8);
+  cr_assert_str_eq(moe_dtype_name(MOE_BF16), "bf16");
+}
+
+Test(tensor, rows_are_a_view) {
+  float data[6 * 4];
+  moe_tensor t = moe_tensor_3d(data, MOE_F32, 6, 2, 2);
+  moe_tensor rows = moe_tensor_rows(t, 2, 3);
+  cr_assert_eq(rows.data, (void *)(data + 8));
+  cr_assert_eq(rows.shape[0], 3);
+  cr_assert_eq(moe_tensor_count(rows), 12);
+  cr_assert_eq(moe_tensor_count(moe_tensor_rows(t, 6, 0)), 0);
+  cr_assert_not(moe_tensor_present(moe_tensor_rows(moe_tensor_2d(NULL, MOE_F32, 4, 4), 1, 2)));
+}
+
+Test(tensor, every_half_survives_the_way_through_float) {
+  for (uint32_t h = 0; h < 65536; h++) {
+    float f = moe_f16_to_f32((uint16_t)h);
+    if (isnan(f)) {
+      cr_assert((h & 0x7c00) == 0x7c00 && (h & 0x3ff) != 0);
+      cr_assert(isnan(moe_f16_to_f32(moe_f32_to_f16(f))));
+    } else {
+      cr_assert_eq(moe_f32_to_f16(f), h, "half %04x", h);
+    }
+  }
+}
+
+/* From the definition: sign * 2^(e - 15) * (1 + f / 1024), or 2^-14 * f / 1024. */
+Test(tensor, halves_have_ieee_values) {
+  for (uint32_t h = 0; h < 65536; h++) {
+    int e = (int)(h >> 10 & 31), f = (int)(h & 1023);
+    if (e == 31) continue;
+    double value = e > 0 ? ldexp(1.0 + f / 1024.0, e - 15) : ldexp(f / 1024.0, -14);
+    cr_assert_eq((double)moe_f16_to_f32((uint16_t)h), h & 0x8000 ? -value : value, "half %04x", h);
+  }
+  cr_assert_eq(moe_f16_to_f32(0x7c00), INFINITY);
+  cr_assert_eq(moe_f16_to_f32(0xfc00), -INFINITY);
+}
+
+static float any_float(uint32_t i) {
+  uint32_t words[4];
+  moe_philox(7, i, 0, words);
+  uint32_t bits = words[0];
+  if (i % 2) bits = (bits & 0x8fffffffu) | 0x30000000u; /* half of them near the range of halves */
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+/* The nearest of the result and its neighbours, ties to the even one. */
+static void assert_nearest(float f, uint16_t got, float (*widen)(uint16_t)) {
+  double here = fabs((double)widen(got) - (double)f);
+  for (int step = -1; step <= 1; step += 2) {
+    uint16_t other = (uint16_t)(got + step);
+    float value = widen(other);
+    if (!isfinite(value) || (other ^ got) & 0x8000) continue;
+    double there = fabs((double)value - (double)f);
+    cr_assert(here < there || (here == there && got % 2 == 0), "%a became %04x", f, got);
+  }
+}
+
+Test(tensor, halves_round_to_the_nearest_even) {
+  for (uint32_t i = 0; i < 300000; i++) {
+    float f = any_float(i);
+    uint16_t got = moe_f32_to_f16(f);
+    if (isnan(f))
+      cr_assert(isnan(moe_f16_to_f32(got)));
+    else if (fabsf(f) >= 65520.0f)
+      cr_assert_eq(moe_f16_to_f32(got), copysignf(INFINITY, f));
+    else
+      assert_nearest(f, got, moe_f16_to_f32);
+  }
+  cr_assert_eq(moe_f32_to_f16(65519.996f), 0x7bff);
+  cr_assert_eq(moe_f32_to_f16(-0.0f), 0x8000);
+  cr_assert_eq(moe_f32_to_f16(0x1p-25f), 0);          /* tie to even */
+  cr_assert_eq(moe_f32_to_f16(0x1.000002p-25f), 1);   /* just above it */
+  cr_assert_eq(moe_f32_to_f16(0x1.ff8p-15f), 0x03ff); /* largest subnormal */
+}
+
+Test(tensor, bfloats_round_to_the_nearest_even) {
+  for (uint32_t i = 0; i < 300000; i++) {
+    float f = any_float(i);
+    uint16_t got = moe_f32_to_bf16(f);
+    if (isnan(f))
+      cr_assert(isnan(moe_bf16_to_f32(got)));
+    else if (isfinite(moe_bf16_to_f32(got)))
+      assert_nearest(f, got, moe_bf16_to_f32);
+    else
+      cr_assert_gt(fabsf(f), 0x1.fep127f);
+  }
+  cr_assert_eq(moe_f32_to_bf16(1.0f), 0x3f80);
+  cr_assert_eq(moe_f32_to_bf16(0x1.01p0f), 0x3f80); /* tie to even */
+  cr_assert_eq(moe_f32_to_bf16(0x1.03p0f), 0x3f82);
+  cr_assert_eq(moe_f32_to_bf16(INFINITY), 0x7f80);
+  for (uint32_t b = 0; b < 65536; b++)
+    if (!isnan(moe_bf16_to_f32((uint16_t)b)))
+      cr_assert_eq(moe_f32_to_bf16(moe_bf16_to_f32((uint16_t)b)), b);
+}
