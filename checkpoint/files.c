@@ -1,0 +1,167 @@
+/* Files and folders the careful way.
+ *
+ * A name is durable only once its folder was fsynced, a file's bytes only once the file was; so
+ * every function here that makes something syncs both. */
+#include "checkpoint/files.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static moe_status fail_io(const char *what, const char *path) {
+  return moe_fail(MOE_IO, "%s: %s: %s", path, what, strerror(errno));
+}
+
+moe_status moe_files_sync_folder(const char *path) {
+  int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (fd < 0) return fail_io("cannot open the folder", path);
+  int failed = fsync(fd);
+  moe_status status = failed ? fail_io("cannot fsync the folder", path) : MOE_OK;
+  close(fd);
+  return status;
+}
+
+bool moe_files_is_folder(const char *path) {
+  struct stat st;
+  return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+static moe_status sync_parent(const char *path) {
+  char parent[PATH_MAX];
+  snprintf(parent, sizeof parent, "%s", path);
+  char *slash = strrchr(parent, '/');
+  if (!slash) return moe_files_sync_folder(".");
+  slash[slash == parent] = 0; /* keep the root's slash */
+  return moe_files_sync_folder(parent);
+}
+
+moe_status moe_files_make_folder(const char *path) {
+  if (mkdir(path, 0777) != 0) return fail_io("cannot make the folder", path);
+  return sync_parent(path);
+}
+
+moe_status moe_files_make_folders(const char *path) {
+  char prefix[PATH_MAX];
+  size_t length = strlen(path);
+  if (length == 0) return moe_fail(MOE_USAGE, "run.dir is empty: name the run's folder");
+  if (length >= sizeof prefix) return moe_fail(MOE_USAGE, "%.60s...: the path is too long", path);
+  for (size_t i = 1; i <= length; i++) {
+    if (path[i] != '/' && path[i] != 0) continue;
+    memcpy(prefix, path, i);
+    prefix[i] = 0;
+    if (prefix[i - 1] == '/' || moe_files_is_folder(prefix)) continue;
+    if (mkdir(prefix, 0777) != 0 && errno != EEXIST)
+      return fail_io("cannot make the folder", prefix);
+    if (!moe_files_is_folder(prefix))
+      return moe_fail(MOE_IO, "%s: is in the way: a folder is needed there", prefix);
+    MOE_TRY(sync_parent(prefix));
+  }
+  return MOE_OK;
+}
+
+static bool write_all(int fd, const char *data, int64_t length) {
+  while (length > 0) {
+    ssize_t n = write(fd, data, (size_t)length);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) return false;
+    data += n;
+    length -= n;
+  }
+  return true;
+}
+
+moe_status moe_files_write_new(const char *path, const void *data, int64_t length) {
+  int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  if (fd < 0) return fail_io("cannot create", path);
+  moe_status status = MOE_OK;
+  if (!write_all(fd, data, length))
+    status = fail_io("cannot write", path);
+  else if (fsync(fd) != 0)
+    status = fail_io("cannot fsync", path);
+  if (close(fd) != 0 && status == MOE_OK) status = fail_io("cannot close", path);
+  if (status != MOE_OK) unlink(path);
+  return status;
+}
+
+moe_status moe_files_replace(const char *path, const void *data, int64_t length) {
+  char temporary[PATH_MAX + 8];
+  snprintf(temporary, sizeof temporary, "%s.tmp", path);
+  unlink(temporary);
+  MOE_TRY(moe_files_write_new(temporary, data, length));
+  if (rename(temporary, path) != 0) {
+    moe_status status = fail_io("cannot replace", path);
+    unlink(temporary);
+    return status;
+  }
+  return sync_parent(path);
+}
+
+moe_status moe_files_open(const char *path, int *fd, int64_t *size) {
+  struct stat st;
+  /* O_NONBLOCK: a named pipe in the file's place must not make us wait */
+  *fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+  if (*fd < 0 && (errno == ENOENT || errno == ELOOP))
+    return moe_fail(MOE_DAMAGED, "%s: %s", path,
+                    errno == ENOENT ? "is missing" : "is a symbolic link, which is not followed");
+  if (*fd < 0) return fail_io("cannot open", path);
+  moe_status status = MOE_OK;
+  if (fstat(*fd, &st) != 0)
+    status = fail_io("cannot stat", path);
+  else if (!S_ISREG(st.st_mode))
+    status = moe_fail(MOE_DAMAGED, "%s: is not a regular file", path);
+  *size = st.st_size;
+  if (status != MOE_OK) {
+    close(*fd);
+    *fd = -1;
+  }
+  return status;
+}
+
+moe_status moe_files_read(const char *path, int64_t limit, char **out, int64_t *length) {
+  int fd;
+  int64_t size, at = 0;
+  MOE_TRY(moe_files_open(path, &fd, &size));
+  moe_status status = MOE_OK;
+  char *text = NULL;
+  if (size > limit)
+    status = moe_fail(MOE_DAMAGED, "%s: %" PRId64 " bytes, more than the %" PRId64 " allowed", path,
+                      size, limit);
+  else if (!(text = malloc((size_t)size + 1)))
+    status = moe_fail(MOE_NO_MEMORY, "%s: no memory for %" PRId64 " bytes", path, size);
+  while (status == MOE_OK && at < size) {
+    ssize_t n = read(fd, text + at, (size_t)(size - at));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0)
+      status = fail_io("cannot read", path);
+    else if (n == 0)
+      status = moe_fail(MOE_DAMAGED, "%s: shrank while it was read", path);
+    else
+      at += n;
+  }
+  close(fd);
+  if (status != MOE_OK) {
+    free(text);
+    return status;
+  }
+  text[size] = 0;
+  *out = text;
+  *length = size;
+  return MOE_OK;
+}
+
+bool moe_files_remove_folder(const char *path) {
+  DIR *folder = opendir(path);
+  if (!folder) return errno == ENOENT;
+  for (struct dirent *e; (e = readdir(folder));)
+    if (strcmp(e->d_name, ".") != 0 && strcmp(e->d_name, "..") != 0)
+      unlinkat(dirfd(folder), e->d_name, 0);
+  closedir(folder);
+  return rmdir(path) == 0;
+}

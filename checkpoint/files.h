@@ -1,0 +1,36 @@
+/* Files and folders the careful way: what was reported done is on the disk. All functions are local
+ * and say in their message which path failed and why. */
+#ifndef MOE_CHECKPOINT_FILES_H
+#define MOE_CHECKPOINT_FILES_H
+
+#include "core/base/status.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Make a folder and its parents, each fsynced into its parent; existing ones are fine. */
+moe_status moe_files_make_folders(const char *path);
+/* Make one new folder. */
+moe_status moe_files_make_folder(const char *path);
+moe_status moe_files_sync_folder(const char *path);
+/* Write a new file and fsync it. On an error nothing is left. */
+moe_status moe_files_write_new(const char *path, const void *data, int64_t length);
+/* Replace a file at once: PATH.tmp, fsync, rename, fsync of the folder. */
+moe_status moe_files_replace(const char *path, const void *data, int64_t length);
+/* Read a regular file (no link) of at most `limit` bytes; malloc'd, ended by an extra 0.
+ * MOE_DAMAGED when it is missing, of another kind or larger. */
+moe_status moe_files_read(const char *path, int64_t limit, char **out, int64_t *length);
+/* Open a regular file (no link) to read. MOE_DAMAGED as above. */
+moe_status moe_files_open(const char *path, int *fd, int64_t *size);
+/* Remove a folder of files. False (errno) when something stayed; leaves the error message alone. */
+bool moe_files_remove_folder(const char *path);
+bool moe_files_is_folder(const char *path);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,34 @@
+/* Shards: writing one rank's pieces to a file, and checking a file against the manifest.
+ *
+ * No function here communicates, and moe_shard_write touches nothing but its arguments: a thread
+ * may call it on a snapshot of host memory. All are local. */
+#ifndef MOE_CHECKPOINT_SHARD_H
+#define MOE_CHECKPOINT_SHARD_H
+
+#include "checkpoint/hdf5_file.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Bytes moved at a time between file and memory. */
+enum { MOE_SHARD_CHUNK = 16 << 20 };
+
+/* Write pieces[0..n) (those with elements) to the new file `path`, fsynced. slices[0..n) receive
+ * one entry per written piece, *written how many, *file the size and metadata hash (the names and
+ * numbers of files are the caller's). Piece data is memory of `dev`; NULL: host memory.
+ * MOE_IO leaves the file to be deleted by the caller. */
+moe_status moe_shard_write(const char *path, moe_device *dev, const moe_piece *pieces, int n,
+                           moe_slice *slices, int64_t *written, moe_shard_file *file);
+/* Open file number i of the checkpoint in folder `dir` after checking its kind, size and the hash
+ * of its metadata. MOE_DAMAGED names the file. */
+moe_status moe_shard_open(const char *dir, const moe_manifest *m, int i, moe_hdf5 *out);
+/* Read the whole file: metadata, structure and every dataset's hash. */
+moe_status moe_shard_verify(const char *dir, const moe_manifest *m, int i);
+/* MOE_DAMAGED naming the dataset unless both hashes are equal. */
+moe_status moe_shard_compare_hash(const moe_hdf5 *f, const moe_slice *s, XXH128_hash_t got);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
