@@ -4,9 +4,10 @@
  * exchange), so a transport only ever sees real groups. */
 #include "parallel/comm.h"
 
+#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
+#include "core/base/log.h"
 #include "kernels/ops.h"
 #include "parallel/comm_backend.h"
 
@@ -25,8 +26,9 @@ static moe_status find_place_on_node(void) {
 
 moe_status moe_comm_init(int *argc, char ***argv) {
   int provided = MPI_THREAD_SINGLE;
-  /* Without mpirun Open MPI starts a daemon for spawning more processes, which nobody will. */
-  if (!getenv("OMPI_COMM_WORLD_SIZE")) setenv("OMPI_MCA_ess_singleton_isolated", "1", 0);
+  process.under_mpirun = getenv("OMPI_COMM_WORLD_SIZE") || getenv("PMIX_RANK");
+  /* Alone, Open MPI would start a daemon for spawning more processes, which nobody will. */
+  if (!process.under_mpirun) setenv("OMPI_MCA_ess_singleton_isolated", "1", 0);
   MPI_TRY(MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided));
   if (provided < MPI_THREAD_FUNNELED)
     return moe_fail(MOE_FAILED, "MPI: this library supports no threads beside the one that calls "
@@ -44,6 +46,13 @@ static bool mpi_is_running(void) {
 
 void moe_comm_finalize(void) {
   if (mpi_is_running()) MPI_Finalize();
+}
+
+void moe_abort(moe_status status) {
+  int code = moe_report(status);
+  fflush(NULL);
+  if (mpi_is_running() && process.under_mpirun) MPI_Abort(MPI_COMM_WORLD, code);
+  exit(code);
 }
 
 int moe_comm_local_rank(void) {

@@ -1,12 +1,10 @@
-/* Host values, agreement and the end of a failed job: always over MPI, whatever the device.
+/* Host values and agreement: always over MPI, whatever the device.
  *
  * Agreement costs one small reduction while all is well; only an error makes its rank tell the
  * others what it was. */
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/base/log.h"
 #include "parallel/comm_backend.h"
 
 enum { GATHER_TAG = 1, MESSAGE_BYTES = 1024 };
@@ -128,13 +126,4 @@ moe_status moe_agree(moe_comm *c, moe_status mine) {
   MOE_TRY(moe_mpi_broadcast(c, &worst, sizeof worst, who));
   if (names_a_rank(worst.text)) return moe_fail((moe_status)worst.status, "%s", worst.text);
   return moe_fail((moe_status)worst.status, "rank %d: %s", who, worst.text);
-}
-
-void moe_abort(moe_status status) {
-  int running = 0, ended = 0, code = moe_report(status);
-  fflush(NULL);
-  MPI_Initialized(&running);
-  MPI_Finalized(&ended);
-  if (running && !ended) MPI_Abort(MPI_COMM_WORLD, code);
-  exit(code);
 }
