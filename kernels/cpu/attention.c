@@ -56,8 +56,8 @@ static int64_t max64(int64_t a, int64_t b) {
 static problem make_problem(moe_attention_shape s, int64_t rep, moe_tensor qkv,
                             moe_tensor doc_start) {
   problem p = {s, qkv, doc_start.data, rep, 0, 0, (s.heads + 2 * s.kv_heads) * s.head_dim, 0.0f};
-  p.tokens = min64(s.seq, min64(STACK_TOKENS, max64(1, STACK_ROWS / rep)));
-  p.keys = min64(s.seq, KEY_BLOCK);
+  p.tokens = max64(1, min64(s.seq, min64(STACK_TOKENS, STACK_ROWS / rep)));
+  p.keys = max64(1, min64(s.seq, KEY_BLOCK));
   p.scale = (float)(1.0 / sqrt((double)s.head_dim));
   return p;
 }

@@ -118,9 +118,14 @@ static moe_status grouped_product(moe_device *dev, const grouped *g) {
 
 /* ---- SwiGLU ---------------------------------------------------------------------------------- */
 
-/* silu(g) * u, the hidden activation before its gate: one formula for forward and backward. */
-static inline float swiglu(float g, float u) {
-  return g / (1.0f + moe_expf(-g)) * u;
+static inline float sigmoid(float x) {
+  return 1.0f / (1.0f + moe_expf(-x));
+}
+
+/* silu(g) * u with s = sigmoid(g), the hidden activation before its gate: one formula for forward
+ * and backward. */
+static inline float swiglu(float g, float s, float u) {
+  return g * s * u;
 }
 
 /* gu is stored first and read back, so that backward, which has only the stored values, makes the
@@ -135,9 +140,10 @@ static void finish_up(const grouped *g, int64_t row, int64_t rows, float *values
       int64_t n = min64(CHUNK, ffn - i);
       const float *gate = moe_cpu_view(g->gu, r * g->n + i, n, gate_part);
       const float *up = moe_cpu_view(g->gu, r * g->n + ffn + i, n, up_part);
+      float *a = g->a.dtype == MOE_F32 ? (float *)g->a.data + r * ffn + i : hidden;
 #pragma omp simd
-      for (int64_t f = 0; f < n; f++) hidden[f] = scale * swiglu(gate[f], up[f]);
-      moe_cpu_store(g->a, r * ffn + i, n, hidden);
+      for (int64_t f = 0; f < n; f++) a[f] = scale * swiglu(gate[f], sigmoid(gate[f]), up[f]);
+      if (a == hidden) moe_cpu_store(g->a, r * ffn + i, n, hidden);
     }
   }
 }
@@ -182,7 +188,7 @@ static float differentiate(int64_t n, float scale, float *gate, float *up, float
 #pragma omp simd reduction(+ : dot)
   for (int64_t f = 0; f < n; f++) {
     float g = gate[f], u = up[f], grad = da[f];
-    float s = 1.0f / (1.0f + moe_expf(-g)), h = swiglu(g, u);
+    float s = sigmoid(g), h = swiglu(g, s, u);
     dot += grad * h;
     grad *= scale;
     gate[f] = grad * u * s * (1.0f + g * (1.0f - s));
@@ -192,21 +198,28 @@ static float differentiate(int64_t n, float scale, float *gate, float *up, float
   return dot;
 }
 
+/* Columns [i, i + n) of row r, whose da lies in `da`. */
+static float finish_chunk(const grouped *g, int64_t r, int64_t i, int64_t n, float *da) {
+  int64_t ffn = g->n, at = r * 2 * ffn + i;
+  float gate_part[CHUNK], up_part[CHUNK];
+  if (g->gu.dtype == MOE_F32) {
+    float *gate = (float *)g->gu.data + at;
+    return differentiate(n, g->gates[r], gate, gate + ffn, da); /* da lies where a belongs */
+  }
+  moe_cpu_load(g->gu, at, n, gate_part);
+  moe_cpu_load(g->gu, at + ffn, n, up_part);
+  float dot = differentiate(n, g->gates[r], gate_part, up_part, da);
+  moe_cpu_store(g->gu, at, n, gate_part);
+  moe_cpu_store(g->gu, at + ffn, n, up_part);
+  moe_cpu_store(g->a, r * ffn + i, n, da);
+  return dot;
+}
+
 static void finish_down_backward(const grouped *g, int64_t row, int64_t rows, float *values) {
-  int64_t ffn = g->n;
-  float gate[CHUNK], up[CHUNK];
   for (int64_t r = row; r < row + rows; r++) {
     double dot = 0.0;
-    for (int64_t i = 0; i < ffn; i += CHUNK) {
-      int64_t n = min64(CHUNK, ffn - i), at = r * 2 * ffn + i;
-      float *da = values + (r - row) * ffn + i;
-      moe_cpu_load(g->gu, at, n, gate);
-      moe_cpu_load(g->gu, at + ffn, n, up);
-      dot += (double)differentiate(n, g->gates[r], gate, up, da);
-      moe_cpu_store(g->gu, at, n, gate);
-      moe_cpu_store(g->gu, at + ffn, n, up);
-      if (g->a.dtype != MOE_F32) moe_cpu_store(g->a, r * ffn + i, n, da);
-    }
+    for (int64_t i = 0; i < g->n; i += CHUNK)
+      dot += (double)finish_chunk(g, r, i, min64(CHUNK, g->n - i), values + (r - row) * g->n + i);
     g->dgates[r] = (float)dot;
   }
 }
