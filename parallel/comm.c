@@ -11,7 +11,11 @@
 #include "kernels/ops.h"
 #include "parallel/comm_backend.h"
 
-static struct { int local_rank, local_size; } process = {0, 1};
+/* This process among those of its node, and whether mpirun started it. */
+static struct {
+  int local_rank, local_size;
+  bool under_mpirun;
+} process = {0, 1, false};
 
 /* ---- start and end ------------------------------------------------------------------------- */
 
