@@ -58,6 +58,8 @@ moe_status moe_cuda_combine_rows(moe_device *dev, moe_tensor src, moe_tensor slo
                                  int beta, moe_tensor out);
 moe_status moe_cuda_combine_gates(moe_device *dev, moe_tensor src, moe_tensor slot, int64_t begin,
                                   int beta, moe_tensor out);
+moe_status moe_cuda_localize_experts(moe_device *dev, moe_tensor experts, moe_tensor gates,
+                                     int64_t begin, int64_t count);
 moe_status moe_cuda_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
                               moe_tensor gates, moe_tensor gu, moe_tensor a);
 moe_status moe_cuda_expert_down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_tensor w2,

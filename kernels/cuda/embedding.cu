@@ -5,6 +5,7 @@
  * in order; blocks of other occurrences find an earlier one and leave. The search costs T^2/2
  * comparisons at most, 0.3 ms for 32768 tokens, and ends early for frequent tokens. */
 #include <climits>
+#include <cmath>
 
 #include "kernels/cuda/common.cuh"
 
@@ -22,7 +23,7 @@ __global__ void embed_kernel(const int32_t *tokens, const T *weight, int64_t voc
       row.load(weight + token * width + c);
     } else {
 #pragma unroll
-      for (int j = 0; j < N; j++) row.v[j] = from_float<T>(__int_as_float(0x7fffffff));
+      for (int j = 0; j < N; j++) row.v[j] = from_float<T>(NAN);
     }
     row.store(out + t * width + c);
   });

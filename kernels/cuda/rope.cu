@@ -1,4 +1,6 @@
 /* Rotary position embedding, in place: a thread rotates N neighbouring pairs (i, i + d/2). */
+#include <cmath>
+
 #include "kernels/cuda/common.cuh"
 
 struct rope_args {
@@ -24,7 +26,7 @@ template <typename T, int N> __global__ void rope_kernel(rope_args p) {
       load<float, N>(sine, p.table + position * p.d + half + i);
     } else {
 #pragma unroll
-      for (int j = 0; j < N; j++) cosine[j] = sine[j] = __int_as_float(0x7fffffff);
+      for (int j = 0; j < N; j++) cosine[j] = sine[j] = NAN;
     }
 #pragma unroll
     for (int j = 0; j < N; j++) {
