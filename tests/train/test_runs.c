@@ -1,0 +1,231 @@
+/* Whole runs of moe-train on CPUs: the loss curve does not depend on how the work is divided, and a
+ * resumed run goes on as if it had not stopped. */
+#include <cjson/cJSON.h>
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "core/base/rng.h"
+#include "data/token_file.h"
+
+enum { STEPS = 6, VOCAB = 97 };
+static char folder[] = "/tmp/moe-runs-XXXXXX";
+
+/* A model whose every size differs, 16 experts, batches that 1 to 7 ranks divide. */
+static const char model[] =
+    "[model]\npreset = tiny\nvocab_size = 97\nhidden_size = 24\nnum_layers = 2\nnum_heads = 4\n"
+    "num_kv_heads = 2\nhead_dim = 8\nnum_experts = 16\ntop_k = 3\nffn_size = 20\ncontext = 12\n"
+    "[optim]\nlr = 5e-3\nwarmup_steps = 2\n[train]\nsteps = 6\n[checkpoint]\nsave_final = false\n"
+    "[run]\ndeterministic = true\nthreads = 1\n[log]\ntensorboard = false\n";
+
+static int shell(const char *format, ...) {
+  char command[4096];
+  va_list args;
+  va_start(args, format);
+  vsnprintf(command, sizeof command, format, args);
+  va_end(args);
+  int status = system(command);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
+}
+
+static void set_up(void) {
+  cr_assert(mkdtemp(folder));
+  char path[256];
+  snprintf(path, sizeof path, "%s/tokens", folder);
+  moe_token_writer *w;
+  cr_assert_eq(moe_token_writer_create(path, VOCAB, &w), MOE_OK);
+  for (int d = 0; d < 120;
+       d++) { /* documents of words that follow a pattern, so there is something to learn */
+    int32_t ids[300];
+    int n = 40 + 13 * (d % 20);
+    for (int i = 0; i < n; i++) ids[i] = (int32_t)((i * (1 + d % 7) + d) % (VOCAB - 4)) + 4;
+    cr_assert_eq(moe_token_writer_append(w, ids, n), MOE_OK);
+    cr_assert_eq(moe_token_writer_end_document(w), MOE_OK);
+  }
+  cr_assert_eq(moe_token_writer_finish(w), MOE_OK);
+  moe_token_writer_destroy(w);
+  snprintf(path, sizeof path, "%s/cfg.ini", folder);
+  FILE *f = fopen(path, "w");
+  fprintf(f, "%s[data]\ntrain = %s/tokens\nsequence_length = 12\n", model, folder);
+  fclose(f);
+}
+
+static void tear_down(void) {
+  shell("rm -rf %s", folder);
+}
+
+TestSuite(runs, .init = set_up, .fini = tear_down);
+
+/* Start moe-train in run folder `name`; returns the exit code. */
+static int train(const char *name, int ranks, const char *more) {
+  return shell("mpirun --oversubscribe -np %d %s/moe-train %s/cfg.ini --set run.dir=%s/%s %s "
+               ">%s/%s.log 2>&1",
+               ranks, MOE_BIN_DIR, folder, folder, name, more, folder, name);
+}
+
+/* A value of every step of a run; NAN where a step is missing or twice. */
+static void curve(const char *name, const char *key, double out[STEPS]) {
+  char path[256], line[1 << 16];
+  int seen[STEPS] = {0};
+  for (int i = 0; i < STEPS; i++) out[i] = NAN;
+  snprintf(path, sizeof path, "%s/%s/metrics.jsonl", folder, name);
+  FILE *f = fopen(path, "r");
+  if (!f) shell("cat %s/%s.log >&2", folder, name);
+  cr_assert(f, "no %s", path);
+  while (fgets(line, sizeof line, f)) {
+    cJSON *json = cJSON_Parse(line);
+    cJSON *step = cJSON_GetObjectItem(json, "step"), *value = cJSON_GetObjectItem(json, key);
+    if (step && value && step->valueint >= 1 && step->valueint <= STEPS) {
+      int i = step->valueint - 1;
+      out[i] = seen[i]++ ? NAN : value->valuedouble;
+    }
+    cJSON_Delete(json);
+  }
+  fclose(f);
+}
+
+static void same_curves(const char *a, const char *b, double tolerance) {
+  static const char *const keys[] = {"loss", "grad_norm"};
+  for (int k = 0; k < 2; k++) {
+    double x[STEPS], y[STEPS];
+    curve(a, keys[k], x);
+    curve(b, keys[k], y);
+    for (int i = 0; i < STEPS; i++) {
+      bool same = tolerance == 0.0 ? x[i] == y[i] : fabs(x[i] - y[i]) <= tolerance * fabs(x[i]);
+      cr_assert(same, "%s of step %d: %s %.9g, %s %.9g", keys[k], i + 1, a, x[i], b, y[i]);
+    }
+  }
+}
+
+static void succeeds(const char *name, int ranks, const char *more) {
+  int code = train(name, ranks, more);
+  if (code != 0) shell("tail -5 %s/%s.log >&2", folder, name);
+  cr_assert_eq(code, 0, "%s: exit code %d", name, code);
+}
+
+#define BATCH(global, micro) \
+  "--set train.global_batch=" #global " --set train.micro_batch=" #micro " "
+
+Test(runs, losses_do_not_depend_on_the_number_of_ranks) {
+  succeeds("one", 1, BATCH(210, 210));
+  succeeds("three", 3, BATCH(210, 70));
+  succeeds("five", 5, BATCH(210, 42));
+  succeeds("six", 6, BATCH(210, 35));
+  succeeds("seven", 7, BATCH(210, 30));
+  double loss[STEPS];
+  curve("one", "loss", loss);
+  cr_assert(loss[STEPS - 1] < loss[0] - 0.05, "nothing was learnt: %g to %g", loss[0],
+            loss[STEPS - 1]);
+  same_curves("one", "three", 1e-5);
+  same_curves("one", "five", 1e-5);
+  same_curves("one", "six", 1e-5);
+  same_curves("one", "seven", 1e-5);
+}
+
+Test(runs, losses_do_not_depend_on_the_mesh_or_zero1) {
+  succeeds("ep1", 1, BATCH(16, 16));
+  succeeds("ep8", 8, BATCH(16, 2) "--set parallel.ep=8");
+  succeeds("ep4", 8, BATCH(16, 2) "--set parallel.ep=4 --set parallel.exchange=allgather");
+  succeeds("ep2", 8, BATCH(16, 2) "--set parallel.ep=2 --set parallel.zero1=true");
+  same_curves("ep1", "ep8", 1e-5);
+  same_curves("ep1", "ep4", 1e-5);
+  same_curves("ep1", "ep2", 1e-5);
+}
+
+Test(runs, thirty_two_ranks_run) {
+  succeeds("many", 32,
+           BATCH(32, 1) "--set parallel.ep=16 --set train.steps=2 --set optim.warmup_steps=1");
+}
+
+Test(runs, accumulation_changes_nothing_without_the_auxiliary_loss) {
+  succeeds("whole", 2, BATCH(8, 4) "--set train.aux_coef=0");
+  succeeds("halves", 2, BATCH(8, 2) "--set train.aux_coef=0");
+  same_curves("whole", "halves", 1e-5);
+}
+
+Test(runs, sequence_scope_is_the_same_on_any_ranks) {
+  succeeds("s1", 1, BATCH(8, 8) "--set train.aux_scope=sequence --set train.z_coef=1e-3");
+  succeeds("s4", 4, BATCH(8, 2) "--set train.aux_scope=sequence --set train.z_coef=1e-3");
+  same_curves("s1", "s4", 1e-5);
+}
+
+Test(runs, masks_and_recomputation_agree) {
+  succeeds("kept", 2, BATCH(8, 4) "--set data.document_mask=true");
+  succeeds("experts", 2, BATCH(8, 4) "--set data.document_mask=true --set train.recompute=experts");
+  succeeds("block", 2,
+           BATCH(8, 4) "--set data.document_mask=true --set train.recompute=block "
+                       "--set train.recompute_layers=1");
+  same_curves("kept", "experts", 0.0);
+  same_curves("kept", "block", 0.0);
+}
+
+Test(runs, bf16_follows_fp32) {
+  succeeds("fp32", 2, BATCH(8, 4));
+  succeeds("bf16", 2, BATCH(8, 4) "--set precision.dtype=bf16 --set parallel.zero1=true");
+  succeeds("fp16", 2, BATCH(8, 4) "--set precision.dtype=fp16");
+  double a[STEPS], b[STEPS], c[STEPS];
+  curve("fp32", "loss", a);
+  curve("bf16", "loss", b);
+  curve("fp16", "loss", c);
+  for (int i = 0; i < STEPS; i++) {
+    cr_assert(fabs(a[i] - b[i]) < 0.02 * a[i], "bf16 step %d: %g, %g", i + 1, a[i], b[i]);
+    cr_assert(fabs(a[i] - c[i]) < 0.02 * a[i], "fp16 step %d: %g, %g", i + 1, a[i], c[i]);
+  }
+}
+
+/* Train with a checkpoint half-way, go back to it, and train on with other ranks. */
+static void resume(const char *name, int before, int after, const char *batch_after,
+                   double tolerance) {
+  char half[64];
+  snprintf(half, sizeof half, "%s-half", name);
+  succeeds("through", before, BATCH(12, 3) "--set checkpoint.interval=3 --set checkpoint.keep=4");
+  cr_assert_eq(shell("cp -r %s/through %s/%s && rm -rf %s/%s/checkpoints/step-00000006", folder,
+                     folder, half, folder, half),
+               0);
+  succeeds(half, after, batch_after);
+  same_curves("through", half, tolerance);
+  cr_assert_eq(shell("grep -q 'resuming after step 3' %s/%s.log", folder, half), 0);
+}
+
+Test(runs, resume_is_bitwise_on_the_same_ranks) {
+  resume("two", 2, 2, BATCH(12, 3), 0.0);
+}
+
+Test(runs, resume_works_on_other_ranks) {
+  resume("four", 4, 1, BATCH(12, 6), 1e-5);
+}
+
+Test(runs, resume_with_other_mathematics_is_refused) {
+  succeeds("first", 1, BATCH(4, 4) "--set checkpoint.interval=3");
+  cr_assert_eq(train("first", 1, BATCH(4, 4) "--set model.rope_alpha=2"), 2);
+  cr_assert_eq(shell("grep -q 'model.rope_alpha' %s/first.log", folder), 0);
+}
+
+Test(runs, capacity_factor_reports_what_it_drops) {
+  double dropped[STEPS];
+  succeeds("tight", 2, BATCH(8, 4) "--set train.capacity_factor=0.5");
+  curve("tight", "dropped", dropped);
+  for (int i = 0; i < STEPS; i++) cr_assert(dropped[i] > 0.0, "step %d: %g", i + 1, dropped[i]);
+  succeeds("loose", 2, BATCH(8, 4));
+  curve("loose", "dropped", dropped);
+  for (int i = 0; i < STEPS; i++) cr_assert_eq(dropped[i], 0.0);
+}
+
+Test(runs, divergence_ends_the_run_with_exit_4) {
+  cr_assert_eq(train("wild", 2,
+                     BATCH(4, 2) "--set optim.lr=100 --set optim.clip=0 --set model.init_std=10 "
+                                 "--set train.nonfinite_limit=2 --set train.steps=50"),
+               4);
+  cr_assert_eq(shell("grep -q 'training diverged' %s/wild.log", folder), 0);
+}
+
+Test(runs, dry_run_prints_the_plan_and_touches_nothing) {
+  cr_assert_eq(train("dry", 2, BATCH(4, 2) "--dry-run"), 0);
+  cr_assert_eq(shell("grep -q 'experts   0 to   7 of every layer: rank 0' %s/dry.log", folder), 0);
+  cr_assert_neq(shell("test -e %s/dry", folder), 0);
+}
