@@ -197,7 +197,7 @@ Test(runs, resume_is_bitwise_on_the_same_ranks) {
 }
 
 Test(runs, resume_works_on_other_ranks) {
-  resume("four", 4, 1, BATCH(12, 6), 1e-5);
+  resume("four", 4, 1, BATCH(12, 12), 1e-5);
 }
 
 Test(runs, resume_with_other_mathematics_is_refused) {
