@@ -117,7 +117,7 @@ static moe_status set_room_aside(const char *path, int fd, int64_t room) {
 
 moe_status moe_hdf5_create(const char *path, int64_t room, moe_hdf5 *out) {
   enter();
-  *out = (moe_hdf5){.id = -1, .fd = -1, .writing = true};
+  *out = (moe_hdf5){.id = -1, .fd = -1};
   snprintf(out->path, sizeof out->path, "%s", path);
   hid_t list = access_list();
   out->id = H5Fcreate(path, H5F_ACC_EXCL, H5P_DEFAULT, list);
@@ -146,20 +146,18 @@ moe_status moe_hdf5_open(moe_hdf5 *f) {
 
 moe_status moe_hdf5_close(moe_hdf5 *f) {
   enter();
-  if (H5Fclose(f->id) < 0) return moe_fail(MOE_IO, "%s: cannot close: %s", f->path, why().text);
+  f->broken = H5Fclose(f->id) < 0;
   f->id = -1;
-  return MOE_OK;
+  return f->broken ? moe_fail(MOE_IO, "%s: cannot close: %s", f->path, why().text) : MOE_OK;
 }
 
 void moe_hdf5_release(moe_hdf5 *f) {
   enter();
-  bool closed = f->id < 0 || H5Fclose(f->id) >= 0;
+  if (f->id >= 0) f->broken = H5Fclose(f->id) < 0;
   f->id = -1;
-  if (f->fd < 0) return;
-  /* A file that HDF5 cannot close stays in its list of open files, by inode. Keeping the (emptied)
-   * file open keeps the inode from being given to a later shard, which HDF5 would take for it. */
-  if (!closed && f->writing && ftruncate(f->fd, 0) == 0) return;
-  close(f->fd);
+  /* A file that HDF5 cannot close stays in its list of open files, known by its inode. Keeping it
+   * open, emptied, keeps the inode from going to a later shard, which HDF5 would take for it. */
+  if (f->fd >= 0 && !(f->broken && ftruncate(f->fd, 0) == 0)) close(f->fd);
   f->fd = -1;
 }
 

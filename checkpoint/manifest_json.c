@@ -17,7 +17,7 @@
 #include "checkpoint/manifest.h"
 
 #define FORMAT "moe-train checkpoint"
-#define WRITER "moe-train 0.1.0"
+#define WRITER "moe-train " MOE_VERSION
 #define HASH_KEY "  \"manifest_xxh3_128\": \""
 enum {
   HEX = MOE_HASH_TEXT - 1,

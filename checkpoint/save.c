@@ -109,6 +109,7 @@ done:
 
 static moe_status run_phases(saving *s, const char *run_dir) {
   MOE_TRY(moe_agree(s->world, moe_commit_plan(run_dir, s->state->step, &s->commit)));
+  MOE_TRY(moe_comm_host_broadcast(s->world, s->commit.temporary, MOE_PATH, 0));
   MOE_TRY(moe_agree(s->world, begin(s)));
   MOE_TRY(moe_agree(s->world, write_shard(s)));
   MOE_TRY(moe_agree(s->world, publish(s)));
