@@ -1,0 +1,198 @@
+/* Drawing the next token: the procedure of kernels/cpu/decode.c, one block per row.
+ *
+ * That file says what is drawn; here is how the same comes out in parallel. A thread owns a run of
+ * consecutive indices, so "index order" is thread order. Weights are whole numbers: w in [0, 1]
+ * times 2^shift, the largest power that V of them cannot overflow (2^47 for 32000), so sums are
+ * exact in any order, shared-memory atomics included. Against sums in f64 a boundary moves by less
+ * than 1e-10 of the mass. */
+#include <climits>
+#include <cmath>
+
+#include "core/base/rng.h"
+#include "kernels/cuda/common.cuh"
+
+constexpr int sample_threads = 1024, rows_at_once = 64;
+
+typedef unsigned long long whole; /* what 64-bit atomics take */
+
+struct sample_args {
+  const float *logits;
+  int32_t *token;
+  int64_t count; /* V */
+  double temperature, top_p;
+  int64_t top_k;
+  int shift;
+  double uniform[rows_at_once]; /* each row's draw, made on the host */
+};
+
+/* One row of logits and what is left of it, as this thread sees it. */
+struct choice {
+  const float *logit;
+  int64_t begin, end; /* my indices */
+  float largest;
+  double temperature;
+  int shift;
+  uint32_t cut;              /* keys above it stay; */
+  int64_t ties, ties_before; /* of those equal, the first `ties`; how many come before mine */
+
+  __device__ float value(int64_t i) const {
+    float v = logit[i];
+    return v != v ? -INFINITY : v + 0.0f;
+  }
+  /* Unsigned order = order of floats. */
+  __device__ uint32_t key(int64_t i) const {
+    uint32_t bits = __float_as_uint(value(i));
+    return bits >> 31 ? ~bits : bits | 1u << 31;
+  }
+  __device__ whole weight(int64_t i) const {
+    float v = value(i);
+    double w = v == largest ? 1.0 : exp(((double)v - (double)largest) / temperature);
+    return (whole)__double2ll_rn(ldexp(w, shift));
+  }
+  /* Call f(i, key) for each of my indices that stays. */
+  template <typename F> __device__ void each(F f) const {
+    int64_t seen = ties_before;
+    for (int64_t i = begin; i < end; i++) {
+      uint32_t k = key(i);
+      if (k > cut || (k == cut && seen++ < ties)) f(i, k);
+    }
+  }
+};
+
+static __device__ whole total_weight(const choice &c) {
+  whole sum = 0;
+  c.each([&](int64_t i, uint32_t) { sum += c.weight(i); });
+  return block_sum(sum);
+}
+
+/* The largest logit's index, ties to the lower. */
+static __device__ int64_t greedy(const choice &c) {
+  __shared__ whole best;
+  whole mine = 0; /* key above, inverted index below: the maximum is what we want */
+  for (int64_t i = c.begin; i < c.end; i++) {
+    whole here = (whole)c.key(i) << 32 | (uint32_t) ~(uint32_t)i;
+    mine = here > mine ? here : mine;
+  }
+  if (threadIdx.x == 0) best = 0;
+  __syncthreads();
+  atomicMax(&best, mine);
+  __syncthreads();
+  return (int64_t)(uint32_t) ~(uint32_t)best;
+}
+
+/* What a cut's passes share. */
+struct cut_state {
+  whole bin[256];
+  unsigned size[256];
+  double above;
+  uint32_t prefix;
+};
+
+/* The bin in which the sum from the top reaches `need`. One thread. */
+static __device__ void pick_bin(cut_state *s, double need, double unit) {
+  int at = 255, lowest = 0;
+  while (s->size[lowest] == 0) lowest++;
+  while (at > lowest && (s->size[at] == 0 || s->above + (double)s->bin[at] * unit < need))
+    s->above += (double)s->bin[at--] * unit;
+  s->prefix = s->prefix << 8 | (uint32_t)at;
+}
+
+/* Keep the shortest beginning of the order that reaches `need`: in numbers of tokens, or in
+ * weight. */
+static __device__ void cut_at(choice *c, double need, bool by_weight) {
+  __shared__ cut_state s;
+  double unit = by_weight ? ldexp(1.0, -c->shift) : 1.0;
+  __syncthreads();
+  if (threadIdx.x == 0) s.above = 0.0, s.prefix = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    __syncthreads();
+    for (int b = (int)threadIdx.x; b < 256; b += (int)blockDim.x) s.bin[b] = 0, s.size[b] = 0;
+    __syncthreads();
+    c->each([&](int64_t i, uint32_t k) {
+      if (shift < 24 && k >> (shift + 8) != s.prefix) return;
+      atomicAdd(&s.bin[k >> shift & 255], by_weight ? c->weight(i) : (whole)1);
+      atomicAdd(&s.size[k >> shift & 255], 1u);
+    });
+    __syncthreads();
+    if (threadIdx.x == 0) pick_bin(&s, need, unit);
+  }
+  __syncthreads();
+  int64_t members = s.size[s.prefix & 255], ties = 1;
+  double each = (double)s.bin[s.prefix & 255] * unit / (double)members;
+  while (ties < members && s.above + (double)ties * each < need) ties++;
+  c->cut = s.prefix;
+  c->ties = ties;
+  int64_t equal = 0, all;
+  for (int64_t i = c->begin; i < c->end; i++) equal += c->key(i) == c->cut;
+  c->ties_before = block_scan(equal, &all);
+}
+
+/* The first that stays whose running sum exceeds u times the sum; else the last with weight. */
+static __device__ int64_t draw(const choice &c, double u) {
+  __shared__ unsigned first, last;
+  whole sum = 0, total, target;
+  unsigned hit = UINT_MAX, latest = 0;
+  if (threadIdx.x == 0) first = UINT_MAX, last = 0;
+  c.each([&](int64_t i, uint32_t) { sum += c.weight(i); });
+  whole before = block_scan(sum, &total);
+  target = (whole)(u * (double)total); /* whole numbers exceed it when they exceed its floor */
+  c.each([&](int64_t i, uint32_t) {
+    whole w = c.weight(i);
+    if (w == 0) return;
+    before += w;
+    latest = (unsigned)i;
+    if (before > target && hit == UINT_MAX) hit = (unsigned)i;
+  });
+  if (hit != UINT_MAX) atomicMin(&first, hit);
+  if (latest != 0) atomicMax(&last, latest);
+  __syncthreads();
+  return first != UINT_MAX ? first : last;
+}
+
+__global__ void __launch_bounds__(sample_threads)
+    sample_kernel(const __grid_constant__ sample_args p) {
+  int64_t each = div_up(p.count, sample_threads), begin = threadIdx.x * each;
+  int64_t end = begin + each < p.count ? begin + each : p.count;
+  choice c = {p.logits + blockIdx.x * p.count,
+              begin,
+              end > begin ? end : begin,
+              0.0f,
+              p.temperature,
+              p.shift,
+              0,
+              p.count,
+              0};
+  int64_t token = greedy(c);
+  if (p.temperature > 0.0) {
+    c.largest = c.value(token);
+    if (p.top_k > 0 && p.top_k < p.count) cut_at(&c, (double)p.top_k, false);
+    if (p.top_p < 1.0) cut_at(&c, p.top_p * ldexp((double)total_weight(c), -p.shift), true);
+    token = draw(c, p.uniform[blockIdx.x]);
+  }
+  if (threadIdx.x == 0) p.token[blockIdx.x] = (int32_t)token;
+}
+
+moe_status moe_cuda_sample(moe_device *dev, moe_tensor logits, moe_sample_args args,
+                           uint64_t row_stream, uint64_t index, moe_tensor token) {
+  int64_t rows = logits.shape[0], count = logits.shape[1];
+  if (count > INT_MAX)
+    return moe_fail(MOE_INVALID, "cuda: sample: a vocabulary of %lld is too large",
+                    (long long)count);
+  sample_args p = {};
+  p.count = count;
+  p.temperature = (double)args.temperature;
+  p.top_p = (double)args.top_p;
+  p.top_k = args.top_k;
+  for (p.shift = 62; count >> (62 - p.shift) > 0; p.shift--) {
+  }
+  for (int64_t row = 0; row < rows; row += rows_at_once) {
+    int64_t here = rows - row < rows_at_once ? rows - row : rows_at_once;
+    p.logits = cuda_data<float>(logits) + row * count;
+    p.token = cuda_data<int32_t>(token) + row;
+    for (int64_t i = 0; i < here; i++)
+      p.uniform[i] = moe_rng_uniform_f64(args.seed, row_stream + (uint64_t)(row + i), index);
+    sample_kernel<<<(unsigned)here, sample_threads, 0, cuda_of(dev)->stream>>>(p);
+    CUDA_LAUNCHED(dev);
+  }
+  return MOE_OK;
+}

@@ -1,0 +1,386 @@
+/* The router: softmax over experts, the K largest, and the way back.
+ *
+ * Logits are float32 products of the own tiled kernel, which takes x as it is stored and the
+ * float32 weights. Then a warp per token: softmax, and K rounds of "largest score, ties to the
+ * lower index". Whatever is summed over tokens goes through a fixed number of partial sums.
+ *
+ * Gradient, with p = softmax(l), C the chosen experts, S = sum of p over C, gate_j = p_j / S:
+ *     dL/dp_j  = [j in C] (dgate_j - sum_k dgate_k gate_k) / S  +  aux_scale load_j
+ *     dL/dl_j  = p_j (dL/dp_j - sum_i p_i dL/dp_i)  +  z_scale 2 lse p_j */
+#include <cfloat>
+#include <climits>
+#include <cmath>
+
+#include "kernels/cuda/tiled.cuh"
+
+/* ---- softmax and choice -------------------------------------------------------------------- */
+
+struct choose_args {
+  float *probs; /* [T, E] logits in, probabilities out */
+  const float *bias;
+  float *lse, *gates;
+  int32_t *experts;
+  int64_t tokens;
+  int count, k; /* E, K */
+};
+
+/* Logits of one token become probabilities; `score` gets what the choice goes by. */
+static __device__ void soften(float *p, const float *bias, int count, float *lse, float *score) {
+  int lane = (int)threadIdx.x % 32;
+  float top = -INFINITY, sum = 0;
+  for (int j = lane; j < count; j += 32) top = op_max{}(top, score[j] = p[j]);
+  top = warp_reduce(top, op_max{});
+  for (int j = lane; j < count; j += 32) sum += score[j] = expf(score[j] - top);
+  sum = warp_sum(sum);
+  for (int j = lane; j < count; j += 32) {
+    float probability = score[j] / sum, s = bias ? probability + bias[j] : probability;
+    p[j] = probability;
+    score[j] = s == s ? s : -INFINITY; /* NaN marks what is taken */
+  }
+  if (lane == 0) *lse = top + logf(sum);
+}
+
+/* The untaken index with the largest score, the lower of equals. */
+static __device__ int largest(const float *score, int count) {
+  int lane = (int)threadIdx.x % 32, best = INT_MAX;
+  float most = -INFINITY;
+  for (int j = lane; j < count; j += 32)
+    if (score[j] > most || (score[j] == most && j < best)) most = score[j], best = j;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    float other = __shfl_xor_sync(full_warp, most, step);
+    int at = __shfl_xor_sync(full_warp, best, step);
+    if (other > most || (other == most && at < best)) most = other, best = at;
+  }
+  return best;
+}
+
+__global__ void choose_kernel(choose_args a) {
+  extern __shared__ float scores[]; /* [warps, E] */
+  int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+  int64_t t = (int64_t)blockIdx.x * (blockDim.x / 32) + warp;
+  if (t >= a.tokens) return;
+  float *score = scores + warp * a.count, *p = a.probs + t * a.count, *gates = a.gates + t * a.k;
+  soften(p, a.bias, a.count, a.lse + t, score);
+  float sum = 0;
+  for (int k = 0; k < a.k; k++) {
+    __syncwarp();
+    int best = largest(score, a.count);
+    float probability = p[best];
+    sum += probability;
+    __syncwarp(); /* all have looked */
+    if (lane == 0) {
+      score[best] = NAN;
+      a.experts[t * a.k + k] = best;
+      gates[k] = probability;
+    }
+  }
+  __syncwarp();
+  for (int k = lane; k < a.k; k += 32) /* a bias may choose experts whose p is zero */
+    gates[k] = sum < FLT_MIN ? 1.0f / (float)a.k : gates[k] / sum;
+}
+
+/* Warps per block so that their scores fit 48 KiB of shared memory; 0: not even one. */
+static int score_warps(int64_t count) {
+  int64_t warps = (48 << 10) / (4 * count);
+  return (int)(warps < 4 ? warps : 4);
+}
+
+/* ---- stats --------------------------------------------------------------------------------- */
+
+constexpr int stats_threads = 256;
+
+struct stats_args {
+  const float *probs, *lse;
+  const int32_t *experts;
+  double *partial; /* [groups of this call, splits, 2 E + 1]: load, mass, lse^2 */
+  float *stats;
+  int64_t per_group, per_split, first_group, groups; /* groups: of all */
+  int count, k, splits;
+};
+
+/* Experts [first, first + columns) over tokens [begin, end): assignments and mass. */
+static __device__ void sum_columns(const stats_args &a, int64_t begin, int64_t end, int first,
+                                   int columns, double *out) {
+  __shared__ int load[stats_threads];
+  __shared__ double mass[stats_threads];
+  int lanes = stats_threads / columns; /* tokens at a time */
+  int c = (int)threadIdx.x % columns, r = (int)threadIdx.x / columns;
+  double sum = 0;
+  if (r < lanes)
+    for (int64_t t = begin + r; t < end; t += lanes)
+      sum += (double)a.probs[t * a.count + first + c];
+  __syncthreads();
+  load[threadIdx.x] = 0;
+  mass[threadIdx.x] = sum;
+  __syncthreads();
+  for (int64_t i = begin * a.k + threadIdx.x; i < end * a.k; i += stats_threads) {
+    int j = a.experts[i] - first;
+    if (j >= 0 && j < columns) atomicAdd(&load[j], 1); /* whole numbers: any order is the same */
+  }
+  __syncthreads();
+  if (r != 0) return;
+  for (int i = 1; i < lanes; i++) sum += mass[i * columns + c];
+  out[first + c] = load[c];
+  out[a.count + first + c] = sum;
+}
+
+/* Block (split, group). */
+__global__ void __launch_bounds__(stats_threads) stats_kernel(stats_args a) {
+  int64_t group = a.first_group + blockIdx.y;
+  int64_t begin = group * a.per_group + blockIdx.x * a.per_split;
+  int64_t stop = (group + 1) * a.per_group;
+  int64_t end = begin + a.per_split < stop ? begin + a.per_split : stop;
+  double *out = a.partial + ((int64_t)blockIdx.y * a.splits + blockIdx.x) * (2 * a.count + 1);
+  for (int first = 0; first < a.count; first += stats_threads)
+    sum_columns(a, begin, end, first, min(stats_threads, a.count - first), out);
+  double squares = 0;
+  for (int64_t t = begin + threadIdx.x; t < end; t += stats_threads)
+    squares += (double)a.lse[t] * (double)a.lse[t];
+  squares = block_sum(squares);
+  if (threadIdx.x == 0) out[2 * a.count] = squares;
+}
+
+/* Partial sums, in order, into the three blocks of stats. */
+__global__ void stats_sum_kernel(stats_args a, int64_t groups_here) {
+  int64_t width = 2 * a.count + 1;
+  stride(groups_here * width, [=](int64_t i) {
+    int64_t here = i / width, c = i % width, group = a.first_group + here;
+    double sum = 0;
+    for (int s = 0; s < a.splits; s++) sum += a.partial[(here * a.splits + s) * width + c];
+    int64_t block = c / a.count; /* 0 load, 1 mass, 2 squares */
+    int64_t at = block < 2 ? (block * a.groups + group) * a.count + c % a.count
+                           : 2 * a.groups * a.count + group;
+    a.stats[at] = (float)sum;
+  });
+}
+
+static moe_status sum_stats(moe_device *dev, stats_args a) {
+  cuda_state *s = cuda_of(dev);
+  int64_t width = 8 * (2 * (int64_t)a.count + 1), fit = s->partial_bytes / width;
+  int64_t splits = div_up(a.per_group, 256), at_once;
+  if (splits > 64) splits = 64;
+  if (splits * a.groups > fit) splits = fit / a.groups;
+  a.splits = (int)(splits < 1 ? 1 : splits);
+  a.per_split = div_up(a.per_group, a.splits);
+  at_once = fit / a.splits < 65535 ? fit / a.splits : 65535;
+  for (a.first_group = 0; a.first_group < a.groups; a.first_group += at_once) {
+    int64_t here = a.groups - a.first_group < at_once ? a.groups - a.first_group : at_once;
+    stats_kernel<<<dim3((unsigned)a.splits, (unsigned)here), stats_threads, 0, s->stream>>>(a);
+    CUDA_LAUNCHED(dev);
+    stats_sum_kernel<<<cuda_blocks(dev, here * (2 * a.count + 1), 128), 128, 0, s->stream>>>(a,
+                                                                                             here);
+    CUDA_LAUNCHED(dev);
+  }
+  return MOE_OK;
+}
+
+moe_status moe_cuda_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,
+                           moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
+                           moe_tensor stats) {
+  cuda_state *s = cuda_of(dev);
+  int64_t tokens = x.shape[0], d = x.shape[1], e = weight.shape[0], k = experts.shape[1];
+  int warps = score_warps(e);
+  if (warps < 1)
+    return moe_fail(MOE_INVALID, "cuda: router: %lld experts are more than 12288", (long long)e);
+  if (tokens > 0) {
+    MOE_TRY(cuda_act(x.dtype, [&](auto act) {
+      using T = decltype(act);
+      return tiled_matmul<T, float, float>(dev, MOE_NT, tokens, e, d, cuda_data<T>(x), d,
+                                           cuda_data<float>(weight), d, 0.0f,
+                                           cuda_data<float>(probs), e);
+    }));
+    choose_args c = {cuda_data<float>(probs),
+                     cuda_data<float>(bias),
+                     cuda_data<float>(lse),
+                     cuda_data<float>(gates),
+                     cuda_data<int32_t>(experts),
+                     tokens,
+                     (int)e,
+                     (int)k};
+    choose_kernel<<<(unsigned)div_up(tokens, warps), 32 * warps, (size_t)(4 * warps * e),
+                    s->stream>>>(c);
+    CUDA_LAUNCHED(dev);
+  }
+  stats_args a = {};
+  a.probs = cuda_data<float>(probs);
+  a.lse = cuda_data<float>(lse);
+  a.experts = cuda_data<int32_t>(experts);
+  a.partial = (double *)s->partial;
+  a.stats = cuda_data<float>(stats);
+  a.groups = stats.shape[0];
+  a.per_group = tokens / a.groups;
+  a.count = (int)e;
+  a.k = (int)k;
+  return sum_stats(dev, a);
+}
+
+/* ---- drop: a block per expert -------------------------------------------------------------- */
+
+constexpr int drop_threads = 512;
+
+struct drop_args {
+  const float *probs;
+  int32_t *experts;
+  float *gates;
+  int64_t pairs, capacity; /* T K */
+  int64_t k, count;
+  int32_t *lost; /* [E] */
+};
+
+/* Probabilities are not negative, so their bits order as they do. False: not this expert's. */
+static __device__ __forceinline__ bool bits_of(const drop_args &a, int64_t i, uint32_t *bits) {
+  if (i >= a.pairs || a.experts[i] != (int32_t)blockIdx.x) return false;
+  *bits = __float_as_uint(a.probs[i / a.k * a.count + blockIdx.x]);
+  return true;
+}
+
+/* The capacity-th largest of this expert's assignments, eight bits at a time from the top; *ties:
+ * how many of those equal to it stay. capacity >= 1, and there are more assignments than that. */
+static __device__ uint32_t find_cut(const drop_args &a, int64_t *ties) {
+  __shared__ int size[256];
+  __shared__ int chosen;
+  __shared__ int64_t wanted;
+  uint32_t prefix = 0, bits;
+  if (threadIdx.x == 0) wanted = a.capacity;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    __syncthreads();
+    for (int b = (int)threadIdx.x; b < 256; b += drop_threads) size[b] = 0;
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < a.pairs; i += drop_threads)
+      if (bits_of(a, i, &bits) && (shift == 24 || bits >> (shift + 8) == prefix))
+        atomicAdd(&size[bits >> shift & 255], 1);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      chosen = 255;
+      while (wanted > size[chosen]) wanted -= size[chosen--];
+    }
+    __syncthreads();
+    prefix = prefix << 8 | (uint32_t)chosen;
+  }
+  *ties = wanted;
+  return prefix;
+}
+
+__global__ void __launch_bounds__(drop_threads) drop_kernel(drop_args a) {
+  uint32_t bits = 0, cut = 0xffffffffu;
+  int64_t ties = 0, seen = 0;
+  int mine = 0;
+  for (int64_t i = threadIdx.x; i < a.pairs; i += drop_threads) mine += bits_of(a, i, &bits);
+  mine = block_sum(mine);
+  if (threadIdx.x == 0) a.lost[blockIdx.x] = mine > a.capacity ? mine - (int)a.capacity : 0;
+  if (mine <= a.capacity) return;
+  if (a.capacity > 0) cut = find_cut(a, &ties);
+  for (int64_t base = 0; base < a.pairs; base += drop_threads) { /* ties in token order */
+    bool here = bits_of(a, base + threadIdx.x, &bits), tie = here && bits == cut;
+    int total;
+    int64_t rank = seen + block_scan((int)tie, &total);
+    seen += total;
+    if (!here || bits > cut || (tie && rank < ties)) continue;
+    a.experts[base + threadIdx.x] = -1;
+    a.gates[base + threadIdx.x] = 0.0f;
+  }
+}
+
+__global__ void drop_total_kernel(const int32_t *lost, int64_t count, float *dropped) {
+  int sum = 0;
+  for (int64_t j = threadIdx.x; j < count; j += blockDim.x) sum += lost[j];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *dropped = (float)sum;
+}
+
+moe_status moe_cuda_router_drop(moe_device *dev, moe_tensor probs, int64_t capacity,
+                                moe_tensor experts, moe_tensor gates, moe_tensor dropped) {
+  cuda_state *s = cuda_of(dev);
+  int64_t e = probs.shape[1];
+  if (capacity > INT_MAX) capacity = INT_MAX;
+  if (4 * e > s->partial_bytes)
+    return moe_fail(MOE_INVALID, "cuda: router_drop: %lld experts are too many", (long long)e);
+  drop_args a = {cuda_data<float>(probs),
+                 cuda_data<int32_t>(experts),
+                 cuda_data<float>(gates),
+                 moe_tensor_count(experts),
+                 capacity,
+                 experts.shape[1],
+                 e,
+                 (int32_t *)s->partial};
+  if (e > 0) drop_kernel<<<(unsigned)e, drop_threads, 0, s->stream>>>(a);
+  CUDA_LAUNCHED(dev);
+  drop_total_kernel<<<1, 256, 0, s->stream>>>(a.lost, e, cuda_data<float>(dropped));
+  CUDA_LAUNCHED(dev);
+  return MOE_OK;
+}
+
+/* ---- backward ------------------------------------------------------------------------------ */
+
+struct gradient_args {
+  const float *dgates, *probs, *lse, *gates, *load;
+  const int32_t *experts;
+  float *dlogits;
+  int64_t tokens, per_group;
+  int count, k;
+  float aux_scale, z_scale;
+};
+
+/* A warp per token. The sum of p over the choice is what the largest gate remembers of it; where
+ * all were dropped, or p was zero, no gradient passes. */
+__global__ void router_gradient_kernel(gradient_args a) {
+  int64_t t = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  int lane = (int)threadIdx.x % 32, most = 0;
+  if (t >= a.tokens) return;
+  const float *p = a.probs + t * a.count, *dgates = a.dgates + t * a.k, *gates = a.gates + t * a.k;
+  const float *load = a.load + t / a.per_group * a.count;
+  const int32_t *experts = a.experts + t * a.k;
+  float mean = 0, dot = 0, inverse = 0;
+  for (int k = 0; k < a.k; k++) {
+    if (experts[k] >= 0) mean += dgates[k] * gates[k];
+    if (gates[k] > gates[most]) most = k;
+  }
+  if (experts[most] >= 0 && gates[most] > 0.0f) {
+    float mass = p[experts[most]] / gates[most];
+    inverse = mass < FLT_MIN ? 0.0f : 1.0f / mass;
+  }
+  for (int j = lane; j < a.count; j += 32) dot += a.aux_scale * load[j] * p[j];
+  dot = warp_sum(dot);
+  for (int k = 0; k < a.k; k++)
+    if (experts[k] >= 0) dot += (dgates[k] - mean) * inverse * p[experts[k]];
+  float slope = 2.0f * a.z_scale * a.lse[t];
+  for (int j = lane; j < a.count; j += 32) {
+    float dp = a.aux_scale * load[j];
+    for (int k = 0; k < a.k; k++)
+      if (experts[k] == j) dp += (dgates[k] - mean) * inverse;
+    a.dlogits[t * a.count + j] = p[j] * (dp - dot + slope);
+  }
+}
+
+moe_status moe_cuda_router_backward(moe_device *dev, moe_tensor dgates, moe_tensor x,
+                                    moe_tensor weight, moe_tensor probs, moe_tensor lse,
+                                    moe_tensor experts, moe_tensor gates, moe_tensor load,
+                                    float aux_scale, float z_scale, moe_tensor dlogits,
+                                    moe_tensor dx, moe_tensor dweight) {
+  int64_t tokens = x.shape[0], d = x.shape[1], e = weight.shape[0];
+  if (tokens == 0 || d == 0) return MOE_OK;
+  gradient_args a = {cuda_data<float>(dgates),
+                     cuda_data<float>(probs),
+                     cuda_data<float>(lse),
+                     cuda_data<float>(gates),
+                     cuda_data<float>(load),
+                     cuda_data<int32_t>(experts),
+                     cuda_data<float>(dlogits),
+                     tokens,
+                     tokens / load.shape[0],
+                     (int)e,
+                     (int)experts.shape[1],
+                     aux_scale,
+                     z_scale};
+  router_gradient_kernel<<<(unsigned)div_up(tokens, 4), 128, 0, cuda_of(dev)->stream>>>(a);
+  CUDA_LAUNCHED(dev);
+  return cuda_act(x.dtype, [&](auto act) {
+    using T = decltype(act);
+    const float *grad = cuda_data<float>(dlogits), *w = cuda_data<float>(weight);
+    MOE_TRY((tiled_matmul<float, float, T>(dev, MOE_NN, tokens, d, e, grad, e, w, d, 1.0f,
+                                           cuda_data<T>(dx), d)));
+    return tiled_matmul<float, T, float>(dev, MOE_TN, e, d, tokens, grad, e, cuda_data<T>(x), d,
+                                         1.0f, cuda_data<float>(dweight), d);
+  });
+}
