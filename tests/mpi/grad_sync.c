@@ -1,0 +1,100 @@
+/* Worker: gradient sums and the global norm.
+ *
+ *     mpi_grad_sync EP      groups of EP ranks; pools of dense and of experts' parameters
+ *
+ * Gradients are small integers that differ by rank; the answer is made from all ranks' gradients.
+ */
+#include <math.h>
+
+#include "parallel/grad_sync.h"
+#include "tests/mpi/worker.h"
+
+enum { DENSE = 1000, EXPERT = 130 };
+
+static double gradient(int rank, int64_t i) {
+  return (double)((rank * 5 + i) % 7) - 3.0;
+}
+
+/* Element i of a pool summed over ranks first, first + step, ... */
+static double summed(int first, int step, int count, int64_t i) {
+  double sum = 0.0;
+  for (int r = 0; r < count; r++) sum += gradient(first + r * step, i);
+  return sum;
+}
+
+static moe_grad_pool make_pool(const worker *w, moe_comm *group, int64_t count, bool shard) {
+  int64_t padded = moe_pool_padded(count, moe_comm_size(group));
+  moe_tensor x = worker_tensor(MOE_F32, 1, padded);
+  for (int64_t i = 0; i < count; i++) set(x, i, gradient(w->rank, i));
+  moe_grad_pool pool = {moe_tensor_1d(x.data, MOE_F32, padded), group, shard};
+  return pool;
+}
+
+/* The pool is summed over the group where this rank will look. */
+static void check_pool(const moe_grad_pool *p, int64_t count, int first, int step) {
+  int size = moe_comm_size(p->group);
+  int64_t padded = moe_tensor_count(p->grads);
+  moe_range own = moe_pool_chunk(padded, size, moe_comm_rank(p->group));
+  for (int64_t i = p->shard ? own.begin : 0; i < (p->shard ? own.end : padded); i++)
+    REQUIRE(get(p->grads, i) == (i < count ? summed(first, step, size, i) : 0.0));
+}
+
+/* Each dense parameter once, each place's experts once. */
+static double expected_squares(const worker *w, int ep) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < DENSE; i++) {
+    double g = summed(0, 1, w->size, i);
+    sum += g * g;
+  }
+  for (int place = 0; place < ep; place++)
+    for (int64_t i = 0; i < EXPERT; i++) {
+      double g = summed(place, ep, w->size / ep, i);
+      sum += g * g;
+    }
+  return sum;
+}
+
+static void check_sync(const worker *w, const moe_mesh *m, bool shard) {
+  double squares = 123.0; /* must not be added to */
+  moe_tensor sum = moe_tensor_1d(&squares, MOE_F64, 1);
+  moe_grad_pool pools[] = {make_pool(w, w->world, DENSE, shard),
+                           make_pool(w, m->replicas, EXPERT, shard),
+                           make_pool(w, w->world, 0, shard)};
+  OK(moe_grad_sync(w->dev, w->world, pools, 3, sum));
+  check_pool(&pools[0], DENSE, 0, 1);
+  check_pool(&pools[1], EXPERT, w->rank % m->ep, m->ep);
+  REQUIRE(squares == expected_squares(w, m->ep));
+  for (int i = 0; i < 3; i++) free(pools[i].grads.data);
+}
+
+/* One rank's NaN reaches everyone's norm: that is how a bad step is found. */
+static void check_non_finite(const worker *w, const moe_mesh *m) {
+  double squares = 0.0;
+  moe_grad_pool pool = make_pool(w, m->replicas, EXPERT, true);
+  if (w->rank == w->size - 1) set(pool.grads, 7, (double)NAN);
+  OK(moe_grad_sync(w->dev, w->world, &pool, 1, moe_tensor_1d(&squares, MOE_F64, 1)));
+  REQUIRE(squares != squares);
+  free(pool.grads.data);
+}
+
+static void check_refusal(const worker *w) {
+  double squares = 0.0;
+  moe_tensor x = worker_tensor(MOE_F32, 1, 100);
+  moe_grad_pool pool = {moe_tensor_1d(x.data, MOE_F32, 100), w->world, false};
+  REQUIRE(moe_grad_sync(w->dev, w->world, &pool, 1, moe_tensor_1d(&squares, MOE_F64, 1)) ==
+          MOE_INVALID);
+  free(x.data);
+}
+
+int main(int argc, char **argv) {
+  moe_mesh mesh;
+  worker w = worker_open(&argc, &argv);
+  OK(moe_mesh_create(w.world, argc > 1 ? atoi(argv[1]) : 0, 16, &mesh));
+  check_sync(&w, &mesh, false);
+  check_sync(&w, &mesh, true);
+  check_non_finite(&w, &mesh);
+  check_refusal(&w);
+  moe_mesh_destroy(&mesh);
+  worker_close(&w);
+  return 0;
+}
