@@ -102,14 +102,9 @@ moe_status moe_cpu_gemm(moe_device *dev, moe_gemm_form form, moe_tensor a, moe_t
   choose_tiles(&p);
   const moe_cpu_state *state = dev->state;
   int64_t across = tiles_along(p.n, p.tile_n), tiles = tiles_along(p.m, p.tile_m) * across;
-  /* inside a parallel region the caller's thread does all tiles, with its own panels */
-  bool nested = omp_in_parallel();
-  int self = nested ? omp_get_thread_num() : 0;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(state->threads) if (!nested && tiles > 1)
-  for (int64_t i = 0; i < tiles; i++) {
-    int thread = nested ? self : omp_get_thread_num();
+#pragma omp parallel for schedule(dynamic, 1) num_threads(state->threads) if (tiles > 1)
+  for (int64_t i = 0; i < tiles; i++)
     tile(&p, i / across * p.tile_m, i % across * p.tile_n,
-         state->panels + thread * moe_cpu_panel_floats());
-  }
+         state->panels + omp_get_thread_num() * moe_cpu_panel_floats());
   return MOE_OK;
 }

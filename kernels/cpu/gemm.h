@@ -1,9 +1,9 @@
 /* Matrix products and threads inside the CPU backend.
  *
  * OpenBLAS runs on ONE thread (moe_cpu_open sets it) and all parallelism is OpenMP's: two thread
- * pools that take turns on the same cores cost 5 to 15 times the work of a small product. So inside
- * an OpenMP loop call cblas_sgemm freely, and outside one call moe_cpu_gemm, which splits the
- * product over the threads itself. */
+ * pools that take turns on the same cores cost 5 to 15 times the work of a small product. So a
+ * kernel with its own threads calls moe_cpu_product (cpu_blas.h) inside its parallel region;
+ * moe_cpu_gemm splits a product over threads by itself. */
 #ifndef MOE_KERNELS_CPU_GEMM_H
 #define MOE_KERNELS_CPU_GEMM_H
 
@@ -15,10 +15,6 @@ typedef struct moe_cpu_state {
 } moe_cpu_state;
 
 int64_t moe_cpu_panel_floats(void);
-
-/* moe_cpu_gemm (cpu.h) has the contract of moe_gemm. It may be called from one thread or from all
- * threads of an OpenMP region, where each call runs on its caller's thread alone. The same bits for
- * any number of threads. */
 
 /* moe_cpu_choose_blas's condition: OpenBLAS loaded kernels for `core`, and `asked` (or NULL) is
  * what the environment told it to. */
