@@ -96,6 +96,29 @@ static void print_row(const moe_config *defaults, int i, FILE *out) {
   fputs(" |\n", out);
 }
 
+/* What each preset gives, from the presets themselves. */
+static void print_presets(FILE *out) {
+  static const char *const keys[] = {"vocab_size",   "hidden_size", "num_layers",  "num_heads",
+                                     "num_kv_heads", "head_dim",    "num_experts", "top_k",
+                                     "ffn_size",     "context"};
+  enum { KEYS = sizeof keys / sizeof keys[0] };
+  static moe_config c;
+  char text[MOE_CONFIG_TEXT];
+  int preset = moe_config_find("model", "preset");
+  fputs("\n| preset |", out);
+  for (int k = 0; k < KEYS; k++) fprintf(out, " %s |", keys[k]);
+  fputs("\n|---|---|---|---|---|---|---|---|---|---|---|\n", out);
+  for (int i = 0; moe_config_choice(moe_config_rows[preset].choices, i, text); i++) {
+    moe_config_defaults(&c);
+    c.model.preset = i;
+    if (moe_config_resolve(&c, 0) != MOE_OK) continue; /* a test resolves every preset */
+    fprintf(out, "| `%s` |", text);
+    for (int k = 0; k < KEYS; k++)
+      fprintf(out, " %s |", moe_config_value_text(&c, moe_config_find("model", keys[k]), text));
+    fputs("\n", out);
+  }
+}
+
 void moe_config_print_markdown(FILE *out) {
   static moe_config defaults; /* too large for small stacks */
   moe_config_defaults(&defaults);
@@ -112,6 +135,7 @@ void moe_config_print_markdown(FILE *out) {
     fputs("| key | type | default | range | meaning |\n|---|---|---|---|---|\n", out);
     for (int i = 0; i < moe_config_row_count; i++)
       if (strcmp(moe_config_rows[i].section, section->name) == 0) print_row(&defaults, i, out);
+    if (strcmp(section->name, "model") == 0) print_presets(out);
   }
 }
 

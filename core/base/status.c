@@ -18,6 +18,9 @@ moe_status moe_fail(moe_status code, const char *format, ...) {
   va_start(args, format);
   vsnprintf(text, sizeof text, format, args);
   va_end(args);
+  /* Messages quote files: what they hold must not drive the terminal. */
+  for (char *p = text; *p; p++)
+    if (((unsigned char)*p < 0x20 && *p != '\n' && *p != '\t') || *p == 0x7f) *p = '?';
   memcpy(message, text, strlen(text) + 1);
   trail[0] = '\0';
   return code;

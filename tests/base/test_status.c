@@ -58,6 +58,11 @@ static void *fail_elsewhere(void *unused) {
   return unused;
 }
 
+Test(status, quoted_files_cannot_drive_the_terminal) {
+  moe_fail(MOE_USAGE, "bad key: \033[2Jx\x7f: use \xc3\xa9");
+  cr_assert_str_eq(moe_error_message(), "bad key: ?[2Jx?: use \xc3\xa9");
+}
+
 Test(status, messages_are_per_thread) {
   moe_fail(MOE_IO, "mine");
   pthread_t thread;
