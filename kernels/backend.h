@@ -11,6 +11,12 @@
 extern "C" {
 #endif
 
+/* A point in a stream's time. */
+typedef union {
+  double seconds;
+  void *event;
+} moe_mark;
+
 typedef struct moe_backend {
   const char *name;
   bool is_host;
@@ -24,6 +30,10 @@ typedef struct moe_backend {
   moe_status (*upload)(moe_device *dev, void *to, const void *from, int64_t bytes);
   moe_status (*download)(moe_device *dev, void *to, const void *from, int64_t bytes);
   moe_status (*sync)(moe_device *dev);
+  /* Remember when the stream gets here (profile.h); seconds between two marks, after a sync. */
+  void (*mark)(moe_device *dev, moe_mark *out);
+  double (*between)(moe_device *dev, const moe_mark *from, const moe_mark *to);
+  void (*forget)(moe_device *dev, moe_mark *mark);
 
   moe_status (*zero)(moe_device *dev, moe_tensor x);
   moe_status (*copy)(moe_device *dev, moe_tensor dst, moe_tensor src);
@@ -100,7 +110,8 @@ struct moe_device {
   int64_t scratch_bytes;
   const char *label; /* what runs now, for messages */
   int64_t label_layer;
-  void *state; /* the backend's own: streams, handles */
+  struct moe_profile *profile; /* NULL unless operations are being timed */
+  void *state;                 /* the backend's own: streams, handles */
 };
 
 /* Fill dev->backend, name and state. */

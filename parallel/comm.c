@@ -9,6 +9,7 @@
 
 #include "core/base/log.h"
 #include "kernels/ops.h"
+#include "kernels/profile.h"
 #include "parallel/comm_backend.h"
 
 /* This process among those of its node, and whether mpirun started it. */
@@ -136,6 +137,13 @@ int moe_comm_size(const moe_comm *c) {
   return c->size;
 }
 
+/* Call the transport; a profile shows what it took, waiting for other ranks included. */
+#define TRANSPORT(c, call, args)               \
+  moe_profile_begin((c)->dev, #call, 0.0);     \
+  moe_status status = (c)->backend->call args; \
+  moe_profile_end((c)->dev);                   \
+  return status
+
 /* ---- data calls ---------------------------------------------------------------------------- */
 
 static moe_tensor flat(moe_tensor t) {
@@ -161,7 +169,7 @@ moe_status moe_comm_all_reduce(moe_comm *c, moe_tensor x, moe_reduce_op op) {
     return moe_fail(MOE_INVALID, "moe_comm_all_reduce: only sums of %s are possible",
                     moe_dtype_name(x.dtype));
   if (c->size == 1 || moe_tensor_count(x) == 0) return MOE_OK;
-  return c->backend->all_reduce(c, x, op);
+  TRANSPORT(c, all_reduce, (c, x, op));
 }
 
 /* whole = size chunks of part's count and type? */
@@ -182,7 +190,7 @@ moe_status moe_comm_reduce_scatter_to(moe_comm *c, moe_tensor x, moe_tensor out)
   MOE_TRY(check_chunks(c, "moe_comm_reduce_scatter", x, out));
   if (c->size == 1) return copy_bits(c, out, x);
   if (moe_tensor_count(x) == 0) return MOE_OK;
-  return c->backend->reduce_scatter(c, x, out);
+  TRANSPORT(c, reduce_scatter, (c, x, out));
 }
 
 moe_status moe_comm_all_gather(moe_comm *c, moe_tensor x) {
@@ -193,7 +201,7 @@ moe_status moe_comm_all_gather_to(moe_comm *c, moe_tensor x, moe_tensor out) {
   MOE_TRY(check_chunks(c, "moe_comm_all_gather", out, x));
   if (c->size == 1) return copy_bits(c, out, x);
   if (moe_tensor_count(x) == 0) return MOE_OK;
-  return c->backend->all_gather(c, x, out);
+  TRANSPORT(c, all_gather, (c, x, out));
 }
 
 static int64_t row_width(moe_tensor t) {
@@ -231,12 +239,12 @@ moe_status moe_comm_all_to_all(moe_comm *c, moe_tensor send, const int64_t *send
   if (c->size == 1)
     return copy_bits(c, moe_tensor_rows(recv, recv_at[0], recv_rows[0]),
                      moe_tensor_rows(send, send_at[0], send_rows[0]));
-  return c->backend->all_to_all(c, send, send_rows, send_at, recv, recv_rows, recv_at);
+  TRANSPORT(c, all_to_all, (c, send, send_rows, send_at, recv, recv_rows, recv_at));
 }
 
 moe_status moe_comm_broadcast(moe_comm *c, moe_tensor x, int root) {
   if (root < 0 || root >= c->size)
     return moe_fail(MOE_INVALID, "moe_comm_broadcast: root %d of %d ranks", root, c->size);
   if (c->size == 1 || moe_tensor_count(x) == 0) return MOE_OK;
-  return c->backend->broadcast(c, x, root);
+  TRANSPORT(c, broadcast, (c, x, root));
 }

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 
 #include "core/base/arena.h"
+#include "core/base/log.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/gemm.h"
 
@@ -74,6 +75,21 @@ static moe_status cpu_sync(moe_device *dev) {
   return MOE_OK;
 }
 
+static void cpu_mark(moe_device *dev, moe_mark *out) {
+  (void)dev;
+  out->seconds = moe_clock_s();
+}
+
+static double cpu_between(moe_device *dev, const moe_mark *from, const moe_mark *to) {
+  (void)dev;
+  return to->seconds - from->seconds;
+}
+
+static void cpu_forget(moe_device *dev, moe_mark *mark) {
+  (void)dev;
+  (void)mark;
+}
+
 static double cpu_peak_tflops(moe_device *dev, moe_dtype dtype) {
   (void)dev;
   (void)dtype;
@@ -99,6 +115,9 @@ static const moe_backend cpu_backend = {
     .upload = cpu_move,
     .download = cpu_move,
     .sync = cpu_sync,
+    .mark = cpu_mark,
+    .between = cpu_between,
+    .forget = cpu_forget,
     .zero = moe_cpu_zero,
     .copy = moe_cpu_copy,
     .add = moe_cpu_add,
