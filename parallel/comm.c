@@ -137,8 +137,13 @@ int moe_comm_size(const moe_comm *c) {
   return c->size;
 }
 
+static moe_status check_device(const moe_comm *c) {
+  return c->dev ? MOE_OK : moe_fail(MOE_INVALID, "comm: tensors in a group without a device");
+}
+
 /* Call the transport; a profile shows what it took, waiting for other ranks included. */
 #define TRANSPORT(c, call, args)               \
+  MOE_TRY(check_device(c));                    \
   moe_profile_begin((c)->dev, #call, 0.0);     \
   moe_status status = (c)->backend->call args; \
   moe_profile_end((c)->dev);                   \
@@ -159,6 +164,7 @@ static moe_tensor own_chunk(const moe_comm *c, moe_tensor x) {
 /* dst = src, any type: moe_copy between equal types moves bits, so i32 and f64 go as f32. */
 static moe_status copy_bits(const moe_comm *c, moe_tensor dst, moe_tensor src) {
   if (dst.data == src.data || moe_tensor_count(src) == 0) return MOE_OK;
+  MOE_TRY(check_device(c));
   moe_dtype as = moe_is_half(src.dtype) ? src.dtype : MOE_F32;
   int64_t n = moe_tensor_bytes(src) / moe_dtype_size(as);
   return moe_copy(c->dev, moe_tensor_1d(dst.data, as, n), moe_tensor_1d(src.data, as, n));

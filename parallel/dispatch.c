@@ -221,8 +221,7 @@ static moe_status carry_out(moe_dispatcher *d, const moe_route *r, moe_tensor x,
   if (d->exchange == EXCHANGE_ALLGATHER) return gather(d, x, rows);
   int64_t sent = rows_sent(d, r);
   moe_tensor buffer = moe_tensor_rows(d->rows, 0, sent);
-  if (sent > 0)
-    MOE_TRY(moe_gather_rows(d->dev, x, moe_tensor_rows(r->sent_token, 0, sent), 1, buffer));
+  MOE_TRY(moe_gather_rows(d->dev, x, moe_tensor_rows(r->sent_token, 0, sent), 1, buffer));
   return send_rows(d, r, buffer, rows);
 }
 
@@ -234,7 +233,6 @@ static moe_status carry_back(moe_dispatcher *d, const moe_route *r, moe_tensor r
   int64_t sent = rows_sent(d, r);
   moe_tensor buffer = moe_tensor_rows(d->rows, 0, sent);
   MOE_TRY(send_rows_back(d, r, rows, buffer));
-  if (sent == 0) return moe_zero(d->dev, out);
   return moe_combine_rows(d->dev, buffer, moe_tensor_rows(r->slot, 0, r->tokens), 0, 0, out);
 }
 
@@ -246,7 +244,6 @@ static moe_status carry_gates_back(moe_dispatcher *d, const moe_route *r, moe_te
   int64_t sent = rows_sent(d, r);
   moe_tensor buffer = moe_tensor_rows(d->row_gates, 0, sent);
   MOE_TRY(send_rows_back(d, r, row_dgates, buffer));
-  if (sent == 0) return moe_zero(d->dev, dgates);
   moe_tensor values = moe_tensor_1d(buffer.data, MOE_F32, moe_tensor_count(buffer));
   return moe_combine_gates(d->dev, values, moe_tensor_rows(r->gate_slot, 0, r->tokens), 0, 0,
                            dgates);
@@ -316,9 +313,8 @@ static moe_status send_alltoall(moe_dispatcher *d, moe_tensor x, moe_tensor expe
   MOE_TRY(exchange_counts(d, r));
 
   moe_tensor row_gates = moe_tensor_rows(d->row_gates, 0, sent);
-  if (sent > 0)
-    MOE_TRY(moe_gather_gates(d->dev, gates, moe_tensor_rows(d->gate_places, 0, sent * k),
-                             moe_tensor_1d(row_gates.data, MOE_F32, sent * k)));
+  MOE_TRY(moe_gather_gates(d->dev, gates, moe_tensor_rows(d->gate_places, 0, sent * k),
+                           moe_tensor_1d(row_gates.data, MOE_F32, sent * k)));
   MOE_TRY(send_rows(d, r, moe_tensor_rows(d->row_experts, 0, sent), r->experts));
   MOE_TRY(send_rows(d, r, row_gates, r->gates));
   return carry_out(d, r, x, r->x);

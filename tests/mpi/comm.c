@@ -218,6 +218,18 @@ static void check_split(const worker *w) {
   moe_comm_destroy(half);
 }
 
+/* Before a device is open ranks can agree, but not exchange tensors. */
+static void check_without_device(const worker *w) {
+  float values[8] = {0};
+  moe_tensor x = moe_tensor_1d(values, MOE_F32, 1), y = moe_tensor_1d(values + 1, MOE_F32, 1);
+  moe_comm *c;
+  OK(moe_comm_world(NULL, &c));
+  OK(moe_agree(c, MOE_OK));
+  REQUIRE(w->size == 1 || moe_comm_all_reduce(c, x, MOE_SUM) == MOE_INVALID);
+  REQUIRE(w->size > 1 || moe_comm_all_gather_to(c, x, y) == MOE_INVALID);
+  moe_comm_destroy(c);
+}
+
 static void check_refusals(const worker *w) {
   moe_tensor x = worker_tensor(MOE_BF16, 1, 3 * w->size), y = worker_tensor(MOE_F32, 1, 3);
   REQUIRE(moe_comm_all_reduce(w->world, x, MOE_MAX) == MOE_INVALID);
@@ -232,6 +244,7 @@ int main(int argc, char **argv) {
   if (argc > 1) moe_mpi_limit = atoll(argv[1]);
   worker w = worker_open(&argc, &argv);
   REQUIRE(moe_comm_local_size() == w.size && moe_comm_local_rank() == w.rank);
+  check_without_device(&w);
   check_refusals(&w);
   check_group(w.world);
   check_split(&w);
