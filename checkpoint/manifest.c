@@ -108,19 +108,21 @@ static bool name_is_plain(const char *name) {
   return true;
 }
 
-static moe_status check_file(const moe_shard_file *f, const char *where) {
+static moe_status check_file(const moe_manifest *m, int i, const char *where) {
+  const moe_shard_file *f = &m->file[i];
   if (!name_is_plain(f->name) || f->name[0] == '.')
-    return moe_fail(MOE_DAMAGED, "%s: shard file name '%.64s' is not a plain file name", where,
-                    f->name);
+    return moe_fail(MOE_DAMAGED, "%s: files[%d]: its name is not a plain file name", where, i);
   if (f->size < 1)
     return moe_fail(MOE_DAMAGED, "%s: %s: impossible size %" PRId64, where, f->name, f->size);
+  if (i > 0 && strcmp(m->file[i - 1].name, f->name) >= 0)
+    return moe_fail(MOE_DAMAGED, "%s: %s: file names are not in ascending order", where, f->name);
   return MOE_OK;
 }
 
 /* One slice by itself. */
 static moe_status check_slice(const moe_manifest *m, const moe_slice *s, const char *where) {
   if (!name_is_plain(s->name))
-    return moe_fail(MOE_DAMAGED, "%s: tensor name '%.95s' has unusable characters", where, s->name);
+    return moe_fail(MOE_DAMAGED, "%s: a tensor's name has unusable characters", where);
   const char *fault = NULL;
   int64_t total = moe_slice_total(s), end;
   if (total < 0)
@@ -203,12 +205,7 @@ static moe_status index_by_file(moe_manifest *m) {
 moe_status moe_manifest_check(moe_manifest *m, const char *where) {
   if (m->files < 1 || m->slices < 1)
     return moe_fail(MOE_DAMAGED, "%s: lists no files or no tensors", where);
-  for (int i = 0; i < m->files; i++) {
-    MOE_TRY(check_file(&m->file[i], where));
-    if (i > 0 && strcmp(m->file[i - 1].name, m->file[i].name) >= 0)
-      return moe_fail(MOE_DAMAGED, "%s: file names are not in ascending order at %s", where,
-                      m->file[i].name);
-  }
+  for (int i = 0; i < m->files; i++) MOE_TRY(check_file(m, i, where));
   for (int64_t i = 0; i < m->slices; i++) MOE_TRY(check_slice(m, &m->slice[i], where));
   qsort(m->slice, (size_t)m->slices, sizeof *m->slice, by_tensor);
   MOE_TRY(check_tensors(m, where));
