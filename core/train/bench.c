@@ -1,0 +1,242 @@
+/* Ceilings, collectives, steps. */
+#include "core/train/bench.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/base/log.h"
+#include "core/base/rng.h"
+#include "core/train/matrix_rate.h"
+#include "kernels/ops.h"
+#include "kernels/profile.h"
+
+enum { RUNS = 5, PROFILE_ROWS = 128 };
+
+static int by_value(const void *a, const void *b) {
+  double x = *(const double *)a, y = *(const double *)b;
+  return (x > y) - (x < y);
+}
+
+static double median(double *values, int n) {
+  qsort(values, (size_t)n, sizeof *values, by_value);
+  return values[n / 2];
+}
+
+/* ---- ceilings -------------------------------------------------------------------------------- */
+
+static moe_status copy_rate(moe_engine *e, double *gbs) {
+  bool gpu = moe_device_what(e->dev) == MOE_DEVICE_CUDA;
+  int64_t bytes = gpu ? 4LL << 30 : 256LL << 20;
+  void *from = moe_device_alloc(e->dev, bytes), *to = moe_device_alloc(e->dev, bytes);
+  double runs[RUNS];
+  moe_status status = MOE_OK;
+  if (!from || !to) status = moe_fail(MOE_NO_MEMORY, "out of memory: measuring the copy rate");
+  for (int i = -1; i < RUNS && status == MOE_OK; i++) {
+    double start = moe_clock_s();
+    status = moe_copy(e->dev, moe_tensor_1d(to, MOE_F32, bytes / 4),
+                      moe_tensor_1d(from, MOE_F32, bytes / 4));
+    if (status == MOE_OK) status = moe_device_sync(e->dev);
+    if (i >= 0) runs[i] = moe_clock_s() - start;
+  }
+  if (status == MOE_OK) *gbs = 2e-9 * (double)bytes / median(runs, RUNS);
+  moe_device_free(e->dev, from);
+  moe_device_free(e->dev, to);
+  return status;
+}
+
+moe_status moe_bench_ceilings(moe_engine *e, moe_ceilings *out) {
+  out->product = moe_device_what(e->dev) == MOE_DEVICE_CUDA ? 8192 : 2048;
+  moe_dtype dtype = moe_device_is_host(e->dev) ? MOE_F32 : moe_config_compute_dtype(&e->config);
+  double rates[2] = {0.0, 0.0};
+  MOE_TRY(moe_comm_barrier(e->world));
+  MOE_TRY(moe_agree(e->world, moe_matrix_rate(e->dev, out->product, dtype, &rates[0])));
+  MOE_TRY(moe_agree(e->world, copy_rate(e, &rates[1])));
+  MOE_TRY(moe_comm_host_all_reduce_f64(e->world, rates, 2, MOE_MIN));
+  out->product_tflops = rates[0];
+  out->copy_gbs = rates[1];
+  return MOE_OK;
+}
+
+/* ---- collectives ----------------------------------------------------------------------------- */
+
+const char *moe_bench_collective_name(int which) {
+  static const char *const names[] = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all"};
+  return names[which];
+}
+
+static moe_status run_collective(moe_engine *e, int which, moe_tensor x, moe_tensor y,
+                                 const int64_t *rows, const int64_t *at) {
+  switch (which) {
+  case MOE_BENCH_ALL_REDUCE:
+    return moe_comm_all_reduce(e->world, x, MOE_SUM);
+  case MOE_BENCH_ALL_GATHER:
+    return moe_comm_all_gather(e->world, x);
+  case MOE_BENCH_REDUCE_SCATTER:
+    return moe_comm_reduce_scatter(e->world, x);
+  default:
+    return moe_comm_all_to_all(e->world, x, rows, at, y, rows, at);
+  }
+}
+
+moe_status moe_bench_collective(moe_engine *e, int which, int64_t bytes, double *bus_gbs) {
+  int ranks = moe_comm_size(e->world);
+  int64_t row = bytes / 4 / ranks, rows[1024], at[1024];
+  if (ranks > 1024) return moe_fail(MOE_INVALID, "collectives are measured up to 1024 ranks");
+  for (int r = 0; r < ranks; r++) rows[r] = row, at[r] = r * row;
+  moe_tensor x = moe_tensor_2d(moe_device_alloc(e->dev, row * ranks * 4), MOE_F32, row * ranks, 1);
+  moe_tensor y = moe_tensor_2d(moe_device_alloc(e->dev, row * ranks * 4), MOE_F32, row * ranks, 1);
+  double runs[RUNS];
+  moe_status status = MOE_OK;
+  if (!x.data || !y.data) status = moe_fail(MOE_NO_MEMORY, "out of memory: collectives");
+  MOE_TRY_OR(status, done, moe_agree(e->world, status));
+  for (int i = -2; i < RUNS; i++) {
+    MOE_TRY_OR(status, done, moe_comm_barrier(e->world));
+    double start = moe_clock_s();
+    MOE_TRY_OR(status, done, run_collective(e, which, x, y, rows, at));
+    MOE_TRY_OR(status, done, moe_device_sync(e->dev));
+    if (i >= 0) runs[i] = moe_clock_s() - start;
+  }
+  double factor = (double)(ranks - 1) / ranks * (which == MOE_BENCH_ALL_REDUCE ? 2.0 : 1.0);
+  *bus_gbs = 1e-9 * factor * (double)(row * ranks * 4) / median(runs, RUNS);
+done:
+  moe_device_free(e->dev, x.data);
+  moe_device_free(e->dev, y.data);
+  return status;
+}
+
+/* ---- steps ----------------------------------------------------------------------------------- */
+
+enum {
+  EXPERT_GEMM,
+  PROJECTION,
+  HEAD,
+  ATTENTION,
+  ELEMENTWISE,
+  ROUTING,
+  EXCHANGE,
+  GRADIENTS,
+  OPTIMIZER,
+  REST
+};
+static const char *const part_names[MOE_BENCH_PARTS] = {"expert GEMMs and SwiGLU",
+                                                        "attention projections",
+                                                        "head and cross-entropy",
+                                                        "attention",
+                                                        "norms, RoPE, embedding",
+                                                        "router and permutation",
+                                                        "exchange (with waiting)",
+                                                        "gradient reduction",
+                                                        "optimizer",
+                                                        "gaps"};
+
+static bool has(const char *text, const char *word) {
+  return strstr(text, word) != NULL;
+}
+
+/* Which part of the step an operation belongs to. */
+static int part_of(const moe_profile_row *r) {
+  static const char *const collectives[] = {"all_to_all", "all_gather", "reduce_scatter",
+                                            "all_reduce"};
+  if (has(r->label, "optimizer")) return OPTIMIZER;
+  if (has(r->label, "gradient reduction")) return GRADIENTS;
+  for (int i = 0; i < 4; i++) {
+    if (strcmp(r->op, collectives[i]) == 0) return EXCHANGE;
+  }
+  if (has(r->op, "expert_")) return EXPERT_GEMM;
+  if (has(r->op, "attention")) return ATTENTION;
+  if (has(r->label, "head")) return HEAD;
+  if (strcmp(r->op, "gemm") == 0) return PROJECTION;
+  bool moves = has(r->op, "router") || has(r->op, "permute") || has(r->op, "gather_") ||
+               has(r->op, "combine_") || has(r->op, "localize");
+  return moves ? ROUTING : ELEMENTWISE;
+}
+
+typedef struct {
+  int32_t *tokens; /* [3 T]: tokens, targets, positions */
+  moe_batch batch;
+} random_batch;
+
+static moe_status random_batch_create(moe_engine *e, random_batch *out) {
+  int64_t seq = e->config.data.sequence_length, t = e->config.train.micro_batch * seq;
+  out->tokens = malloc((size_t)(3 * t) * sizeof *out->tokens);
+  if (!out->tokens) return moe_fail(MOE_NO_MEMORY, "out of memory: random tokens");
+  uint64_t rank = (uint64_t)moe_comm_rank(e->world);
+  for (int64_t i = 0; i < t; i++) {
+    float vocab = (float)e->config.model.vocab_size;
+    out->tokens[i] = (int32_t)(moe_rng_uniform(7, rank, (uint64_t)i) * vocab);
+    out->tokens[t + i] = (int32_t)(moe_rng_uniform(7, rank, (uint64_t)(t + i)) * vocab);
+    out->tokens[2 * t + i] = (int32_t)(i % seq);
+  }
+  out->batch = (moe_batch){.batch = e->config.train.micro_batch,
+                           .seq = seq,
+                           .tokens = out->tokens,
+                           .targets = out->tokens + t,
+                           .positions = out->tokens + 2 * t};
+  return MOE_OK;
+}
+
+static moe_status one_step(moe_engine *e, const moe_batch *batch, int64_t step, double *seconds) {
+  moe_step_result result;
+  MOE_TRY(moe_comm_barrier(e->world));
+  double start = moe_clock_s();
+  MOE_TRY(moe_model_step_begin(e->model));
+  for (int64_t i = 0; i < e->accumulation; i++) {
+    MOE_TRY(moe_model_forward(e->model, batch, i, moe_engine_grad_scale(e)));
+    MOE_TRY(moe_model_backward(e->model));
+  }
+  MOE_TRY(moe_engine_finish_step(e, e->config.optim.lr, step, &result));
+  *seconds = moe_clock_s() - start;
+  return MOE_OK;
+}
+
+/* Fold the profile of `steps` steps that took `seconds` into parts of one step of `target` seconds.
+ */
+static void fill_parts(const moe_profile_row *rows, int count, int steps, double seconds,
+                       double target, moe_bench_part *part) {
+  double known = 0.0;
+  for (int i = 0; i < MOE_BENCH_PARTS; i++) part[i] = (moe_bench_part){.name = part_names[i]};
+  for (int i = 0; i < count; i++) {
+    moe_bench_part *p = &part[part_of(&rows[i])];
+    p->seconds += rows[i].seconds;
+    p->flops += rows[i].flops / steps;
+    known += rows[i].seconds;
+  }
+  part[REST].seconds = seconds > known ? seconds - known : 0.0;
+  double whole = known + part[REST].seconds;
+  for (int i = 0; i < MOE_BENCH_PARTS; i++) part[i].seconds *= target / whole;
+}
+
+moe_status moe_bench_step(moe_engine *e, int warmup, int steps, moe_bench_step_result *out) {
+  moe_dims d = moe_dims_of(&e->config);
+  int64_t seq = e->config.data.sequence_length;
+  int ranks = moe_comm_size(e->world), count = 0;
+  random_batch random;
+  moe_profile_row rows[PROFILE_ROWS];
+  MOE_TRY(random_batch_create(e, &random));
+  double *times = calloc((size_t)steps, sizeof *times), spent = 0.0, total = 0.0;
+  moe_status status = times ? MOE_OK : moe_fail(MOE_NO_MEMORY, "out of memory: step times");
+  for (int i = 0; i < warmup && status == MOE_OK; i++) {
+    MOE_TRY_OR(status, done, one_step(e, &random.batch, i + 1, &spent));
+  }
+  for (int i = 0; i < steps && status == MOE_OK; i++) {
+    MOE_TRY_OR(status, done, one_step(e, &random.batch, warmup + i + 1, &times[i]));
+  }
+  MOE_TRY_OR(status, done, moe_profile_start(e->dev));
+  for (int i = 0; i < steps && status == MOE_OK; i++) {
+    status = one_step(e, &random.batch, warmup + steps + i + 1, &spent);
+    total += spent;
+  }
+  moe_status stopped = moe_profile_stop(e->dev, rows, PROFILE_ROWS, &count);
+  MOE_TRY_OR(status, done, status == MOE_OK ? stopped : status);
+  out->seconds = median(times, steps);
+  out->fastest = times[0];
+  out->slowest = times[steps - 1];
+  out->tokens = e->config.train.micro_batch * e->accumulation * ranks * seq;
+  out->model_tflops =
+      1e-12 * (double)out->tokens * moe_dims_flops_per_token(&d, seq) / out->seconds / ranks;
+  fill_parts(rows, count, steps, total, out->seconds, out->part);
+done:
+  free(times);
+  free(random.tokens);
+  return status;
+}

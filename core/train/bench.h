@@ -1,0 +1,56 @@
+/* Measurements: ceilings of this machine, and where a training step's time goes.
+ *
+ * Ceilings and steps are measured in one run, so their ratio means something on a noisy machine. */
+#ifndef MOE_CORE_TRAIN_BENCH_H
+#define MOE_CORE_TRAIN_BENCH_H
+
+#include "core/train/engine.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+  int64_t product;       /* n of the n x n x n product */
+  double product_tflops; /* per rank, all ranks at once: the slowest */
+  double copy_gbs;       /* device memory to itself, bytes read and written; the slowest rank */
+} moe_ceilings;
+
+/* Collective: every rank works at once, as in a step. */
+moe_status moe_bench_ceilings(moe_engine *e, moe_ceilings *out);
+
+/* Bus bandwidth of one collective at `bytes` per rank: what each link carries, GB/s (10^9), as
+ * NCCL's tests count it. */
+enum {
+  MOE_BENCH_ALL_REDUCE,
+  MOE_BENCH_ALL_GATHER,
+  MOE_BENCH_REDUCE_SCATTER,
+  MOE_BENCH_ALL_TO_ALL,
+  MOE_BENCH_COLLECTIVES
+};
+const char *moe_bench_collective_name(int which);
+moe_status moe_bench_collective(moe_engine *e, int which, int64_t bytes, double *bus_gbs);
+
+/* A part of the step: every operation of the step belongs to one. */
+enum { MOE_BENCH_PARTS = 10 };
+typedef struct {
+  const char *name;
+  double seconds, flops; /* per step; of rank 0 */
+} moe_bench_part;
+
+typedef struct {
+  double seconds; /* median of the steps */
+  double fastest, slowest;
+  int64_t tokens;                       /* per step, all ranks */
+  double model_tflops;                  /* per rank */
+  moe_bench_part part[MOE_BENCH_PARTS]; /* the last is what no operation accounts for */
+} moe_bench_step_result;
+
+/* Collective. `steps` training steps on random tokens after `warmup`; the same number again with
+ * operations timed, for the parts, which are scaled to sum to the median. */
+moe_status moe_bench_step(moe_engine *e, int warmup, int steps, moe_bench_step_result *out);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

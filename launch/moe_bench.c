@@ -1,0 +1,195 @@
+/* moe-bench: what this machine can do, and what a training step makes of it. */
+#include <getopt.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/base/log.h"
+#include "core/train/bench.h"
+
+static const char help[] =
+    "Usage: mpirun -np RANKS moe-bench [CFG] [--set section.key=value]... [options]\n"
+    "\n"
+    "Measure, in one run: the rate of a large matrix product and of a copy on all ranks at once, "
+    "the\n"
+    "collectives, and training steps on random tokens with a waterfall of where the time goes.\n"
+    "Without CFG: preset `small`.\n"
+    "\n"
+    "  --set SECTION.KEY=VALUE  a setting of docs/config.md; may be repeated\n"
+    "  --steps N                steps measured (default 8)\n"
+    "  --warmup N               steps before (default 2)\n"
+    "  --no-collectives         leave out the collectives\n"
+    "  --json FILE              also write the figures as JSON\n"
+    "  --help, --version\n";
+
+typedef struct {
+  moe_config config;
+  const char *answer, *json;
+  int steps, warmup;
+  bool collectives;
+} command;
+
+typedef struct {
+  moe_ceilings ceilings;
+  double bus[MOE_BENCH_COLLECTIVES][3]; /* GB/s at collective_mib */
+  moe_bench_step_result step;
+} figures;
+static const int collective_mib[3] = {1, 8, 64};
+
+static moe_status parse_count(const char *option, const char *text, int least, int *out) {
+  char *end;
+  long value = strtol(text, &end, 10);
+  if (*text == '\0' || *end != '\0' || value < least || value > 100000) {
+    return moe_fail(MOE_USAGE, "%s %s: command line: give a whole number from %d to 100000", option,
+                    text, least);
+  }
+  *out = (int)value;
+  return MOE_OK;
+}
+
+static moe_status parse(int argc, char **argv, command *cmd) {
+  static const struct option options[] = {
+      {"set", required_argument, NULL, 's'},    {"steps", required_argument, NULL, 'n'},
+      {"warmup", required_argument, NULL, 'w'}, {"no-collectives", no_argument, NULL, 'c'},
+      {"json", required_argument, NULL, 'j'},   {"help", no_argument, NULL, 'h'},
+      {"version", no_argument, NULL, 'v'},      {NULL, 0, NULL, 0}};
+  moe_config file;
+  int option;
+  moe_config_defaults(&cmd->config);
+  MOE_TRY(moe_config_set(&cmd->config, "model.preset=small"));
+  opterr = 0;
+  /* The file comes first, whatever the order on the command line, so that --set overrides it. */
+  for (int pass = 0; pass < 2; pass++) {
+    optind = 1;
+    while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
+      if (option == '?')
+        return moe_fail(MOE_USAGE, "unknown or incomplete option: %s: see moe-bench --help",
+                        argv[optind - 1]);
+      if (option == 'h') cmd->answer = help;
+      if (option == 'v') cmd->answer = "moe-bench " MOE_VERSION "\n";
+      if (option == 'c') cmd->collectives = false;
+      if (option == 'j') cmd->json = optarg;
+      if (option == 'n') MOE_TRY(parse_count("--steps", optarg, 1, &cmd->steps));
+      if (option == 'w') MOE_TRY(parse_count("--warmup", optarg, 0, &cmd->warmup));
+      if (option == 's' && pass == 1) MOE_TRY(moe_config_set(&cmd->config, optarg));
+    }
+    if (argc - optind > 1) return moe_fail(MOE_USAGE, "too many arguments: see moe-bench --help");
+    if (pass == 0 && optind < argc && !cmd->answer) {
+      moe_config_defaults(&file);
+      MOE_TRY(moe_config_read(&file, argv[optind]));
+      cmd->config = file;
+    }
+  }
+  return MOE_OK;
+}
+
+static moe_status measure(moe_engine *e, const command *cmd, figures *f) {
+  MOE_TRY(moe_optimizer_init_weights(e->optimizer, (uint64_t)e->config.train.seed));
+  MOE_TRY(moe_bench_ceilings(e, &f->ceilings));
+  for (int c = 0; c < MOE_BENCH_COLLECTIVES && cmd->collectives; c++) {
+    for (int i = 0; i < 3; i++) {
+      MOE_TRY(moe_bench_collective(e, c, (int64_t)collective_mib[i] << 20, &f->bus[c][i]));
+    }
+  }
+  return moe_bench_step(e, cmd->warmup, cmd->steps, &f->step);
+}
+
+static void print_figures(const moe_engine *e, const command *cmd, const figures *f) {
+  const moe_bench_step_result *s = &f->step;
+  int ranks = moe_comm_size(e->world);
+  printf("ceilings, %d rank%s at once (%s)\n", ranks, ranks > 1 ? "s" : "",
+         moe_device_name(e->dev));
+  printf("  product %" PRId64 "^3          %8.3f TFLOP/s per rank\n", f->ceilings.product,
+         f->ceilings.product_tflops);
+  printf("  copy                  %8.1f GB/s per rank, read and written\n", f->ceilings.copy_gbs);
+  for (int c = 0; c < MOE_BENCH_COLLECTIVES && cmd->collectives && ranks > 1; c++) {
+    printf("  %-20s  %8.2f %8.2f %8.2f GB/s on the bus at %d, %d, %d MiB\n",
+           moe_bench_collective_name(c), f->bus[c][0], f->bus[c][1], f->bus[c][2],
+           collective_mib[0], collective_mib[1], collective_mib[2]);
+  }
+  printf("step: %" PRId64 " tokens, %s, exchange %s, median of %d\n", s->tokens,
+         moe_dtype_name(moe_config_compute_dtype(&e->config)), moe_model_exchange_name(e->model),
+         cmd->steps);
+  printf(
+      "  %.1f ms (%.1f to %.1f), %.0f tokens/s, %.4f TFLOP/s per rank = %.1f %% of the product\n",
+      1e3 * s->seconds, 1e3 * s->fastest, 1e3 * s->slowest, (double)s->tokens / s->seconds,
+      s->model_tflops, 100.0 * s->model_tflops / f->ceilings.product_tflops);
+  for (int i = 0; i < MOE_BENCH_PARTS; i++) {
+    const moe_bench_part *p = &s->part[i];
+    printf("  %-26s %9.2f ms %6.1f %%", p->name, 1e3 * p->seconds, 100.0 * p->seconds / s->seconds);
+    if (p->flops > 0.0) {
+      double tflops = 1e-12 * p->flops / p->seconds;
+      printf("  %8.3f TFLOP/s, %5.1f %% of the product", tflops,
+             100.0 * tflops / f->ceilings.product_tflops);
+    }
+    printf("\n");
+  }
+}
+
+static moe_status write_json(const moe_engine *e, const char *path, const figures *f) {
+  FILE *out = fopen(path, "w");
+  if (!out) return moe_fail(MOE_IO, "cannot write: %s: choose another --json FILE", path);
+  const moe_bench_step_result *s = &f->step;
+  fprintf(
+      out,
+      "{\"device\": \"%s\", \"ranks\": %d, \"dtype\": \"%s\", \"product_n\": %" PRId64
+      ", \"product_tflops\": %.6g, \"copy_gbs\": %.6g, \"step_seconds\": %.6g, \"tokens\": %" PRId64
+      ", \"model_tflops_per_rank\": %.6g, \"of_product\": %.6g, \"parts\": [",
+      moe_device_name(e->dev), moe_comm_size(e->world),
+      moe_dtype_name(moe_config_compute_dtype(&e->config)), f->ceilings.product,
+      f->ceilings.product_tflops, f->ceilings.copy_gbs, s->seconds, s->tokens, s->model_tflops,
+      s->model_tflops / f->ceilings.product_tflops);
+  for (int i = 0; i < MOE_BENCH_PARTS; i++) {
+    fprintf(out, "%s{\"name\": \"%s\", \"seconds\": %.6g, \"flops\": %.6g}", i ? ", " : "",
+            s->part[i].name, s->part[i].seconds, s->part[i].flops);
+  }
+  fprintf(out, "]}\n");
+  if (fclose(out) == 0) return MOE_OK;
+  return moe_fail(MOE_IO, "cannot write: %s: is the disk full?", path);
+}
+
+static moe_status work(command *cmd, moe_comm *world) {
+  moe_device *dev = NULL;
+  moe_engine engine;
+  figures f;
+  memset(&f, 0, sizeof f);
+  MOE_TRY(moe_config_resolve(&cmd->config, moe_comm_size(world)));
+  MOE_TRY(moe_agree(world, moe_engine_open_device(&cmd->config, &dev)));
+  moe_status status = moe_engine_create(&cmd->config, dev, true, false, &engine);
+  if (status == MOE_OK) {
+    status = measure(&engine, cmd, &f);
+    if (status == MOE_OK && moe_comm_rank(world) == 0) print_figures(&engine, cmd, &f);
+    if (status == MOE_OK && moe_comm_rank(world) == 0 && cmd->json)
+      status = write_json(&engine, cmd->json, &f);
+    status = moe_agree(world, status);
+    moe_engine_destroy(&engine);
+  }
+  moe_device_close(dev);
+  return status;
+}
+
+int main(int argc, char **argv) {
+  moe_cpu_choose_blas(argv);
+  command *cmd = calloc(1, sizeof *cmd);
+  moe_comm *world = NULL;
+  moe_log_init("moe-bench", -1);
+  if (!cmd) return moe_report(moe_fail(MOE_NO_MEMORY, "out of memory: start"));
+  *cmd = (command){.steps = 8, .warmup = 2, .collectives = true};
+  moe_status status = moe_comm_init(&argc, &argv);
+  if (status == MOE_OK) status = moe_comm_world(NULL, &world);
+  if (status != MOE_OK) return moe_report(status);
+  int rank = moe_comm_rank(world);
+  moe_log_init("moe-bench", rank);
+  status = moe_agree(world, parse(argc, argv, cmd));
+  if (status == MOE_OK && cmd->answer) {
+    if (rank == 0) fputs(cmd->answer, stdout);
+  } else if (status == MOE_OK) {
+    status = work(cmd, world);
+  }
+  if (status != MOE_OK && rank == 0) moe_report(status);
+  moe_comm_destroy(world);
+  moe_comm_finalize();
+  free(cmd);
+  return moe_status_exit_code(status);
+}
