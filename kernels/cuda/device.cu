@@ -118,6 +118,31 @@ static moe_status sync(moe_device *dev) {
   return MOE_OK;
 }
 
+/* ---- time ---------------------------------------------------------------------------------- */
+
+static void mark(moe_device *dev, moe_mark *out) {
+  cudaEvent_t event = nullptr;
+  use(dev);
+  if (cudaEventCreate(&event) != cudaSuccess) return;
+  cudaEventRecord(event, cuda_of(dev)->stream);
+  out->event = event;
+}
+
+static double between(moe_device *dev, const moe_mark *from, const moe_mark *to) {
+  float ms = 0.0f;
+  use(dev);
+  if (from->event == nullptr || to->event == nullptr) return 0.0;
+  bool timed = cudaEventElapsedTime(&ms, static_cast<cudaEvent_t>(from->event),
+                                    static_cast<cudaEvent_t>(to->event)) == cudaSuccess;
+  return timed ? 1e-3 * static_cast<double>(ms) : 0.0;
+}
+
+static void forget(moe_device *dev, moe_mark *mark) {
+  use(dev);
+  if (mark->event != nullptr) cudaEventDestroy(static_cast<cudaEvent_t>(mark->event));
+  mark->event = nullptr;
+}
+
 /* ---- published rates ----------------------------------------------------------------------- */
 
 /* Dense TFLOP/s with float32 sums, from the vendor's data sheets; the first name that fits. */
@@ -201,7 +226,7 @@ moe_status moe_cuda_open(moe_device *dev) {
   int count = moe_cuda_count();
   if (count < 1)
     return moe_fail(MOE_USAGE, "cuda: no GPU is visible: check nvidia-smi and "
-                               "CUDA_VISIBLE_DEVICES, or set run.backend=cpu");
+                               "CUDA_VISIBLE_DEVICES, or use run.backend = cpu");
   cuda_state *s = static_cast<cuda_state *>(calloc(1, sizeof *s));
   if (s == nullptr) return moe_fail(MOE_NO_MEMORY, "cuda: no memory for the device's state");
   s->ordinal = dev->options.local_rank % count;
@@ -232,6 +257,9 @@ static const moe_backend *table(void) {
   t.upload = upload;
   t.download = download;
   t.sync = sync;
+  t.mark = mark;
+  t.between = between;
+  t.forget = forget;
 #define SLOT(name) t.name = moe_cuda_##name
   SLOT(zero), SLOT(copy), SLOT(add), SLOT(scale), SLOT(sum_squares);
   SLOT(embed), SLOT(embed_backward);

@@ -1,0 +1,138 @@
+/* The NCCL transport: collectives on device memory, queued on the device's stream.
+ *
+ * A group's NCCL communicator is made over its MPI one: rank 0 draws the id and broadcasts it.
+ * Calls do not wait; a transport error that NCCL notices later is reported by the next call. */
+#ifdef MOE_WITH_NCCL
+#include <cuda_runtime_api.h>
+#include <nccl.h>
+#include <stdlib.h>
+
+#include "kernels/cuda/cuda.h"
+#include "parallel/comm_backend.h"
+
+static moe_status nccl_check(ncclResult_t result, const char *call) {
+  if (result == ncclSuccess || result == ncclInProgress) return MOE_OK;
+  return moe_fail(MOE_FAILED, "%s failed: %s: NCCL_DEBUG=INFO in the environment tells more", call,
+                  ncclGetErrorString(result));
+}
+#define NCCL_TRY(call) MOE_TRY(nccl_check((call), #call))
+
+static ncclComm_t comm_of(const moe_comm *c) {
+  return c->state;
+}
+
+static cudaStream_t stream_of(const moe_comm *c) {
+  return moe_cuda_stream(c->dev);
+}
+
+/* Errors of calls already queued. */
+static moe_status check_async(const moe_comm *c) {
+  ncclResult_t result = ncclSuccess;
+  NCCL_TRY(ncclCommGetAsyncError(comm_of(c), &result));
+  return nccl_check(result, "an earlier collective");
+}
+
+static moe_status nccl_open(moe_comm *c) {
+  ncclUniqueId id;
+  ncclComm_t comm = NULL;
+  moe_status status = MOE_OK;
+  setenv("NCCL_NVLS_ENABLE", "0", 0); /* NVLink multicast: forbidden on some hosts */
+  if (c->rank == 0) status = nccl_check(ncclGetUniqueId(&id), "ncclGetUniqueId");
+  MOE_TRY(moe_agree(c, status));
+  MOE_TRY(moe_comm_host_broadcast(c, &id, (int64_t)sizeof id, 0));
+  if (cudaSetDevice(moe_cuda_ordinal(c->dev)) != cudaSuccess)
+    return moe_fail(MOE_FAILED, "cuda: cannot select GPU %d", moe_cuda_ordinal(c->dev));
+  NCCL_TRY(ncclCommInitRank(&comm, c->size, id, c->rank));
+  c->state = comm;
+  return MOE_OK;
+}
+
+static void nccl_close(moe_comm *c) {
+  if (c->state) ncclCommDestroy(comm_of(c));
+  c->state = NULL;
+}
+
+static ncclDataType_t type_of(moe_dtype t) {
+  switch (t) {
+  case MOE_BF16:
+    return ncclBfloat16;
+  case MOE_F16:
+    return ncclFloat16;
+  case MOE_I32:
+    return ncclInt32;
+  case MOE_F64:
+    return ncclFloat64;
+  default:
+    return ncclFloat32;
+  }
+}
+
+static ncclRedOp_t op_of(moe_reduce_op op) {
+  return op == MOE_MAX ? ncclMax : op == MOE_MIN ? ncclMin : ncclSum;
+}
+
+static moe_status nccl_all_reduce(moe_comm *c, moe_tensor x, moe_reduce_op op) {
+  MOE_TRY(check_async(c));
+  NCCL_TRY(ncclAllReduce(x.data, x.data, (size_t)moe_tensor_count(x), type_of(x.dtype), op_of(op),
+                         comm_of(c), stream_of(c)));
+  return MOE_OK;
+}
+
+static moe_status nccl_reduce_scatter(moe_comm *c, moe_tensor x, moe_tensor out) {
+  MOE_TRY(check_async(c));
+  NCCL_TRY(ncclReduceScatter(x.data, out.data, (size_t)moe_tensor_count(out), type_of(x.dtype),
+                             ncclSum, comm_of(c), stream_of(c)));
+  return MOE_OK;
+}
+
+static moe_status nccl_all_gather(moe_comm *c, moe_tensor x, moe_tensor out) {
+  MOE_TRY(check_async(c));
+  NCCL_TRY(ncclAllGather(x.data, out.data, (size_t)moe_tensor_count(x), type_of(x.dtype),
+                         comm_of(c), stream_of(c)));
+  return MOE_OK;
+}
+
+static moe_status nccl_all_to_all(moe_comm *c, moe_tensor send, const int64_t *send_rows,
+                                  const int64_t *send_at, moe_tensor recv, const int64_t *recv_rows,
+                                  const int64_t *recv_at) {
+  int64_t row = moe_dtype_size(send.dtype);
+  for (int i = 1; i < send.dims; i++) row *= send.shape[i];
+  MOE_TRY(check_async(c));
+  NCCL_TRY(ncclGroupStart());
+  moe_status status = MOE_OK;
+  for (int r = 0; r < c->size && status == MOE_OK; r++) {
+    const char *from = (const char *)send.data + send_at[r] * row;
+    char *to = (char *)recv.data + recv_at[r] * row;
+    if (send_rows[r] > 0)
+      status = nccl_check(
+          ncclSend(from, (size_t)(send_rows[r] * row), ncclInt8, r, comm_of(c), stream_of(c)),
+          "ncclSend");
+    if (recv_rows[r] > 0 && status == MOE_OK)
+      status = nccl_check(
+          ncclRecv(to, (size_t)(recv_rows[r] * row), ncclInt8, r, comm_of(c), stream_of(c)),
+          "ncclRecv");
+  }
+  moe_status ended = nccl_check(ncclGroupEnd(), "ncclGroupEnd");
+  return status != MOE_OK ? status : ended;
+}
+
+static moe_status nccl_broadcast(moe_comm *c, moe_tensor x, int root) {
+  MOE_TRY(check_async(c));
+  NCCL_TRY(ncclBroadcast(x.data, x.data, (size_t)moe_tensor_bytes(x), ncclInt8, root, comm_of(c),
+                         stream_of(c)));
+  return MOE_OK;
+}
+
+const moe_comm_backend moe_comm_nccl_backend = {
+    .name = "NCCL",
+    .open = nccl_open,
+    .close = nccl_close,
+    .all_reduce = nccl_all_reduce,
+    .reduce_scatter = nccl_reduce_scatter,
+    .all_gather = nccl_all_gather,
+    .all_to_all = nccl_all_to_all,
+    .broadcast = nccl_broadcast,
+};
+#else
+typedef int moe_comm_nccl_not_built;
+#endif
