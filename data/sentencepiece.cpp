@@ -21,7 +21,11 @@ struct moe_sentencepiece {
 
 namespace {
 
+// The library's words without its source position: "./src/x.cc(12) [condition] words".
 void say(char *error, const char *what) {
+  const char *position = strstr(what, ".cc(");
+  const char *words = position ? strstr(position, "] ") : nullptr;
+  if (words) what = words[2] ? words + 2 : "the library cannot parse it";
   snprintf(error, MOE_SENTENCEPIECE_ERROR, "%s", what);
   for (char *c = error; *c; c++)
     if (*c == '\n') *c = ' ';
@@ -122,7 +126,7 @@ moe_sentencepiece *moe_sentencepiece_load(const void *model, int64_t size, char 
     const auto status = p->processor.LoadFromSerializedProto(
         absl::string_view(static_cast<const char *>(model), static_cast<size_t>(size)));
     if (status.ok()) return p;
-    say(error, status.ToString().c_str());
+    say(error, status.message());
     delete p;
     return nullptr;
   });
@@ -158,7 +162,7 @@ bool moe_sentencepiece_encode(const moe_sentencepiece *p, const char *text, int6
     const auto status =
         p->processor.Encode(absl::string_view(text, static_cast<size_t>(length)), &ids);
     if (!status.ok()) {
-      say(error, status.ToString().c_str());
+      say(error, status.message());
       return false;
     }
     return moe_token_list_append(out, ids.data(), static_cast<int64_t>(ids.size())) == MOE_OK;
@@ -171,7 +175,7 @@ char *moe_sentencepiece_decode(const moe_sentencepiece *p, const int32_t *ids, i
     std::string text;
     const auto status = p->processor.Decode(std::vector<int>(ids, ids + count), &text);
     if (status.ok()) return copied(text, length, error);
-    say(error, status.ToString().c_str());
+    say(error, status.message());
     return nullptr;
   });
 }
@@ -198,7 +202,7 @@ char *moe_sentencepiece_train(const moe_tokenizer_training *options, moe_next_se
         sp::SentencePieceTrainer::Train(training_options(*options), &sentences, &model);
     *input_status = sentences.input_status();
     if (status.ok()) return copied(model, size, error);
-    say(error, status.ToString().c_str());
+    say(error, status.message());
     return nullptr;
   });
 }
