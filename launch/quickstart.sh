@@ -55,7 +55,7 @@ esac
 
 cd "$(dirname "$0")/.."
 work=runs/quickstart
-build=build/cpu
+build=build-cpu # of the preset cpu
 config=launch/configs/quickstart.ini
 started=$(date +%s)
 mkdir -p "$work"
@@ -76,7 +76,7 @@ quietly() {
 
 build_programs() {
   # The CPU backend alone: compiling CUDA kernels would take longer than all the rest.
-  quietly cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DMOE_CUDA=OFF
+  quietly cmake --preset cpu
   targets=
   for source in launch/moe_*.c; do
     targets="$targets $(basename "$source" .c | tr _ -)"
