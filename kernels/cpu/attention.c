@@ -45,10 +45,6 @@ typedef struct {
   int64_t stride;
 } panel;
 
-static int64_t min64(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 static int64_t max64(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
@@ -56,8 +52,8 @@ static int64_t max64(int64_t a, int64_t b) {
 static problem make_problem(moe_attention_shape s, int64_t rep, moe_tensor qkv,
                             moe_tensor doc_start) {
   problem p = {s, qkv, doc_start.data, rep, 0, 0, (s.heads + 2 * s.kv_heads) * s.head_dim, 0.0f};
-  p.tokens = max64(1, min64(s.seq, min64(STACK_TOKENS, STACK_ROWS / rep)));
-  p.keys = max64(1, min64(s.seq, KEY_BLOCK));
+  p.tokens = max64(1, moe_min64(s.seq, moe_min64(STACK_TOKENS, STACK_ROWS / rep)));
+  p.keys = max64(1, moe_min64(s.seq, KEY_BLOCK));
   p.scale = (float)(1.0 / sqrt((double)s.head_dim));
   return p;
 }
@@ -131,7 +127,7 @@ static moe_status get_scratch(moe_device *dev, int64_t floats, float **out) {
 /* ---- blocks ---------------------------------------------------------------------------------- */
 
 static stack make_stack(const problem *p, int64_t batch, int64_t head, int64_t begin) {
-  int64_t end = min64(begin + p->tokens, p->s.seq);
+  int64_t end = moe_min64(begin + p->tokens, p->s.seq);
   stack k = {batch, head, head / (p->s.heads / p->s.kv_heads), begin, end, (end - begin) * p->rep};
   return k;
 }
@@ -140,7 +136,7 @@ static stack make_stack(const problem *p, int64_t batch, int64_t head, int64_t b
 static int64_t first_key(const problem *p, int64_t batch, int64_t i) {
   if (!p->doc_start) return 0;
   int64_t start = p->doc_start[batch * p->s.seq + i];
-  return min64(max64(start, 0), i);
+  return moe_min64(max64(start, 0), i);
 }
 
 /* The stack's rows of a tensor whose tokens are `stride` apart, the stack's heads consecutive. */
@@ -178,8 +174,8 @@ static panel view_keys(const problem *p, const stack *k, int which, int64_t begi
 static void visible(const problem *p, const stack *k, int64_t r, int64_t first, int64_t n,
                     int64_t *a, int64_t *b) {
   int64_t i = k->begin + r / p->rep;
-  *a = min64(max64(first_key(p, k->batch, i) - first, 0), n);
-  *b = max64(min64(i + 1 - first, n), *a);
+  *a = moe_min64(max64(first_key(p, k->batch, i) - first, 0), n);
+  *b = max64(moe_min64(i + 1 - first, n), *a);
 }
 
 static void clear(float *x, int64_t n) {
@@ -230,7 +226,7 @@ static void forward_stack(const problem *p, const stack *k, work *w, moe_tensor 
   for (int64_t r = 0; r < k->rows; r++) w->peak[r] = -INFINITY;
 
   for (int64_t first = begin; first < k->end; first += p->keys) {
-    int64_t n = min64(p->keys, k->end - first);
+    int64_t n = moe_min64(p->keys, k->end - first);
     panel key = view_keys(p, k, 0, first, n, w->k), value = view_keys(p, k, 1, first, n, w->v);
     moe_cpu_product(MOE_NT, k->rows, n, d, w->q, d, key.data, key.stride, 0.0f, w->p, n);
     soften_block(p, k, first, n, w);
@@ -317,7 +313,7 @@ static void backward_stack(const problem *p, const stack *k, work *w, moe_tensor
   clear(dq, k->rows * d);
 
   for (int64_t first = begin; first < k->end; first += p->keys) {
-    int64_t n = min64(p->keys, k->end - first), at = first * d;
+    int64_t n = moe_min64(p->keys, k->end - first), at = first * d;
     panel key = view_keys(p, k, 0, first, n, w->k), value = view_keys(p, k, 1, first, n, w->v);
     moe_cpu_product(MOE_NT, k->rows, n, d, w->q, d, key.data, key.stride, 0.0f, w->p, n);
     moe_cpu_product(MOE_NT, k->rows, n, d, w->dout, d, value.data, value.stride, 0.0f, w->dp, n);

@@ -36,10 +36,6 @@ struct grouped {
   void (*finish)(const grouped *g, int64_t row, int64_t rows, float *values);
 };
 
-static int64_t min64(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 /* ---- scratch --------------------------------------------------------------------------------- */
 
 /* Half precision: one expert's weights, and for each thread a panel of both sides of a product; or
@@ -103,11 +99,11 @@ static moe_status grouped_product(moe_device *dev, const grouped *g) {
       if (half) {
 #pragma omp for
         for (int64_t i = 0; i < size; i += 4096)
-          moe_cpu_load(g->weights, j * size + i, min64(4096, size - i), scratch + i);
+          moe_cpu_load(g->weights, j * size + i, moe_min64(4096, size - i), scratch + i);
       }
 #pragma omp for schedule(dynamic) nowait
       for (int64_t row = begin; row < end; row += PANEL_ROWS)
-        one_panel(g, row, min64(PANEL_ROWS, end - row), weights, panel);
+        one_panel(g, row, moe_min64(PANEL_ROWS, end - row), weights, panel);
       if (half) {
 #pragma omp barrier
       }
@@ -137,7 +133,7 @@ static void finish_up(const grouped *g, int64_t row, int64_t rows, float *values
   for (int64_t r = row; r < row + rows; r++) {
     float scale = g->gates[r];
     for (int64_t i = 0; i < ffn; i += CHUNK) {
-      int64_t n = min64(CHUNK, ffn - i);
+      int64_t n = moe_min64(CHUNK, ffn - i);
       const float *gate = moe_cpu_view(g->gu, r * g->n + i, n, gate_part);
       const float *up = moe_cpu_view(g->gu, r * g->n + ffn + i, n, up_part);
       float *a = g->a.dtype == MOE_F32 ? (float *)g->a.data + r * ffn + i : hidden;
@@ -219,7 +215,8 @@ static void finish_down_backward(const grouped *g, int64_t row, int64_t rows, fl
   for (int64_t r = row; r < row + rows; r++) {
     double dot = 0.0;
     for (int64_t i = 0; i < g->n; i += CHUNK)
-      dot += (double)finish_chunk(g, r, i, min64(CHUNK, g->n - i), values + (r - row) * g->n + i);
+      dot +=
+          (double)finish_chunk(g, r, i, moe_min64(CHUNK, g->n - i), values + (r - row) * g->n + i);
     g->dgates[r] = (float)dot;
   }
 }
@@ -265,7 +262,7 @@ static void share_product(const float *left, int64_t m, const float *right, int6
                           float beta, float *dw) {
 #pragma omp for schedule(dynamic) nowait
   for (int64_t i = 0; i < m; i += GRAD_ROWS)
-    moe_cpu_product(MOE_TN, min64(GRAD_ROWS, m - i), n, rows, left + i, m, right, n, beta,
+    moe_cpu_product(MOE_TN, moe_min64(GRAD_ROWS, m - i), n, rows, left + i, m, right, n, beta,
                     dw + i * n, n);
 }
 
@@ -274,7 +271,7 @@ static void share_converted(moe_tensor left, moe_tensor right, int64_t begin, in
                             float beta, float *scratch, float *dw) {
   int64_t m = left.shape[1], n = right.shape[1];
   for (int64_t row = begin; row < end; row += PANEL_ROWS, beta = 1.0f) {
-    int64_t rows = min64(PANEL_ROWS, end - row);
+    int64_t rows = moe_min64(PANEL_ROWS, end - row);
     float *right_panel = scratch + PANEL_ROWS * m;
 #pragma omp for
     for (int64_t r = 0; r < rows; r++) {

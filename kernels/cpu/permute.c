@@ -9,10 +9,6 @@
 
 enum { CHUNK = 512 }; /* elements of a row held on the stack */
 
-static int64_t min64(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 /* ---- plan ------------------------------------------------------------------------------------ */
 
 static int64_t round_up(int64_t n, int64_t multiple) {
@@ -58,7 +54,7 @@ moe_status moe_cpu_permute_window(moe_device *dev, moe_tensor offsets, int64_t b
   int32_t *clipped = out.data;
   for (int64_t j = 0; j < offsets.shape[0]; j++) {
     int64_t at = offset[j] - begin;
-    clipped[j] = (int32_t)(at < 0 ? 0 : min64(at, rows));
+    clipped[j] = (int32_t)(at < 0 ? 0 : moe_min64(at, rows));
   }
   return MOE_OK;
 }
@@ -119,7 +115,7 @@ moe_status moe_cpu_combine_rows(moe_device *dev, moe_tensor src, moe_tensor slot
 #pragma omp parallel for num_threads(moe_cpu_threads(dev))
   for (int64_t r = 0; r < out.shape[0]; r++)
     for (int64_t c = 0; c < width; c += CHUNK)
-      combine_chunk(src, slots + r * k, k, begin, beta, out, r, c, min64(CHUNK, width - c));
+      combine_chunk(src, slots + r * k, k, begin, beta, out, r, c, moe_min64(CHUNK, width - c));
   return MOE_OK;
 }
 

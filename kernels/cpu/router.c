@@ -19,10 +19,6 @@ enum {
   EXPERTS_AT_ONCE = 128
 };
 
-static int64_t min64(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 /* ---- tiles of x ------------------------------------------------------------------------------ */
 
 typedef struct {
@@ -47,7 +43,7 @@ static void make_logits(moe_tensor x, moe_tensor weight, int64_t row, int64_t ro
   int64_t width = x.shape[1], e = weight.shape[0];
   float buffer[TILE_ROWS * TILE_COLUMNS];
   for (int64_t c = 0; c < width; c += TILE_COLUMNS) {
-    int64_t n = min64(TILE_COLUMNS, width - c);
+    int64_t n = moe_min64(TILE_COLUMNS, width - c);
     tile t = view_tile(x, row, rows, c, n, buffer);
     moe_cpu_product(MOE_NT, rows, e, n, t.data, t.stride, (const float *)weight.data + c, width,
                     c > 0 ? 1.0f : 0.0f, logits, e);
@@ -71,10 +67,10 @@ static void choose(const float *p, const float *bias, int64_t e, int64_t k, int3
                    float *best) {
   for (int64_t j = 0; j < e; j++) {
     float score = bias ? p[j] + bias[j] : p[j];
-    int64_t at = min64(j, k);
+    int64_t at = moe_min64(j, k);
     while (at > 0 && score > best[at - 1]) at--;
     if (at == k) continue;
-    for (int64_t i = min64(j, k - 1); i > at; i--) {
+    for (int64_t i = moe_min64(j, k - 1); i > at; i--) {
       best[i] = best[i - 1];
       experts[i] = experts[i - 1];
     }
@@ -94,7 +90,7 @@ static void sum_group(moe_tensor probs, const float *lse, moe_tensor experts, in
   const int32_t *expert = experts.data;
   const float *p = probs.data;
   for (int64_t first = 0; first < e; first += EXPERTS_AT_ONCE) {
-    int64_t n = min64(EXPERTS_AT_ONCE, e - first), counts[EXPERTS_AT_ONCE] = {0};
+    int64_t n = moe_min64(EXPERTS_AT_ONCE, e - first), counts[EXPERTS_AT_ONCE] = {0};
     double sums[EXPERTS_AT_ONCE] = {0};
     for (int64_t i = begin * k; i < end * k; i++)
       if (expert[i] >= first && expert[i] < first + n) counts[expert[i] - first]++;
@@ -120,7 +116,7 @@ moe_status moe_cpu_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe_
   {
 #pragma omp for
     for (int64_t row = 0; row < tokens; row += TILE_ROWS) {
-      int64_t rows = min64(TILE_ROWS, tokens - row);
+      int64_t rows = moe_min64(TILE_ROWS, tokens - row);
       make_logits(x, weight, row, rows, p + row * e);
       for (int64_t t = row; t < row + rows; t++) {
         ((float *)lse.data)[t] = soften(p + t * e, e);
@@ -188,7 +184,7 @@ moe_status moe_cpu_router_drop(moe_device *dev, moe_tensor probs, int64_t capaci
   int64_t e = probs.shape[1], k = experts.shape[1], lost = 0;
   int32_t *expert = experts.data;
   for (int64_t first = 0; first < e; first += EXPERTS_AT_ONCE) {
-    int64_t n = min64(EXPERTS_AT_ONCE, e - first), ties[EXPERTS_AT_ONCE];
+    int64_t n = moe_min64(EXPERTS_AT_ONCE, e - first), ties[EXPERTS_AT_ONCE];
     uint32_t cut[EXPERTS_AT_ONCE];
     find_cuts(probs, experts, first, n, capacity, cut, ties);
     for (int64_t i = 0; i < moe_tensor_count(experts); i++) {
@@ -245,7 +241,7 @@ static void add_dx(const float *dlogits, moe_tensor weight, int64_t row, int64_t
   int64_t width = dx.shape[1], e = weight.shape[0];
   float buffer[TILE_ROWS * TILE_COLUMNS];
   for (int64_t c = 0; c < width; c += TILE_COLUMNS) {
-    int64_t n = min64(TILE_COLUMNS, width - c), at = row * width + c;
+    int64_t n = moe_min64(TILE_COLUMNS, width - c), at = row * width + c;
     bool direct = dx.dtype == MOE_F32;
     tile t = view_tile(dx, row, rows, c, n, buffer);
     float *sum = direct ? (float *)dx.data + at : buffer;
@@ -263,7 +259,7 @@ static void add_dweight(const float *dlogits, moe_tensor x, int64_t c, int64_t n
   int64_t step = x.dtype == MOE_F32 ? tokens : TILE_ROWS;
   float buffer[TILE_ROWS * TILE_COLUMNS];
   for (int64_t row = 0; row < tokens; row += step) {
-    int64_t rows = min64(step, tokens - row);
+    int64_t rows = moe_min64(step, tokens - row);
     tile t = view_tile(x, row, rows, c, n, buffer);
     moe_cpu_product(MOE_TN, e, n, rows, dlogits + row * e, e, t.data, t.stride, 1.0f,
                     (float *)dweight.data + c, width);
@@ -282,7 +278,7 @@ moe_status moe_cpu_router_backward(moe_device *dev, moe_tensor dgates, moe_tenso
   {
 #pragma omp for
     for (int64_t row = 0; row < tokens; row += TILE_ROWS) {
-      int64_t rows = min64(TILE_ROWS, tokens - row);
+      int64_t rows = moe_min64(TILE_ROWS, tokens - row);
       for (int64_t t = row; t < row + rows; t++)
         token_gradient((const float *)dgates.data + t * k, (const float *)probs.data + t * e,
                        (const int32_t *)experts.data + t * k, (const float *)gates.data + t * k, e,
@@ -292,7 +288,7 @@ moe_status moe_cpu_router_backward(moe_device *dev, moe_tensor dgates, moe_tenso
     }
 #pragma omp for
     for (int64_t c = 0; c < width; c += TILE_COLUMNS)
-      add_dweight(grad, x, c, min64(TILE_COLUMNS, width - c), dweight);
+      add_dweight(grad, x, c, moe_min64(TILE_COLUMNS, width - c), dweight);
   }
   return MOE_OK;
 }
