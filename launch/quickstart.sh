@@ -55,7 +55,7 @@ esac
 
 cd "$(dirname "$0")/.."
 work=runs/quickstart
-build=build-cpu # of the preset cpu
+build="build-cpu" # of the preset cpu
 config=launch/configs/quickstart.ini
 started=$(date +%s)
 mkdir -p "$work"

@@ -60,7 +60,7 @@ void moe_json_real(moe_json *j, const char *key, double value) {
   char digits[32];
   for (int precision = 15; precision <= 17; precision++) {
     snprintf(digits, sizeof digits, "%.*g", precision, value);
-    if (memcmp(&(double){strtod(digits, NULL)}, &value, sizeof value) == 0) break;
+    if (strtod(digits, NULL) == value) break;
   }
   key_text(j, key);
   text(j, digits);

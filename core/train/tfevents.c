@@ -144,7 +144,7 @@ void moe_tfevents_scalar(moe_tfevents *w, double value, const char *tag_format, 
 }
 
 void moe_tfevents_commit(moe_tfevents *w, int64_t step) {
-  Moe__Summary__Value **values = malloc((w->count + 1) * sizeof *values);
+  Moe__Summary__Value **values = malloc((w->count + 1) * sizeof(void *));
   if (values != NULL) {
     for (size_t i = 0; i < w->count; i++) {
       values[i] = &w->scalars[i].message;

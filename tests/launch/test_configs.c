@@ -14,7 +14,7 @@ typedef struct {
 } example;
 
 static const example examples[] = {
-    {"quickstart.ini", {1, 2}, 2048},         {"tiny.ini", {2}, 1024},
+    {"quickstart.ini", {1, 2}, 2048},      {"tiny.ini", {2}, 1024},
     {"small.ini", {1, 4, 32}, 16384},      {"1b.ini", {1, 2, 8}, 262144},
     {"6.9b-1gpu.ini", {1, 2, 16}, 524288}, {"6.9b-2gpu.ini", {2, 8, 16}, 524288},
 };
