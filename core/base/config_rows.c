@@ -98,9 +98,11 @@ void moe_config_defaults(moe_config *c) {
 const char *moe_config_real_text(double value, char text[MOE_CONFIG_REAL]) {
   /* Enough digits that numbers of everyday size have no exponent. */
   int digits = 1;
-  double size = value < 0.0 ? -value : value;
-  if (size < 1e9)
-    for (double power = 10.0; size >= power; power *= 10.0) digits++;
+  double rest = value < 0.0 ? -value : value;
+  while (rest >= 10.0 && rest < 1e9) {
+    rest /= 10.0;
+    digits++;
+  }
   for (; digits <= 17; digits++) {
     snprintf(text, MOE_CONFIG_REAL, "%.*g", digits, value);
     if (strtod(text, NULL) == value) break;
