@@ -1,0 +1,197 @@
+/* CUDA against the CPU at sizes that reach what small tests do not: rows longer than a block, split
+ * sums, several rounds, scalar and 16-byte accesses. Elementwise, norm, matrix products, rope,
+ * loss, optimizer, sampling, embedding. */
+#include <criterion/criterion.h>
+
+#include "tests/gpu/both.h"
+
+static const moe_dtype types[] = {MOE_F32, MOE_BF16, MOE_F16};
+
+/* What one rounding to the type costs, with room for a last bit that goes the other way. */
+static double rounding(moe_dtype type) {
+  return type == MOE_BF16 ? 3e-3 : type == MOE_F16 ? 4e-4 : 2e-6;
+}
+
+#define EACH_TYPE(act)                          \
+  for (int i_##act = 0; i_##act < 3; i_##act++) \
+    for (moe_dtype act = types[i_##act], *once_##act = &act; once_##act != NULL; once_##act = NULL)
+
+Test(gpu_elementwise, agrees_for_all_pairs_of_types_and_odd_starts, .init = both_open,
+     .fini = both_close) {
+  const int64_t sizes[] = {1, 7, 4096, 1000003};
+  for (int i = 0; i < 4; i++) EACH_TYPE(to) EACH_TYPE(from) {
+      both x = both_random("x", from, SHAPE(sizes[i] + 1), 1.0);
+      both y = both_random("y", to, SHAPE(sizes[i] + 1), 1.0);
+      both z = both_output("z", to, SHAPE(sizes[i]));
+      both sum = both_random("sum", MOE_F64, SHAPE(1), 0.0);
+      for (int s = 0; s < SIDES; s++) { /* from the second element on: not 16-byte aligned */
+        x.t[s] = moe_tensor_rows(x.t[s], 1, sizes[i]);
+        y.t[s] = moe_tensor_rows(y.t[s], 1, sizes[i]);
+      }
+      BOTH(moe_copy(dev, z.t[s], x.t[s]));
+      AGREE(z, 0.0);
+      BOTH(moe_add(dev, y.t[s], z.t[s]));
+      BOTH(moe_scale(dev, y.t[s], 0.37f));
+      AGREE(y, 0.0);
+      BOTH(moe_sum_squares(dev, y.t[s], sum.t[s]));
+      BOTH(moe_sum_squares(dev, z.t[s], sum.t[s]));
+      AGREE(sum, 1e-13);
+    }
+}
+
+Test(gpu_norm, agrees_for_short_long_and_odd_rows, .init = both_open, .fini = both_close) {
+  const int64_t sizes[][2] = {{3000, 768}, {301, 4104}, {40, 20000}, {501, 777}, {77, 129}, {5, 1}};
+  for (int i = 0; i < 6; i++) EACH_TYPE(act) {
+      int64_t t = sizes[i][0], d = sizes[i][1];
+      both x = both_random("x", act, SHAPE(t, d), 1.0), r = both_random("r", act, SHAPE(t, d), 1.0);
+      both gain = both_random("gain", MOE_F32, SHAPE(d), 1.0);
+      both sum = both_output("sum", act, SHAPE(t, d)), out = both_output("out", act, SHAPE(t, d));
+      both rstd = both_output("rstd", MOE_F32, SHAPE(t));
+      both dout = both_random("dout", act, SHAPE(t, d), 1.0);
+      both dx = both_random("dx", act, SHAPE(t, d), 1.0);
+      both dgain = both_random("dgain", MOE_F32, SHAPE(d), 1.0);
+      BOTH(moe_rms_norm(dev, x.t[s], r.t[s], gain.t[s], 1e-5, sum.t[s], out.t[s], rstd.t[s]));
+      AGREE(sum, 0.0);
+      AGREE(rstd, 1e-6);
+      AGREE(out, rounding(act));
+      BOTH(moe_rms_norm_backward(dev, dout.t[s], sum.t[s], gain.t[s], rstd.t[s], dx.t[s],
+                                 dgain.t[s]));
+      AGREE(dx, rounding(act));
+      AGREE(dgain, 2e-6);
+      BOTH(moe_rms_norm(dev, x.t[s], both_none().t[s], gain.t[s], 1e-5, both_none().t[s], out.t[s],
+                        rstd.t[s]));
+      AGREE(out, rounding(act));
+    }
+}
+
+/* Sums of half-precision products round differently inside tensor cores. */
+static double product_tolerance(moe_dtype in, moe_dtype out) {
+  return out == MOE_F32 ? (in == MOE_F32 ? 2e-6 : 2e-5) : rounding(out);
+}
+
+Test(gpu_gemm, agrees_in_every_form_and_type, .init = both_open, .fini = both_close) {
+  const int64_t sizes[][3] = {{512, 768, 1536}, {40, 24, 5000}, {300, 1000, 200}, {33, 65, 4097}};
+  for (int i = 0; i < 4; i++)
+    for (int form = MOE_NN; form <= MOE_TN; form++)
+      for (int wide = 0; wide < 2; wide++) EACH_TYPE(act) {
+          int64_t m = sizes[i][0], n = sizes[i][1], k = sizes[i][2];
+          moe_dtype to = wide ? MOE_F32 : act;
+          both a =
+              both_random("a", act, SHAPE(form == MOE_TN ? k : m, form == MOE_TN ? m : k), 1.0);
+          both b =
+              both_random("b", act, SHAPE(form == MOE_NT ? n : k, form == MOE_NT ? k : n), 1.0);
+          both c = both_output("c", to, SHAPE(m, n));
+          BOTH(moe_gemm(dev, (moe_gemm_form)form, a.t[s], b.t[s], 0.0f, c.t[s]));
+          AGREE(c, product_tolerance(act, to));
+          both_align(c);
+          BOTH(moe_gemm(dev, (moe_gemm_form)form, a.t[s], b.t[s], 1.0f, c.t[s]));
+          AGREE(c, product_tolerance(act, to));
+        }
+}
+
+Test(gpu_gemm, keeps_its_plans_apart, .init = both_open, .fini = both_close) {
+  /* more shapes than plans fit, each used twice, with misaligned rows in between */
+  both a = both_random("a", MOE_BF16, SHAPE(1300, 64), 1.0);
+  both b = both_random("b", MOE_BF16, SHAPE(24, 64), 1.0);
+  both c = both_output("c", MOE_BF16, SHAPE(1300, 24));
+  for (int round = 0; round < 2; round++)
+    for (int64_t rows = 1; rows <= 1300; rows++) {
+      int64_t skip = rows < 1292 ? rows % 8 : 0;
+      BOTH(moe_gemm(dev, MOE_NT, moe_tensor_rows(a.t[s], skip, rows), b.t[s], 0.0f,
+                    moe_tensor_rows(c.t[s], skip, rows)));
+    }
+  AGREE(c, rounding(MOE_BF16));
+}
+
+Test(gpu_rope, agrees_and_undoes_itself, .init = both_open, .fini = both_close) {
+  const int64_t sizes[][3] = {{12, 1, 64}, {4, 2, 128}, {3, 3, 6}};
+  for (int i = 0; i < 3; i++) EACH_TYPE(act) {
+      int64_t h = sizes[i][0], g = sizes[i][1], d = sizes[i][2], t = 1111;
+      both qkv = both_random("qkv", act, SHAPE(t, (h + 2 * g) * d), 1.0);
+      both table = both_output("table", MOE_F32, SHAPE(4096, d));
+      both positions = both_ints("positions", SHAPE(t), 0, 4096);
+      moe_rope_table_fill(10000.0, 1.0, 4096, d, table.t[CPU_SIDE].data);
+      both_align(table);
+      for (int direction = 1; direction >= -1; direction -= 2) {
+        BOTH(moe_rope(dev, qkv.t[s], positions.t[s], table.t[s], h, g, direction));
+        AGREE(qkv, rounding(act));
+        both_align(qkv);
+      }
+    }
+}
+
+Test(gpu_loss, agrees_for_rows_kept_reread_and_odd, .init = both_open, .fini = both_close) {
+  const int64_t sizes[][2] = {{200, 32000}, {100, 40000}, {60, 50257}, {300, 1000}, {9, 3}};
+  for (int i = 0; i < 5; i++) EACH_TYPE(act) {
+      int64_t t = sizes[i][0], v = sizes[i][1];
+      both logits = both_random("logits", act, SHAPE(t, v), 3.0);
+      both targets = both_ints("targets", SHAPE(t), -1, v);
+      both loss = both_random("loss", MOE_F64, SHAPE(2), 1.0);
+      both each = both_output("each", MOE_F32, SHAPE(t));
+      ((int32_t *)targets.t[CPU_SIDE].data)[t / 2] = -1;
+      both_align(targets);
+      BOTH(moe_cross_entropy(dev, logits.t[s], targets.t[s], 1.0f, 0, loss.t[s], each.t[s]));
+      AGREE(each, 1e-6);
+      BOTH(
+          moe_cross_entropy(dev, logits.t[s], targets.t[s], 64.0f, 1, loss.t[s], both_none().t[s]));
+      AGREE(loss, 1e-6);
+      AGREE(logits, rounding(act));
+    }
+}
+
+Test(gpu_adamw, agrees_over_steps_and_skips, .init = both_open, .fini = both_close) {
+  const int64_t sizes[] = {1, 1000003, 1 << 20};
+  for (int i = 0; i < 3; i++) EACH_TYPE(act) {
+      both g = both_random("g", MOE_F32, SHAPE(sizes[i]), 1.0);
+      both w = both_random("w", MOE_F32, SHAPE(sizes[i]), 1.0);
+      both m = both_random("m", MOE_F32, SHAPE(sizes[i]), 0.0);
+      both v = both_random("v", MOE_F32, SHAPE(sizes[i]), 0.0);
+      both weight = both_output("weight", act, SHAPE(sizes[i]));
+      both squares = both_random("squares", MOE_F64, SHAPE(1), 0.0);
+      both scale = both_output("scale", MOE_F32, SHAPE(1));
+      BOTH(moe_sum_squares(dev, g.t[s], squares.t[s]));
+      BOTH(moe_clip_scale(dev, squares.t[s], 1.0, 0.25, scale.t[s]));
+      AGREE(scale, 1e-7);
+      for (int step = 1; step <= 3; step++) {
+        moe_adamw_args args = {1e-2, 0.9, 0.95, 1e-8, 0.1, step};
+        BOTH(moe_adamw(dev, args, g.t[s], scale.t[s], w.t[s], m.t[s], v.t[s], weight.t[s]));
+      }
+      AGREE(m, 1e-6);
+      AGREE(v, 1e-6);
+      AGREE(w, 1e-6);
+      AGREE(weight, rounding(act));
+    }
+}
+
+Test(gpu_sample, draws_the_same_tokens, .init = both_open, .fini = both_close) {
+  const moe_sample_args list[] = {{0.0f, 0, 1.0f, 5},
+                                  {1.0f, 0, 1.0f, 5},
+                                  {0.7f, 50, 0.9f, 5},
+                                  {1.3f, 0, 0.95f, 6},
+                                  {1.0f, 1000, 1.0f, 7}};
+  const int64_t sizes[][2] = {{70, 32000}, {3, 100001}, {130, 5}};
+  for (int i = 0; i < 3; i++) {
+    int64_t rows = sizes[i][0], v = sizes[i][1];
+    both logits = both_random("logits", MOE_F32, SHAPE(rows, v), 2.0);
+    both token = both_output("token", MOE_I32, SHAPE(rows));
+    for (int n = 0; n < 5; n++) {
+      BOTH(moe_sample(dev, logits.t[s], list[n], 40, (uint64_t)n, token.t[s]));
+      AGREE(token, 0.0);
+    }
+  }
+}
+
+Test(gpu_embedding, agrees_for_rare_and_frequent_tokens, .init = both_open, .fini = both_close) {
+  const int64_t sizes[][3] = {{20000, 300, 768}, {5000, 50000, 777}, {3000, 1, 2048}, {1, 9, 8}};
+  for (int i = 0; i < 4; i++) EACH_TYPE(act) {
+      int64_t t = sizes[i][0], v = sizes[i][1], d = sizes[i][2];
+      both tokens = both_ints("tokens", SHAPE(t), 0, v);
+      both weight = both_random("weight", act, SHAPE(v, d), 1.0);
+      both out = both_output("out", act, SHAPE(t, d));
+      both dweight = both_random("dweight", MOE_F32, SHAPE(v, d), 1.0);
+      BOTH(moe_embed(dev, tokens.t[s], weight.t[s], out.t[s]));
+      AGREE(out, 0.0);
+      BOTH(moe_embed_backward(dev, tokens.t[s], out.t[s], dweight.t[s]));
+      AGREE(dweight, 0.0); /* the same order of addition */
+    }
+}
