@@ -137,10 +137,10 @@ static void check_all(moe_device *dev, moe_dtype act, const example *list, size_
 /* ---- tests ----------------------------------------------------------------------------------- */
 
 static void many_shapes(moe_device *dev, moe_dtype act) {
-  const example list[] = {{{1, 1, 1, 1, 8}, 0},     {{2, 2, 4, 1, 16}, 0},
-                          {{1, 7, 12, 1, 8}, 0},    {{2, 65, 2, 2, 16}, 0},
-                          {{1, 64, 4, 1, 64}, 0},   {{2, 100, 8, 2, 64}, 0},
-                          {{1, 129, 4, 2, 128}, 0}, {{1, 200, 12, 1, 64}, 0}};
+  const example list[] = {
+      {{1, 1, 1, 1, 8}, 0},     {{2, 2, 4, 1, 16}, 0},    {{1, 7, 12, 1, 8}, 0},
+      {{2, 65, 2, 2, 16}, 0},   {{1, 64, 4, 1, 64}, 0},   {{2, 100, 8, 2, 64}, 0},
+      {{1, 129, 4, 2, 128}, 0}, {{1, 200, 12, 1, 64}, 0}, {{1, 3, 300, 1, 8}, 0}};
   CHECK_ALL(dev, act, list);
 }
 Test(attention, matches_float64_for_odd_shapes_and_all_head_groupings) {

@@ -58,7 +58,8 @@ static int64_t owner(const experts *x, int64_t r) {
 
 /* The experts' rows of `t` agree with `want`, the others are still NaN. */
 static void check_rows(const experts *x, op_tensor t, const double *want, double tolerance) {
-  int64_t width = x->c > 0 ? t.count / x->c : 0;
+  op_require(x->c > 0, "no rows");
+  int64_t width = t.count / x->c;
   op_read(&t);
   for (int64_t i = x->used * width; i < t.count; i++)
     op_require(isnan(t.v[i]), "%s: wrote row %lld, which is no expert's", t.name,
