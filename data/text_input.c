@@ -118,9 +118,7 @@ static moe_status fault(moe_text_input *in, int64_t offset, const char *what, co
 }
 
 static bool is_compressed(const moe_line *line) {
-  static const char *const magic[] = {"\x1f\x8b", "\x28\xb5\x2f\xfd", "BZh9",
-                                      "\xfd"
-                                      "7zXZ"};
+  static const char *const magic[] = {"\x1f\x8b", "\x28\xb5\x2f\xfd", "BZh9", "\3757zXZ"};
   for (size_t i = 0; line->offset == 0 && i < sizeof magic / sizeof magic[0]; i++)
     if (line->length >= (int64_t)strlen(magic[i]) &&
         memcmp(line->text, magic[i], strlen(magic[i])) == 0)
