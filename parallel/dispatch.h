@@ -5,7 +5,9 @@
  *
  *   all-to-all   rows sorted by destination; row counts are exchanged first
  *   all-gather   every rank receives all rows of the group; reduce-scatter returns them. Moves
- *                less when most tokens visit most ranks (ep = 2, K = 4).
+ *                less when most tokens visit most ranks (ep = 2, K = 4). `auto` takes it unless
+ *                all-to-all is expected to send under 90 % of its rows (uniform routing,
+ *                dispatch_plan.h).
  *
  * With ep = 1 nothing moves: a route's tensors ARE the caller's x, experts and gates, which must
  * therefore stay as they are until the backward pass is done. Otherwise they are copies.
