@@ -6,6 +6,8 @@
 #include <unistd.h>
 
 #include "core/base/log.h"
+#include "core/base/process_memory.h"
+#include "core/train/matrix_rate.h"
 #include "kernels/ops.h"
 
 moe_status moe_engine_open_device(const moe_config *config, moe_device **out) {
@@ -50,6 +52,10 @@ static moe_status measure(moe_engine *e, bool training) {
   return status;
 }
 
+int64_t moe_engine_planned_bytes(const moe_engine *e) {
+  return e->program_bytes + moe_memory_total(&e->memory);
+}
+
 static int64_t budget_bytes(moe_engine *e) {
   double gib = e->config.run.memory_gib;
   if (gib > 0.0) return (int64_t)(gib * 1073741824.0);
@@ -67,7 +73,7 @@ static moe_status settle_recompute(moe_engine *e, int64_t budget) {
       e->config.train.recompute = n == 0 ? MOE_RECOMPUTE_NONE : modes[i];
       e->config.train.recompute_layers = n;
       MOE_TRY(measure(e, true));
-      int64_t largest = moe_memory_total(&e->memory);
+      int64_t largest = moe_engine_planned_bytes(e);
       MOE_TRY(moe_comm_host_all_reduce_i64(e->world, &largest, 1, MOE_MAX));
       if (largest <= budget) return MOE_OK;
     }
@@ -76,7 +82,7 @@ static moe_status settle_recompute(moe_engine *e, int64_t budget) {
 }
 
 static moe_status check_budget(moe_engine *e, int64_t budget) {
-  int64_t total = moe_memory_total(&e->memory);
+  int64_t total = moe_engine_planned_bytes(e);
   if (total <= budget) return MOE_OK;
   char need[MOE_TEXT], have[MOE_TEXT], largest_text[MOE_TEXT];
   int largest = 0;
@@ -102,6 +108,23 @@ static moe_status plan(moe_engine *e, bool training) {
   return moe_agree(e->world, check_budget(e, budget));
 }
 
+/* Resident bytes before any arena, once the matrix library holds the buffers it keeps. */
+static moe_status measure_program(moe_engine *e) {
+  double tflops;
+  if (!moe_device_is_host(e->dev)) return MOE_OK;
+  MOE_TRY(moe_matrix_rate(e->dev, 1024, MOE_F32, &tflops));
+  e->program_bytes = moe_process_resident();
+  return MOE_OK;
+}
+
+/* Host memory is only promised until it is written: have it now, not in the middle of a step. */
+static void touch_memory(moe_engine *e) {
+  for (int i = 0; i < MOE_MEM_PURPOSES && moe_device_is_host(e->dev); i++) {
+    if (e->memory.arena[i].base)
+      memset(e->memory.arena[i].base, 0, (size_t)e->memory.arena[i].size);
+  }
+}
+
 static moe_status create(moe_engine *e, bool training, bool plan_only) {
   const moe_config *c = &e->config;
   MOE_TRY(moe_comm_world(e->dev, &e->world));
@@ -109,10 +132,12 @@ static moe_status create(moe_engine *e, bool training, bool plan_only) {
   int64_t per_pass = c->train.micro_batch * moe_comm_size(e->world);
   e->accumulation = training && c->train.global_batch > 0 ? c->train.global_batch / per_pass : 1;
   e->loss_scale = c->precision.dtype == MOE_PRECISION_FP16 ? c->precision.loss_scale : 1.0;
+  MOE_TRY(measure_program(e));
   MOE_TRY(plan(e, training));
   if (plan_only) return MOE_OK;
   moe_status status = moe_memory_commit(&e->memory, moe_device_alloc, e->dev);
   MOE_TRY(moe_agree(e->world, status));
+  touch_memory(e);
   return moe_agree(e->world, set_up(e, training));
 }
 

@@ -18,6 +18,7 @@ typedef struct {
   moe_comm *world;
   moe_mesh mesh;
   moe_memory memory;
+  int64_t program_bytes; /* resident before any of it: program, libraries, MPI; 0 on a GPU */
   moe_model *model;
   moe_optimizer *optimizer; /* NULL in an engine for evaluation only */
   int64_t accumulation;     /* micro-batches per step */
@@ -47,6 +48,8 @@ typedef struct {
 moe_status moe_engine_finish_step(moe_engine *e, double lr, int64_t step, moe_step_result *out);
 /* The factor of moe_model_forward: 1 / micro-batches, times the loss scale. */
 double moe_engine_grad_scale(const moe_engine *e);
+/* Bytes the plan holds on this rank: all arenas, and on a CPU the program itself. Local. */
+int64_t moe_engine_planned_bytes(const moe_engine *e);
 
 /* The plan for people: parameters, who owns what, memory by purpose, checkpoint size, FLOPs.
  * Collective (it looks for the fullest rank); rank 0 prints. */

@@ -6,6 +6,8 @@
 #include "core/train/engine.h"
 #include "core/train/run_state.h"
 
+enum { PARTS = MOE_MEM_PURPOSES + 1 }; /* by purpose, and the program itself */
+
 static void print_sizes(const moe_engine *e, FILE *out) {
   const moe_config *c = &e->config;
   moe_dims d = moe_dims_of(c);
@@ -48,7 +50,7 @@ static void print_memory(const moe_engine *e, const int64_t *bytes, int fullest,
   const moe_config *c = &e->config;
   char text[MOE_TEXT];
   int64_t total = 0;
-  for (int i = 0; i < MOE_MEM_PURPOSES; i++) total += bytes[i];
+  for (int i = 0; i < PARTS; i++) total += bytes[i];
   fprintf(out, "memory       %s on the fullest rank (%d); recompute %s",
           moe_text_bytes(text, (double)total), fullest, modes[c->train.recompute]);
   if (c->train.recompute != MOE_RECOMPUTE_NONE) {
@@ -61,11 +63,15 @@ static void print_memory(const moe_engine *e, const int64_t *bytes, int fullest,
     fprintf(out, "  %-32s %12s\n", moe_memory_purpose_text((moe_memory_purpose)i),
             moe_text_bytes(text, (double)bytes[i]));
   }
+  if (bytes[MOE_MEM_PURPOSES] > 0) {
+    fprintf(out, "  %-32s %12s\n", "program and libraries",
+            moe_text_bytes(text, (double)bytes[MOE_MEM_PURPOSES]));
+  }
 }
 
 moe_status moe_engine_print_plan(moe_engine *e, FILE *out) {
   int ranks = moe_comm_size(e->world);
-  int64_t mine[MOE_MEM_PURPOSES];
+  int64_t mine[PARTS] = {[MOE_MEM_PURPOSES] = e->program_bytes};
   for (int i = 0; i < MOE_MEM_PURPOSES; i++) mine[i] = e->memory.arena[i].used;
   int64_t *all = calloc((size_t)ranks, sizeof mine);
   if (!all) return moe_fail(MOE_NO_MEMORY, "out of memory: plan of %d ranks", ranks);
@@ -74,14 +80,14 @@ moe_status moe_engine_print_plan(moe_engine *e, FILE *out) {
   int64_t most = 0;
   for (int r = 0; r < ranks; r++) {
     int64_t total = 0;
-    for (int i = 0; i < MOE_MEM_PURPOSES; i++) total += all[r * MOE_MEM_PURPOSES + i];
+    for (int i = 0; i < PARTS; i++) total += all[r * PARTS + i];
     if (total > most) most = total, fullest = r;
   }
   if (status == MOE_OK && moe_comm_rank(e->world) == 0) {
     char text[MOE_TEXT];
     print_sizes(e, out);
     print_owners(e, out);
-    print_memory(e, all + fullest * MOE_MEM_PURPOSES, fullest, out);
+    print_memory(e, all + fullest * PARTS, fullest, out);
     fprintf(out, "checkpoint   %s each on disk, %" PRId64 " kept\n",
             moe_text_bytes(text, (double)moe_run_state_bytes(&e->config)),
             e->config.checkpoint.keep);

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "core/base/log.h"
+#include "core/base/process_memory.h"
 #include "core/train/matrix_rate.h"
 #include "core/train/metrics.h"
 #include "core/train/run_state.h"
@@ -179,6 +180,18 @@ static moe_status between_steps(trainer *t) {
   return MOE_OK;
 }
 
+/* The plan beside what the process came to hold. */
+static moe_status report_memory(trainer *t) {
+  moe_engine *e = &t->engine;
+  int64_t bytes[2] = {moe_process_peak(), moe_engine_planned_bytes(e)};
+  char peak[MOE_TEXT], planned[MOE_TEXT];
+  if (!moe_device_is_host(e->dev)) return MOE_OK;
+  MOE_TRY(moe_comm_host_all_reduce_i64(e->world, bytes, 2, MOE_MAX));
+  moe_info("peak memory %s on the fullest rank, planned %s", moe_text_bytes(peak, (double)bytes[0]),
+           moe_text_bytes(planned, (double)bytes[1]));
+  return MOE_OK;
+}
+
 /* Inside a step nothing agrees: what fails there fails on one rank while others wait for it, so it
  * ends the whole job. What all ranks know (stopped, diverged) is returned. */
 static moe_status run(trainer *t) {
@@ -189,8 +202,8 @@ static moe_status run(trainer *t) {
     if (status == MOE_STOPPED || status == MOE_DIVERGED) return status;
     if (status != MOE_OK) moe_abort(status);
   }
-  if (c->checkpoint.save_final && t->saved_step != t->step) return save(t);
-  return MOE_OK;
+  if (c->checkpoint.save_final && t->saved_step != t->step) MOE_TRY(save(t));
+  return report_memory(t);
 }
 
 /* ---- set-up
@@ -254,7 +267,7 @@ static moe_status set_up(trainer *t, const char *resume) {
   MOE_TRY(moe_agree(e->world, start_state(t, resume)));
   MOE_TRY(moe_agree(e->world, write_config(t)));
   MOE_TRY(moe_agree(e->world, moe_loader_seek(t->loader, t->step)));
-  int64_t memory = moe_memory_total(&e->memory);
+  int64_t memory = moe_engine_planned_bytes(e);
   MOE_TRY(moe_comm_host_all_reduce_i64(e->world, &memory, 1, MOE_MAX));
   t->record.memory_bytes = memory;
   t->step_tokens = e->config.train.micro_batch * e->accumulation * moe_comm_size(e->world) *
