@@ -100,6 +100,7 @@ static hid_t access_list(void) {
   H5Pset_fclose_degree(list, H5F_CLOSE_STRONG);
   H5Pset_file_locking(list, 0, 1); /* the run's lock is ours; some file systems have none */
   H5Pset_meta_block_size(list, 64 << 10);
+  H5Pset_sieve_buf_size(list, 0); /* data goes straight to the file: our pieces are large */
   return list;
 }
 
@@ -243,7 +244,7 @@ moe_status moe_dataset_open(const moe_hdf5 *f, const moe_slice *s, moe_dataset *
   snprintf(group, sizeof group, "/%s", moe_role_name(s->role));
   const char *fault = NULL;
   if (!is_hard_link(f->id, group, H5O_TYPE_GROUP) || !is_hard_link(f->id, name, H5O_TYPE_DATASET))
-    fault = "is missing or not a plain dataset";
+    fault = "is missing, unreadable or not a plain dataset";
   else if ((out->id = H5Dopen2(f->id, name, H5P_DEFAULT)) < 0 ||
            (out->type = H5Dget_type(out->id)) < 0 || (out->space = H5Dget_space(out->id)) < 0)
     fault = "cannot be opened";
@@ -254,12 +255,15 @@ moe_status moe_dataset_open(const moe_hdf5 *f, const moe_slice *s, moe_dataset *
   return moe_fail(MOE_DAMAGED, "%s: dataset %s %s", f->path, name, fault);
 }
 
-void moe_dataset_close(moe_dataset *d) {
+moe_status moe_dataset_close(moe_dataset *d) {
   enter();
-  if (d->id >= 0) H5Dclose(d->id);
+  moe_status status = MOE_OK;
+  if (d->id >= 0 && H5Dclose(d->id) < 0)
+    status = moe_fail(MOE_IO, "%s: cannot close a dataset: %s", d->path, why().text);
   if (d->type >= 0) H5Tclose(d->type);
   if (d->space >= 0) H5Sclose(d->space);
   d->id = d->type = d->space = -1;
+  return status;
 }
 
 /* A range of elements is at most three boxes of a matrix: the end of a row, whole rows, the start

@@ -41,7 +41,8 @@ void moe_hdf5_release(moe_hdf5 *f);
 moe_status moe_dataset_create(moe_hdf5 *f, moe_slice *s, moe_dataset *out);
 /* Open it and check that it is what s says. MOE_DAMAGED names the dataset and the difference. */
 moe_status moe_dataset_open(const moe_hdf5 *f, const moe_slice *s, moe_dataset *out);
-void moe_dataset_close(moe_dataset *d);
+/* MOE_IO when what was written could not be kept. */
+moe_status moe_dataset_close(moe_dataset *d);
 /* Elements [begin, begin + count) of the dataset, in the file's type. */
 moe_status moe_dataset_write(const moe_dataset *d, int64_t begin, int64_t count, const void *data);
 moe_status moe_dataset_read(const moe_dataset *d, int64_t begin, int64_t count, void *data);

@@ -22,7 +22,7 @@ enum {
   MOE_SHARD_NAME = 64,
   MOE_DATASET_PATH = 160,
   MOE_HASH_TEXT = 33,
-  MOE_MANIFEST_LIMIT = 64 << 20 /* bytes; about 200 per slice */
+  MOE_MANIFEST_LIMIT = 64 << 20 /* bytes; about 300 per slice */
 };
 
 /* Elements [begin, begin + count) of a global tensor, as one dataset of a shard file. */

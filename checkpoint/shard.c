@@ -97,8 +97,8 @@ static moe_status write_piece(writer *w, const moe_piece *p, moe_slice *s) {
   MOE_TRY(moe_dataset_create(&w->file, s, &d));
   moe_status status = write_data(w, p, &d, &s->hash);
   if (status == MOE_OK) status = moe_dataset_describe(&d, s);
-  moe_dataset_close(&d);
-  return status;
+  moe_status closed = moe_dataset_close(&d);
+  return status == MOE_OK ? closed : status;
 }
 
 static int by_offset(const void *a, const void *b) {
