@@ -21,8 +21,8 @@ const float *moe_cpu_view(moe_tensor t, int64_t at, int64_t n, float *buffer);
  * NaN in, NaN out. Cody-Waite reduction and a degree-6 polynomial; branch-free. */
 static inline float moe_expf(float x) {
   const float log2e = 1.44269504088896341f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  float clamped = x > 88.72283f ? 88.72283f : x;
-  clamped = clamped < -87.33654f ? -87.33654f : clamped;
+  float clamped = x < 88.72283f ? x : 88.72283f; /* a NaN too, so that n below is a number */
+  clamped = clamped > -87.33654f ? clamped : -87.33654f;
   const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
   float shifted = clamped * log2e + magic;
   float n = shifted - magic;
