@@ -44,8 +44,15 @@ endif()
 if(90 IN_LIST MOE_CUDA_BUILT AND NOT 90a IN_LIST MOE_CUDA_BUILT)
   message(STATUS "CUDA: sm_90 without 90a leaves out the Hopper expert kernels")
 endif()
-# Machine code for each; the newest also as PTX would be wrong for 90a, which runs only on 9.0.
+# Machine code for each, and PTX of the newest plain one, which later GPUs' drivers compile. (90a runs
+# on 9.0 alone.)
+set(plain ${MOE_CUDA_BUILT})
+list(FILTER plain INCLUDE REGEX "^[0-9]+$")
 list(TRANSFORM MOE_CUDA_BUILT APPEND "-real" OUTPUT_VARIABLE CMAKE_CUDA_ARCHITECTURES)
+if(plain)
+  list(GET plain -1 plain)
+  list(APPEND CMAKE_CUDA_ARCHITECTURES ${plain}-virtual)
+endif()
 
 # ---- compiler and libraries ------------------------------------------------------------------------
 set(CMAKE_CUDA_COMPILER ${MOE_NVCC})

@@ -23,8 +23,16 @@ moe_status cuda_failed(const moe_device *dev, cudaError_t error, const char *wha
     if (cuda_try_error_ != cudaSuccess) return cuda_failed(dev, cuda_try_error_, #call); \
   } while (0)
 
-/* After a kernel launch: report what it could not start with. */
-#define CUDA_LAUNCHED(dev) CUDA_TRY(dev, cudaGetLastError())
+#define CUDA_TEXT(x) #x
+#define CUDA_LINE(x) CUDA_TEXT(x)
+/* After a kernel launch: report why it could not start. */
+#define CUDA_LAUNCHED(dev)                                                                \
+  do {                                                                                    \
+    cudaError_t cuda_launch_error_ = cudaGetLastError();                                  \
+    if (cuda_launch_error_ != cudaSuccess)                                                \
+      return cuda_failed(dev, cuda_launch_error_,                                         \
+                         "starting the kernel before " __FILE__ ":" CUDA_LINE(__LINE__)); \
+  } while (0)
 
 /* ---- sizes --------------------------------------------------------------------------------- */
 

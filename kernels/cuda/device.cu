@@ -114,8 +114,9 @@ static moe_status download(moe_device *dev, void *to, const void *from, int64_t 
 
 static moe_status sync(moe_device *dev) {
   use(dev);
-  CUDA_TRY(dev, cudaStreamSynchronize(cuda_of(dev)->stream));
-  return MOE_OK;
+  cudaError_t error = cudaStreamSynchronize(cuda_of(dev)->stream);
+  if (error == cudaSuccess) return MOE_OK;
+  return cuda_failed(dev, error, "an earlier operation failed: run.debug = true names it");
 }
 
 /* ---- time ---------------------------------------------------------------------------------- */

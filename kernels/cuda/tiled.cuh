@@ -83,6 +83,7 @@ __global__ void __launch_bounds__(BM *BN / (TM * TN))
     __syncthreads();
     a.read(p.a, row0, k0 + tile_depth, k_end);
     b.read(p.b, col0, k0 + tile_depth, k_end);
+    float part[TM][TN] = {}; /* summed apart: long sums lose fewer bits in two levels */
 #pragma unroll
     for (int k = 0; k < tile_depth; k++) {
       float x[TM], y[TN];
@@ -93,8 +94,12 @@ __global__ void __launch_bounds__(BM *BN / (TM * TN))
 #pragma unroll
       for (int i = 0; i < TM; i++)
 #pragma unroll
-        for (int j = 0; j < TN; j++) sum[i][j] = fmaf(x[i], y[j], sum[i][j]);
+        for (int j = 0; j < TN; j++) part[i][j] = fmaf(x[i], y[j], part[i][j]);
     }
+#pragma unroll
+    for (int i = 0; i < TM; i++)
+#pragma unroll
+      for (int j = 0; j < TN; j++) sum[i][j] += part[i][j];
   }
 #pragma unroll
   for (int i = 0; i < TM; i++)

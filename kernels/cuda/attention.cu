@@ -1,0 +1,226 @@
+/* Attention's slots: who computes, and what lies around the kernels (attention.cuh has the map).
+ *
+ *   forward    out, lse
+ *   backward   delta -> dQ; dK, dV -> sum of parts
+ *
+ * bf16 and f16 without a document mask go to cuDNN where it has a plan; with tensor cores and
+ * 16-byte rows to our own tensor core kernels; all else is exact float32 arithmetic.
+ * MOE_ATTENTION=own in the environment leaves cuDNN out, =exact the tensor cores too.
+ *
+ * A K/V head's gradient is summed over all query heads that read it, by one block per key block.
+ * With few K/V heads that is too few blocks: then its query heads are shared out in parts, whose
+ * sums are added in a fixed order. So nothing is added atomically. */
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/attention_cudnn.h"
+
+/* ---- choice -------------------------------------------------------------------------------- */
+
+enum attention_maker { BY_CUDNN, BY_MMA, BY_EXACT };
+
+static bool mma_fits(const moe_device *dev, int64_t head_dim, moe_dtype dtype) {
+  int arch = cuda_of(dev)->arch;
+  return (dtype == MOE_BF16 ? arch >= 80 : dtype == MOE_F16 && arch >= 75) && head_dim % 8 == 0 &&
+         head_dim <= 128;
+}
+
+static attention_maker choose(moe_device *dev, moe_attention_shape s, moe_dtype dtype,
+                              bool documents, uintptr_t address_bits) {
+  const char *wanted = getenv("MOE_ATTENTION");
+  bool exact = wanted != nullptr && strcmp(wanted, "exact") == 0;
+  if (exact || address_bits % 16 != 0 || !mma_fits(dev, s.head_dim, dtype)) return BY_EXACT;
+#ifdef MOE_WITH_CUDNN
+  if (!documents && cuda_cudnn_fits(dev, s, dtype)) return BY_CUDNN;
+#else
+  (void)documents;
+#endif
+  return BY_MMA;
+}
+
+static uintptr_t bits_of(moe_tensor t) {
+  return reinterpret_cast<uintptr_t>(t.data);
+}
+
+/* ---- sizes --------------------------------------------------------------------------------- */
+
+/* In how many parts a K/V head's query heads are shared out: enough blocks of 64 keys to fill the
+ * chip a few times over. A divisor of H/G. */
+static int64_t backward_parts(const moe_device *dev, moe_attention_shape s) {
+  int64_t rep = s.heads / s.kv_heads, parts = 1;
+  int64_t blocks = s.batch * s.kv_heads * div_up(s.seq, 64);
+  while (parts < rep && (rep % parts != 0 || blocks * parts < 8 * cuda_of(dev)->sms)) parts++;
+  return parts;
+}
+
+static int64_t delta_bytes(moe_attention_shape s) {
+  return round_up(4 * s.batch * s.heads * s.seq, 256);
+}
+static int64_t partial_bytes(moe_attention_shape s, int64_t parts) {
+  return parts > 1 ? 4 * parts * s.batch * s.kv_heads * 2 * s.seq * s.head_dim : 0;
+}
+
+int64_t moe_cuda_attention_scratch(moe_device *dev, moe_attention_shape shape, moe_dtype dtype) {
+  if (shape.batch == 0 || shape.seq == 0) return 0;
+  int64_t own = delta_bytes(shape) + partial_bytes(shape, backward_parts(dev, shape));
+#ifdef MOE_WITH_CUDNN
+  int64_t cudnn = cuda_cudnn_fits(dev, shape, dtype) ? cuda_cudnn_scratch(dev, shape, dtype) : 0;
+  if (cudnn > own) return cudnn;
+#endif
+  (void)dtype;
+  return own;
+}
+
+static attention_args make_args(moe_attention_shape s, moe_tensor qkv, moe_tensor doc_start) {
+  attention_args p = {};
+  p.batch = s.batch;
+  p.seq = (int)s.seq;
+  p.heads = (int)s.heads;
+  p.kv_heads = (int)s.kv_heads;
+  p.d = (int)s.head_dim;
+  p.rep = (int)(s.heads / s.kv_heads);
+  p.parts = 1;
+  p.stride = (s.heads + 2 * s.kv_heads) * s.head_dim;
+  p.out_stride = s.heads * s.head_dim;
+  p.scale = (float)(1.0 / sqrt((double)s.head_dim));
+  p.doc_start = cuda_data<const int32_t>(doc_start);
+  p.qkv = qkv.data;
+  return p;
+}
+
+static moe_status check_size(moe_attention_shape s) {
+  if (s.head_dim <= attention_exact_most && s.seq < (1 << 30)) return MOE_OK;
+  return moe_fail(MOE_INVALID,
+                  "cuda: attention: head size %lld and sequence length %lld: at most %lld and %d "
+                  "are built",
+                  (long long)s.head_dim, (long long)s.seq, (long long)attention_exact_most,
+                  (1 << 30) - 1);
+}
+
+/* ---- forward ------------------------------------------------------------------------------- */
+
+moe_status moe_cuda_attention(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
+                              moe_tensor doc_start, moe_tensor out, moe_tensor lse) {
+  if (shape.batch == 0 || shape.seq == 0) return MOE_OK;
+  MOE_TRY(check_size(shape));
+  attention_maker by = choose(dev, shape, qkv.dtype, moe_tensor_present(doc_start),
+                              bits_of(qkv) | bits_of(out) | bits_of(lse));
+#ifdef MOE_WITH_CUDNN
+  if (by == BY_CUDNN) return cuda_cudnn_attention(dev, shape, qkv, out, lse);
+#endif
+  attention_args p = make_args(shape, qkv, doc_start);
+  p.out = out.data;
+  p.lse = cuda_data<float>(lse);
+  return by == BY_MMA ? cuda_attention_mma(dev, qkv.dtype, p)
+                      : cuda_attention_exact(dev, qkv.dtype, p);
+}
+
+/* ---- backward ------------------------------------------------------------------------------ */
+
+/* delta[b, h, i] = sum over d of dout * out. LANES neighbours share a row. */
+template <typename T, int N> __global__ void __launch_bounds__(256) delta_kernel(attention_args p) {
+  constexpr int lanes = N == 1 ? 32 : 8, rows_at_once = 256 / lanes;
+  const T *dout = static_cast<const T *>(p.dout), *out = static_cast<const T *>(p.out);
+  int64_t rows = p.batch * p.seq * p.heads;
+  int own = (int)threadIdx.x / lanes, lane = (int)threadIdx.x % lanes;
+  for (int64_t row0 = (int64_t)blockIdx.x * rows_at_once; row0 < rows;
+       row0 += (int64_t)gridDim.x * rows_at_once) {
+    int64_t row = row0 + own;
+    float sum = 0.0f;
+    for (int c = row < rows ? lane * N : p.d; c < p.d; c += lanes * N) {
+      float a[N], b[N];
+      load<T, N>(a, dout + row * p.d + c);
+      load<T, N>(b, out + row * p.d + c);
+#pragma unroll
+      for (int i = 0; i < N; i++) sum = fmaf(a[i], b[i], sum);
+    }
+#pragma unroll
+    for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(full_warp, sum, step);
+    if (lane != 0 || row >= rows) continue;
+    int64_t token = row / p.heads, head = row % p.heads;
+    p.delta[(token / p.seq * p.heads + head) * p.seq + token % p.seq] = sum;
+  }
+}
+
+static moe_status make_delta(moe_device *dev, moe_dtype dtype, const attention_args &p) {
+  return cuda_act(dtype, [&](auto x) {
+    using T = decltype(x);
+    return cuda_width(
+        p.d,
+        [&](auto n) {
+          constexpr int N = decltype(n)::value;
+          int64_t rows = p.batch * p.seq * p.heads;
+          delta_kernel<T, N>
+              <<<cuda_blocks(dev, rows * (N == 1 ? 32 : 8), 256), 256, 0, cuda_of(dev)->stream>>>(
+                  p);
+          CUDA_LAUNCHED(dev);
+          return MOE_OK;
+        },
+        p.dout, p.out);
+  });
+}
+
+/* dqkv's keys and values = the sums of the parts, in their order. */
+template <typename T> __global__ void sum_parts_kernel(attention_args p) {
+  int64_t each = p.batch * p.kv_heads * 2 * p.seq * p.d;
+  stride(each, [&](int64_t i) {
+    float sum = 0.0f;
+    for (int part = 0; part < p.parts; part++) sum += p.partial[part * each + i];
+    int64_t c = i % p.d, row = i / p.d % p.seq, plane = i / p.d / p.seq; /* [B, G, 2] */
+    int which = (int)(plane % 2), kv = (int)(plane / 2 % p.kv_heads);
+    auto to = qkv_rows(p, static_cast<T *>(p.dqkv), plane / 2 / p.kv_heads,
+                       p.heads + which * p.kv_heads + kv);
+    to.data[row * to.stride + c] = from_float<T>(sum);
+  });
+}
+
+static moe_status sum_parts(moe_device *dev, moe_dtype dtype, const attention_args &p) {
+  if (p.parts == 1) return MOE_OK;
+  return cuda_act(dtype, [&](auto x) {
+    int64_t each = p.batch * p.kv_heads * 2 * p.seq * p.d;
+    sum_parts_kernel<decltype(x)><<<cuda_blocks(dev, each, 256), 256, 0, cuda_of(dev)->stream>>>(p);
+    CUDA_LAUNCHED(dev);
+    return MOE_OK;
+  });
+}
+
+/* Lay delta and the parts' sums out in the device's scratch. */
+static moe_status take_scratch(moe_device *dev, moe_attention_shape s, attention_args *p) {
+  int64_t parts = backward_parts(dev, s), bytes = delta_bytes(s) + partial_bytes(s, parts);
+  char *scratch = static_cast<char *>(moe_device_scratch(dev, bytes));
+  if (scratch == nullptr)
+    return moe_fail(MOE_NO_MEMORY,
+                    "kernel scratch is too small: attention_backward needs %lld bytes: plan it "
+                    "with moe_attention_scratch",
+                    (long long)bytes);
+  p->parts = (int)parts;
+  p->delta = reinterpret_cast<float *>(scratch);
+  p->partial = reinterpret_cast<float *>(scratch + delta_bytes(s));
+  return MOE_OK;
+}
+
+moe_status moe_cuda_attention_backward(moe_device *dev, moe_attention_shape shape, moe_tensor dout,
+                                       moe_tensor qkv, moe_tensor doc_start, moe_tensor out,
+                                       moe_tensor lse, moe_tensor dqkv) {
+  if (shape.batch == 0 || shape.seq == 0) return MOE_OK;
+  MOE_TRY(check_size(shape));
+  attention_maker by =
+      choose(dev, shape, qkv.dtype, moe_tensor_present(doc_start),
+             bits_of(qkv) | bits_of(out) | bits_of(lse) | bits_of(dout) | bits_of(dqkv));
+#ifdef MOE_WITH_CUDNN
+  if (by == BY_CUDNN) return cuda_cudnn_attention_backward(dev, shape, dout, qkv, out, lse, dqkv);
+#endif
+  attention_args p = make_args(shape, qkv, doc_start);
+  p.dout = dout.data;
+  p.out = out.data;
+  p.lse = cuda_data<float>(lse);
+  p.dqkv = dqkv.data;
+  MOE_TRY(take_scratch(dev, shape, &p));
+  MOE_TRY(make_delta(dev, qkv.dtype, p));
+  if (by == BY_MMA)
+    MOE_TRY(cuda_attention_mma_backward(dev, qkv.dtype, p));
+  else
+    MOE_TRY(cuda_attention_exact_backward(dev, qkv.dtype, p));
+  return sum_parts(dev, qkv.dtype, p);
+}
