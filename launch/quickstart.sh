@@ -1,6 +1,7 @@
 #!/bin/sh
 # From a fresh Debian with git to a trained language model, in one command. `--help` says more.
 set -eu
+export LC_ALL=C # apt-cache's words are read
 
 steps=
 ranks=2
@@ -173,6 +174,8 @@ losses | awk '
   NR == 1 { printf "loss at step %d: %.4f (knowing nothing: ln 4096 = 8.32)\n", $1, $2 }
   { step = $1; loss = $2 }
   END { if (NR > 0) printf "loss at step %d: %.4f\n", step, loss }'
+sed -n 's/^{"step": \([0-9]*\), "eval_ce": \([^,]*\),.*/\1 \2/p' "$work/run/metrics.jsonl" | tail -n 1 |
+  awk '{ printf "on text it has not seen, after step %d: %.4f\n", $1, $2 }'
 cat <<END
 
 checkpoints   $work/run/checkpoints
