@@ -10,12 +10,19 @@
 
 #include "data/utf8.h"
 
+enum { FIRST_ROOM = 1 << 20 };
+
 moe_status moe_line_reader_open(moe_line_reader *r, const char *path) {
   bool standard_input = strcmp(path, "-") == 0;
   r->name = standard_input ? "standard input" : path;
   r->fd = standard_input ? dup(STDIN_FILENO) : open(path, O_RDONLY | O_CLOEXEC);
   r->at_end = r->inside = false;
   r->begin = r->end = r->offset = 0;
+  if (!r->buffer) {
+    r->buffer = malloc(FIRST_ROOM);
+    r->room = FIRST_ROOM;
+  }
+  if (!r->buffer) return moe_fail(MOE_NO_MEMORY, "out of memory: reading %s", r->name);
   if (r->fd >= 0) return MOE_OK;
   return moe_fail(MOE_IO, "cannot open: %s: %s", r->name, strerror(errno));
 }
@@ -33,14 +40,13 @@ void moe_line_reader_free(moe_line_reader *r) {
 
 /* Make room behind the unread bytes: move them to the front, and grow when they fill the buffer. */
 static moe_status make_room(moe_line_reader *r) {
-  enum { LEAST = 1 << 20 };
   if (r->begin > 0) {
     memmove(r->buffer, r->buffer + r->begin, (size_t)(r->end - r->begin));
     r->end -= r->begin;
     r->begin = 0;
   }
   if (r->end < r->room) return MOE_OK;
-  int64_t room = r->room ? 2 * r->room : LEAST;
+  int64_t room = 2 * r->room;
   char *bigger = realloc(r->buffer, (size_t)room);
   if (!bigger)
     return moe_fail(MOE_NO_MEMORY, "out of memory: line of %" PRId64 " bytes: %s, byte %" PRId64,
@@ -74,7 +80,7 @@ static void take(moe_line_reader *r, int64_t length, bool ends, bool newline, mo
 moe_status moe_line_next(moe_line_reader *r, int64_t limit, moe_line *line, bool *end) {
   *end = false;
   for (int64_t seen = 0;;) {
-    const char *text = r->buffer ? r->buffer + r->begin : NULL;
+    const char *text = r->buffer + r->begin;
     int64_t length = r->end - r->begin;
     const char *newline = length > seen ? memchr(text + seen, '\n', (size_t)(length - seen)) : NULL;
     int64_t line_length = newline ? newline - text : length;

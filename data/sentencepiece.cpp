@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -56,7 +57,7 @@ char *copied(const std::string &text, int64_t *length, char *error) {
 }
 
 // Hands our sentences to the trainer.
-class Sentences : public sp::SentenceIterator {
+class Sentences final : public sp::SentenceIterator {
 public:
   Sentences(moe_next_sentence next, void *context) : next_(next), context_(context) {
     Next();
@@ -122,12 +123,11 @@ std::unordered_map<std::string, std::string> training_options(const moe_tokenize
 
 moe_sentencepiece *moe_sentencepiece_load(const void *model, int64_t size, char *error) {
   return guarded<moe_sentencepiece *>(error, nullptr, [&]() -> moe_sentencepiece * {
-    auto *p = new moe_sentencepiece;
+    auto p = std::make_unique<moe_sentencepiece>(); // loading may throw
     const auto status = p->processor.LoadFromSerializedProto(
         absl::string_view(static_cast<const char *>(model), static_cast<size_t>(size)));
-    if (status.ok()) return p;
+    if (status.ok()) return p.release();
     say(error, status.message());
-    delete p;
     return nullptr;
   });
 }

@@ -157,7 +157,7 @@ static moe_status check_sequences(moe_token_file *f) {
                    "the index describes %" PRId64 " bytes of tokens, .bin has %" PRId64
                    ": truncated, or the files of two pairs",
                    end, f->bin_size);
-  f->tokens = end / f->token_size;
+  f->tokens = end / moe_token_type_size(f->type);
   return MOE_OK;
 }
 
@@ -205,6 +205,7 @@ static moe_token_file *token_file_new(const char *prefix) {
   if (length > 4 && (!strcmp(name + length - 4, ".bin") || !strcmp(name + length - 4, ".idx")))
     name[length - 4] = 0;
   f->prefix = name;
+  f->index = (const uint8_t *)""; /* an empty file cannot be mapped */
   f->bin_fd = -1;
   return f;
 }
@@ -265,7 +266,7 @@ moe_status moe_token_file_parse(const void *index, int64_t index_size, const voi
   *out = NULL;
   moe_token_file *f = token_file_new(name);
   if (!f) return moe_fail(MOE_NO_MEMORY, "out of memory: opening %s", name);
-  f->index = index;
+  if (index_size > 0) f->index = index;
   f->index_size = index_size;
   f->bin = bin;
   f->bin_size = bin_size;
@@ -367,7 +368,7 @@ moe_status moe_token_file_read(const moe_token_file *f, int64_t begin, int64_t c
   union {
     uint16_t u16[CHUNK];
     int32_t i32[CHUNK];
-  } chunk;
+  } chunk = {{0}};
   for (int64_t done = 0; done < count;) {
     int64_t n = count - done < CHUNK ? count - done : CHUNK;
     MOE_TRY(read_bytes(f, (begin + done) * f->token_size, n * f->token_size, &chunk));

@@ -1,9 +1,10 @@
 /* Tokenizers: SentencePiece models, or plain bytes.
  *
- * A tokenizer trained here has <pad> <unk> <bos> <eos> = 0..3, keeps the text exactly (no
- * normalisation, no added space) and falls back to bytes for characters it has not seen; no piece
- * holds a newline, so a text may be cut before any newline and encoded in parts. `bytes` has the
- * same four and then byte b = 4 + b: a vocabulary of 260. */
+ * A tokenizer trained here has <pad> <unk> <bos> <eos> = 0..3 and keeps the text exactly: no
+ * normalisation, no added space, bytes for characters it has not seen (but U+2581 comes back as the
+ * space that SentencePiece writes with it). No piece holds a newline, so a text may be cut before
+ * any newline and encoded in parts. `bytes` has the same four and then byte b = 4 + b: a vocabulary
+ * of 260. */
 #ifndef MOE_DATA_TOKENIZER_H
 #define MOE_DATA_TOKENIZER_H
 
