@@ -6,7 +6,8 @@
  *                  /aside-step-...      later steps of an attempt that was abandoned
  *                  /latest              a hint for people
  *
- * Only rank 0 calls what changes folders. All functions are local. */
+ * Only rank 0 calls what changes folders, while its job holds the run's lock. All functions are
+ * local. */
 #ifndef MOE_CHECKPOINT_COMMIT_H
 #define MOE_CHECKPOINT_COMMIT_H
 

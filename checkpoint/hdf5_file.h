@@ -14,8 +14,8 @@ extern "C" {
 #endif
 
 typedef struct {
-  int64_t id; /* HDF5's; -1 when closed */
-  int fd;     /* the same file, to allocate, hash metadata and fsync */
+  int64_t id;  /* HDF5's; -1 when closed */
+  int fd;      /* the same file, to allocate, hash metadata and fsync */
   bool broken; /* HDF5 could not close it; it must not be touched through HDF5 again */
   char path[MOE_PATH];
 } moe_hdf5;
