@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "kernels/cuda/attention_cudnn.h"
 #include "kernels/cuda/common.cuh"
 
 enum : int64_t {
@@ -180,6 +181,9 @@ static void close_device(moe_device *dev) {
   if (s == nullptr) return;
   use(dev);
   if (s->stream != nullptr) cudaStreamSynchronize(s->stream);
+#ifdef MOE_WITH_CUDNN
+  cuda_cudnn_close(dev);
+#endif
   cuda_plans_destroy(s->plans);
   cuda_offsets_destroy(dev);
   if (s->blas != nullptr) cublasLtDestroy(s->blas);
