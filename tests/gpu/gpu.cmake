@@ -1,13 +1,10 @@
-# CUDA against the CPU backend. Without a GPU the tests skip themselves; tests/gpu/run.sh runs these
-# and every operation's own tests on a machine that has one.
+# CUDA against the CPU backend. gpu_tests is one program of these tests and of every operation's own
+# (one, because each program carries all kernels): easy to take to a machine with a GPU, where run.sh
+# starts it. Here its tests skip themselves without a GPU.
 if(MOE_WITH_CUDA)
-  file(GLOB gpu_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/test_*.c)
-  foreach(source ${gpu_sources})
-    get_filename_component(base ${source} NAME_WE)
-    string(REGEX REPLACE "^test_" "gpu_" name ${base})
-    moe_test_program(test_${name} ${source} moe_kernels)
-    target_sources(test_${name} PRIVATE ${CMAKE_CURRENT_LIST_DIR}/both.c)
-    target_link_libraries(test_${name} PRIVATE PkgConfig::CRITERION)
-    add_test(NAME gpu.${base} COMMAND test_${name} -j1)
-  endforeach()
+  file(GLOB gpu_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/*.c
+    ${CMAKE_CURRENT_SOURCE_DIR}/kernels/test_*.c)
+  moe_test_program(gpu_tests "${gpu_sources}" moe_kernels)
+  target_link_libraries(gpu_tests PRIVATE PkgConfig::CRITERION)
+  add_test(NAME gpu.agree COMMAND gpu_tests -j1 --filter "gpu_*/*")
 endif()

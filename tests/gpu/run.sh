@@ -1,17 +1,21 @@
 #!/bin/sh
-# Every operation's tests on a GPU: run.sh BIN_DIR [LAUNCHER...]
+# Every operation's tests on a GPU: run.sh PROGRAM [LAUNCHER...]
 #
-#   tests/gpu/run.sh build/bin                     all programs, with each choice of kernels
-#   SANITIZE=1 tests/gpu/run.sh build/bin          the same under compute-sanitizer (slow)
-#   tests/gpu/run.sh .gpu/bin/bin .gpu/run         programs that need a launcher to find libraries
+#   tests/gpu/run.sh build/bin/gpu_tests                     with each choice of kernels
+#   SANITIZE=memcheck tests/gpu/run.sh build/bin/gpu_tests   under compute-sanitizer (slow); also
+#                                                            racecheck, synccheck, initcheck
+#   ONLY='router gpu_router' tests/gpu/run.sh ...            these suites
+#   tests/gpu/run.sh .gpu/bin/gpu_tests .gpu/run             through what finds its libraries
 #
-# Prints one line per program and the failing programs' output; ends with 1 when any failed.
+# Prints one line per suite and what a failing one said; ends with 1 when any failed.
 set -u
-bin=${1:?usage: run.sh BIN_DIR [LAUNCHER...]}
+program=${1:?usage: run.sh PROGRAM [LAUNCHER...]}
 shift
 export MOE_TEST_BACKEND=cuda
 failed=0 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
+suites=${ONLY:-$("$@" "$program" --list | sed -n 's/^\([a-z_0-9]*\): .*/\1/p')}
+[ -n "$suites" ] || { echo "run.sh: $program lists no tests" >&2; exit 2; }
 
 # check TEXT COMMAND...: one line, and the output when it fails
 check() {
@@ -19,36 +23,29 @@ check() {
   shift
   begin=$(date +%s)
   if "$@" >"$log" 2>&1; then result=ok; else result=FAILED failed=1; fi
-  printf '%-60s %s (%s s)\n' "$text" "$result" $(($(date +%s) - begin))
-  [ "$result" = ok ] || grep -v '^\[----\] *$' "$log" | tail -n 60
+  printf '%-44s %-6s %4s s\n' "$text" "$result" $(($(date +%s) - begin))
+  [ "$result" = ok ] || tail -n 60 "$log"
 }
 
-operations=$(ls "$bin"/test_kernels_* "$bin"/test_gpu_* 2>/dev/null)
-[ -n "$operations" ] || { echo "run.sh: no test_kernels_* or test_gpu_* in $bin" >&2; exit 2; }
-
-if [ "${SANITIZE:-0}" = 1 ]; then
-  command -v compute-sanitizer >/dev/null || { echo "run.sh: no compute-sanitizer" >&2; exit 2; }
-  for tool in memcheck racecheck initcheck; do
-    for program in "$bin"/test_kernels_*; do
-      # initcheck: tests read guards and poison that no kernel wrote; memory from uploads is known
-      check "$tool $(basename "$program")" "$@" compute-sanitizer --tool "$tool" \
-        --target-processes all --error-exitcode 9 --kernel-regex-exclude kns=cublas \
-        "$program" -j1 --timeout 600
-    done
+if [ -n "${SANITIZE:-}" ]; then
+  for suite in $suites; do # sizes of the gpu_ suites are too much for it; those of the others do
+    case $suite in gpu_*) [ -n "${ONLY:-}" ] || continue ;; esac
+    check "$SANITIZE $suite" "$@" compute-sanitizer --tool "$SANITIZE" --target-processes all \
+      --error-exitcode 9 --kernel-regex-exclude kns=cutlass --kernel-regex-exclude kns=gemm \
+      "$program" -j1 --filter "$suite/*" --timeout 900
   done
   exit $failed
 fi
 
-for program in $operations; do
-  check "$(basename "$program")" "$@" "$program" -j2 --timeout 600
+for suite in $suites; do
+  check "$suite" "$@" "$program" -j2 --filter "$suite/*" --timeout 600
 done
-for program in "$bin"/test_kernels_gemm "$bin"/test_kernels_experts "$bin"/test_gpu_dense \
-  "$bin"/test_gpu_moe; do
-  check "$(basename "$program"), own products" "$@" env MOE_GEMM=own MOE_EXPERT_GEMM=cublas \
-    "$program" -j2 --timeout 600
+for suite in gemm experts gpu_gemm gpu_experts; do
+  check "$suite, own products" "$@" env MOE_GEMM=own MOE_EXPERT_GEMM=cublas "$program" -j2 \
+    --filter "$suite/*" --timeout 600
 done
-for program in "$bin"/test_kernels_experts "$bin"/test_gpu_moe; do
-  check "$(basename "$program"), cuBLAS per expert" "$@" env MOE_EXPERT_GEMM=cublas \
-    "$program" -j2 --timeout 600
+for suite in experts gpu_experts gpu_determinism; do
+  check "$suite, cuBLAS per expert" "$@" env MOE_EXPERT_GEMM=cublas "$program" -j2 \
+    --filter "$suite/*" --timeout 600
 done
 exit $failed
