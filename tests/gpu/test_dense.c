@@ -64,9 +64,9 @@ Test(gpu_norm, agrees_for_short_long_and_odd_rows, .init = both_open, .fini = bo
     }
 }
 
-/* Sums of half-precision products round differently inside tensor cores. */
+/* Both sides sum in float32, each in its own order; tensor cores round in ways of their own. */
 static double product_tolerance(moe_dtype in, moe_dtype out) {
-  return out == MOE_F32 ? (in == MOE_F32 ? 2e-6 : 2e-5) : rounding(out);
+  return out == MOE_F32 ? (in == MOE_F32 ? 1e-5 : 2e-5) : rounding(out);
 }
 
 Test(gpu_gemm, agrees_in_every_form_and_type, .init = both_open, .fini = both_close) {
