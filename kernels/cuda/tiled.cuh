@@ -4,7 +4,7 @@
  * cuBLAS lacks, and tests. A block computes a BM x BN tile of c from 16-deep slices of a and b in
  * shared memory; a thread owns TM x TN results. Slices of the next step are read into registers
  * while this step computes. With blockIdx.z > 0 the sum over k is split and each part written to
- * `partial`, to be added in order by sum_parts_kernel. */
+ * `partial`, to be added in order by tiled_sum_kernel. */
 #ifndef MOE_KERNELS_CUDA_TILED_CUH
 #define MOE_KERNELS_CUDA_TILED_CUH
 
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(BM *BN / (TM * TN))
 
 /* c = sum over parts, in order, + beta c. */
 template <typename C>
-__global__ void sum_parts_kernel(const float *partial, int parts, int64_t m, int64_t n, float beta,
+__global__ void tiled_sum_kernel(const float *partial, int parts, int64_t m, int64_t n, float beta,
                                  C *c, int64_t ldc) {
   int64_t step = (int64_t)gridDim.x * blockDim.x;
   for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < m * n; i += step) {
@@ -157,7 +157,7 @@ static moe_status tiled_launch(moe_device *dev, tiled_problem<A, B, C> p) {
   tiled_kernel<A, B, C, BM, BN, TM, TN><<<grid, BM * BN / (TM * TN), 0, s->stream>>>(p);
   CUDA_LAUNCHED(dev);
   if (parts == 1) return MOE_OK;
-  sum_parts_kernel<C><<<cuda_blocks(dev, m * n, 128), 128, 0, s->stream>>>(p.partial, parts, m, n,
+  tiled_sum_kernel<C><<<cuda_blocks(dev, m * n, 128), 128, 0, s->stream>>>(p.partial, parts, m, n,
                                                                            p.beta, p.c, p.ldc);
   CUDA_LAUNCHED(dev);
   return MOE_OK;
