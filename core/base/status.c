@@ -5,6 +5,9 @@
 #include <stdio.h>
 #include <string.h>
 
+#undef moe_fail /* the analyzer's view of them */
+#undef moe_error_pass
+
 enum { MESSAGE_SIZE = 4096, TRAIL_SIZE = 4096 };
 
 static _Thread_local char message[MESSAGE_SIZE];

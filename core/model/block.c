@@ -42,7 +42,8 @@ void moe_stash_destroy(moe_stash *s) {
 int64_t moe_block_most_rows(const moe_block_env *env) {
   int64_t owned = moe_range_size(env->mesh->owned);
   int64_t most = env->dims.top_k < owned ? env->dims.top_k : owned;
-  return moe_dispatch_max_rows(env->dispatcher) * most + owned * (env->pad - 1);
+  int64_t rows = moe_dispatch_max_rows(env->dispatcher) * most + owned * (env->pad - 1);
+  return (rows + env->pad - 1) / env->pad * env->pad;
 }
 
 void moe_work_create(moe_block_env *env, moe_memory *memory, bool training) {

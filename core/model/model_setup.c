@@ -114,7 +114,7 @@ static int64_t choose_round_rows(const moe_block_env *env) {
   double balanced = (double)(env->tokens * env->mesh->ep * env->dims.top_k) * (double)owned /
                     (double)env->dims.experts;
   int64_t usual = round_up((int64_t)(1.25 * balanced) + 1, env->pad) + owned * env->pad;
-  int64_t most = round_up(moe_block_most_rows(env), env->pad);
+  int64_t most = moe_block_most_rows(env);
   return usual < most ? usual : most;
 }
 

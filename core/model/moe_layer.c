@@ -23,10 +23,14 @@ static int64_t min_i64(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-/* Rows of sorted work, padding included. On a GPU the host waits here for one number. */
+/* Rows of sorted work to go through. Where one round holds whatever comes nobody needs to know how
+ * many came: operations read the offsets on the device. Else the host waits here for one number,
+ * once forward and once backward (on an H200 about 20 us each, while the GPU idles). */
 static moe_status count_rows(moe_block_env *env, const moe_stash *s, int64_t *rows) {
   int64_t last = moe_range_size(env->mesh->owned);
   int32_t count = 0;
+  *rows = moe_block_most_rows(env);
+  if (*rows <= env->round_rows) return MOE_OK;
   const char *at = (const char *)s->offsets.data + last * moe_dtype_size(MOE_I32);
   MOE_TRY(moe_device_download(env->dev, &count, at, (int64_t)sizeof count));
   MOE_TRY(moe_device_sync(env->dev));

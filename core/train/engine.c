@@ -2,6 +2,7 @@
 #include "core/train/engine.h"
 
 #include <math.h>
+#include <sched.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -10,17 +11,28 @@
 #include "core/train/matrix_rate.h"
 #include "kernels/ops.h"
 
-moe_status moe_engine_open_device(const moe_config *config, moe_device **out) {
+/* This rank's share of the cores it may run on; mpirun binds ranks to cores unless told not to. */
+static int64_t own_threads(void) {
   int local = moe_comm_local_size();
-  int64_t cores = sysconf(_SC_NPROCESSORS_ONLN);
+  int64_t cores = sysconf(_SC_NPROCESSORS_ONLN), allowed = cores;
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) allowed = CPU_COUNT(&set);
   int64_t share = cores / local > 1 ? cores / local : 1;
-  moe_device_options options = {.kind = (moe_device_kind)config->run.backend,
-                                .local_rank = moe_comm_local_rank(),
-                                .threads =
-                                    (int)(config->run.threads > 0 ? config->run.threads : share),
-                                .deterministic = config->run.deterministic,
-                                .tf32 = config->precision.tf32,
-                                .debug = config->run.debug};
+  if (allowed < share) {
+    moe_info("each rank is bound to %lld of %lld cores: mpirun --bind-to none lets it use %lld",
+             (long long)allowed, (long long)cores, (long long)share);
+  }
+  return allowed < share ? allowed : share;
+}
+
+moe_status moe_engine_open_device(const moe_config *config, moe_device **out) {
+  moe_device_options options = {
+      .kind = (moe_device_kind)config->run.backend,
+      .local_rank = moe_comm_local_rank(),
+      .threads = (int)(config->run.threads > 0 ? config->run.threads : own_threads()),
+      .deterministic = config->run.deterministic,
+      .tf32 = config->precision.tf32,
+      .debug = config->run.debug};
   return moe_device_open(&options, out);
 }
 

@@ -171,7 +171,7 @@ moe_status moe_run_restore(moe_engine *e, const char *path, const moe_run_state 
     }
     pieces.count = kept;
   }
-  moe_status status = moe_checkpoint_load(e->world, e->dev, path, pieces.list, pieces.count, true);
+  moe_status status = moe_checkpoint_load(e->world, e->dev, path, pieces.list, pieces.count, false);
   free(pieces.list);
   MOE_TRY(status);
   if (state->loss_scale > 0.0 && e->config.precision.dtype == MOE_PRECISION_FP16) {
