@@ -3,8 +3,9 @@
  *   forward    out, lse
  *   backward   delta -> dQ; dK, dV -> sum of parts
  *
- * bf16 and f16 without a document mask go to cuDNN where it has a plan; all else is exact float32
- * arithmetic. MOE_ATTENTION=own in the environment leaves cuDNN out, =exact the tensor cores too.
+ * bf16 and f16 without a document mask go to cuDNN where it has a plan; with tensor cores and
+ * 16-byte rows to our own tensor core kernels; all else is exact float32 arithmetic.
+ * MOE_ATTENTION=own in the environment leaves cuDNN out, =exact the tensor cores too.
  *
  * A K/V head's gradient is summed over all query heads that read it, by one block per key block.
  * With few K/V heads that is too few blocks: then its query heads are shared out in parts, whose
@@ -105,14 +106,14 @@ moe_status moe_cuda_attention(moe_device *dev, moe_attention_shape shape, moe_te
   MOE_TRY(check_size(shape));
   attention_maker by = choose(dev, shape, qkv.dtype, moe_tensor_present(doc_start),
                               bits_of(qkv) | bits_of(out) | bits_of(lse));
-  (void)by;
 #ifdef MOE_WITH_CUDNN
   if (by == BY_CUDNN) return cuda_cudnn_attention(dev, shape, qkv, out, lse);
 #endif
   attention_args p = make_args(shape, qkv, doc_start);
   p.out = out.data;
   p.lse = cuda_data<float>(lse);
-  return cuda_attention_exact(dev, qkv.dtype, p);
+  return by == BY_MMA ? cuda_attention_mma(dev, qkv.dtype, p)
+                      : cuda_attention_exact(dev, qkv.dtype, p);
 }
 
 /* ---- backward ------------------------------------------------------------------------------ */
@@ -207,7 +208,6 @@ moe_status moe_cuda_attention_backward(moe_device *dev, moe_attention_shape shap
   attention_maker by =
       choose(dev, shape, qkv.dtype, moe_tensor_present(doc_start),
              bits_of(qkv) | bits_of(out) | bits_of(lse) | bits_of(dout) | bits_of(dqkv));
-  (void)by;
 #ifdef MOE_WITH_CUDNN
   if (by == BY_CUDNN) return cuda_cudnn_attention_backward(dev, shape, dout, qkv, out, lse, dqkv);
 #endif
@@ -218,6 +218,9 @@ moe_status moe_cuda_attention_backward(moe_device *dev, moe_attention_shape shap
   p.dqkv = dqkv.data;
   MOE_TRY(take_scratch(dev, shape, &p));
   MOE_TRY(make_delta(dev, qkv.dtype, p));
-  MOE_TRY(cuda_attention_exact_backward(dev, qkv.dtype, p));
+  if (by == BY_MMA)
+    MOE_TRY(cuda_attention_mma_backward(dev, qkv.dtype, p));
+  else
+    MOE_TRY(cuda_attention_exact_backward(dev, qkv.dtype, p));
   return sum_parts(dev, qkv.dtype, p);
 }

@@ -1,7 +1,10 @@
 /* What the attention kernels share: one call's arguments, where heads lie in memory, who sees whom.
  *
- *   attention.cu            the slots: cuDNN or exact; delta; sums of parts
+ *   attention.cu            the slots: cuDNN, tensor cores or exact; delta; sums of parts
  *   attention_exact.cu      any type and head size by float32 FMA
+ *   attention_mma.cuh       fragments, asynchronous copies and products of tensor cores
+ *   attention_forward.cu    bf16 and f16 on tensor cores, forward
+ *   attention_backward.cu   and backward
  *
  * Every kernel walks blocks of queries against blocks of keys. Which keys query i sees is one
  * range, [doc_start[i], i]; doc_start never decreases, so the blocks that any row of a block needs
@@ -108,5 +111,8 @@ constexpr int64_t attention_exact_most = 256;
 moe_status cuda_attention_exact(moe_device *dev, moe_dtype dtype, const attention_args &p);
 /* dqkv's queries and, into dqkv or p.partial, its keys and values. p.delta is ready. */
 moe_status cuda_attention_exact_backward(moe_device *dev, moe_dtype dtype, const attention_args &p);
+/* attention_forward.cu, attention_backward.cu: the same with tensor cores. */
+moe_status cuda_attention_mma(moe_device *dev, moe_dtype dtype, const attention_args &p);
+moe_status cuda_attention_mma_backward(moe_device *dev, moe_dtype dtype, const attention_args &p);
 
 #endif
