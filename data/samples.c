@@ -4,6 +4,7 @@
 #include <inttypes.h>
 #include <math.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <xxhash.h>
@@ -47,9 +48,19 @@ static moe_status split_documents(const moe_token_file *f, moe_split split, doub
   return MOE_OK;
 }
 
+/* A file the configuration names and that cannot be opened is the configuration's fault. */
+static moe_status refuse_missing(void) {
+  char why[1024];
+  snprintf(why, sizeof why, "%s", moe_error_message());
+  return moe_fail(MOE_USAGE, "%s: mend data.train or data.valid, or make it with moe-data tokenize",
+                  why);
+}
+
 static moe_status open_source(moe_samples *s, const char *prefix, double held_out) {
   source *from = &s->source[s->sources];
-  MOE_TRY(moe_token_file_open(prefix, &from->file));
+  moe_status opened = moe_token_file_open(prefix, &from->file);
+  if (opened == MOE_IO) return refuse_missing();
+  MOE_TRY(opened);
   s->sources++;
   int64_t first = 0, end = moe_token_file_documents(from->file);
   if (held_out > 0) MOE_TRY(split_documents(from->file, s->split, held_out, &first, &end));
