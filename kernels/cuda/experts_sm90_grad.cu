@@ -1,0 +1,82 @@
+/* Hopper: the experts' weight gradients, dw[j] (+)= left_j^T right_j over expert j's rows.
+ *
+ * Rows are K here and neither operand has them run fastest, so wgmma reads both transposed. How
+ * many k-blocks a tile has depends on the routing; which tiles there are does not. Sums leave as
+ * float32: added in memory by the copy engine, one tile for each element, so the result is the same
+ * every time. */
+#include "kernels/cuda/sm90_gemm.cuh"
+
+namespace {
+
+struct weight_grad {
+  static constexpr int N = 192, STAGES = 4, A_MN = 1, B_MN = 1;
+  static constexpr int WIDE = 64, BUFFER = 16 * WIDE * 4, SLAB = 2 * BUFFER;
+  static constexpr bool ROWS_ARE_K = true;
+
+  struct args : sm90_sizes {
+    CUtensorMap left, right, dw;
+    int accumulate;
+  };
+
+  static __device__ __forceinline__ void load(const args &p, const sm90_tile &t, int k,
+                                              uint32_t bar, uint32_t a, uint32_t b) {
+    tma_load(a, &p.left, bar, 0, k, t.row / 64, 0);
+    tma_load(b, &p.right, bar, 0, k, t.column / 64, 0);
+  }
+
+  struct epilogue {
+    const args &p;
+    uint32_t slabs, slots;
+
+    __device__ __forceinline__ void prepare(const sm90_tile &) {}
+
+    __device__ __forceinline__ void finish(const sm90_tile &t, float (&acc)[2][N / 2]) {
+      if (p.accumulate && t.rows == 0) return;
+#pragma unroll
+      for (int s = 0; s < 6; s++) {
+        int row = t.row + s / 3 * 64 + warp_of_group() * 16, column = t.column + s % 3 * WIDE;
+        uint32_t slab = slabs + s % 2 * BUFFER;
+        slab_free<2>();
+#pragma unroll
+        for (int j = 0; j < WIDE / 8; j++) {
+          const float *v = acc[s / 3] + s % 3 * (WIDE / 2) + 4 * j;
+          int word = 2 * j + lane_of_warp() % 4 / 2;
+          uint32_t half = (uint32_t)lane_of_warp() % 2 * 8;
+          store_shared(slab_at<128>(slab, lane_of_warp() / 4, word) + half, v[0], v[1]);
+          store_shared(slab_at<128>(slab, lane_of_warp() / 4 + 8, word) + half, v[2], v[3]);
+        }
+        slab_written();
+        if (lane_of_warp() == 0) {
+          if (p.accumulate)
+            tma_add(&p.dw, slab, 0, row, column / 32, t.expert);
+          else
+            tma_store(&p.dw, slab, 0, row, column / 32, t.expert);
+        }
+        slab_sent();
+      }
+    }
+  };
+};
+
+} // namespace
+
+moe_status sm90_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
+                                   moe_tensor offsets, int accumulate, moe_tensor dw) {
+  using op = weight_grad;
+  int64_t rows = left.shape[0], m = left.shape[1], n = right.shape[1], e = dw.shape[0];
+  op::args p = {};
+  static_cast<sm90_sizes &>(p) = {
+      cuda_data<int32_t>(offsets), (int)e, (int)rows, (int)div_up(m, SM90_M),
+      (int)div_up(n, op::N),       0};
+  p.accumulate = accumulate;
+  MOE_TRY(sm90_map(
+      dev, &p.left,
+      {left.data, MOE_BF16, {64, rows, m / 64, 1}, {m, 64}, {64, SM90_K, SM90_M / 64, 1}, 128}));
+  MOE_TRY(sm90_map(
+      dev, &p.right,
+      {right.data, MOE_BF16, {64, rows, n / 64, 1}, {n, 64}, {64, SM90_K, op::N / 64, 1}, 128}));
+  MOE_TRY(sm90_map(
+      dev, &p.dw,
+      {dw.data, MOE_F32, {32, m, n / 32, e}, {n, 32, m * n}, {32, 16, op::WIDE / 32, 1}, 128}));
+  return sm90_launch<op>(dev, p);
+}
