@@ -185,16 +185,18 @@ static moe_status sum_parts(moe_device *dev, moe_dtype dtype, const attention_ar
   });
 }
 
-/* Lay delta and the parts' sums out in the device's scratch. */
-static moe_status take_scratch(moe_device *dev, moe_attention_shape s, attention_args *p) {
-  int64_t parts = backward_parts(dev, s), bytes = delta_bytes(s) + partial_bytes(s, parts);
+/* Lay delta and the parts' sums out in the device's scratch. All of what was planned must be there,
+ * so that a plan that is too small is found whoever computes. */
+static moe_status take_scratch(moe_device *dev, moe_attention_shape s, moe_dtype dtype,
+                               attention_args *p) {
+  int64_t bytes = moe_cuda_attention_scratch(dev, s, dtype);
   char *scratch = static_cast<char *>(moe_device_scratch(dev, bytes));
   if (scratch == nullptr)
     return moe_fail(MOE_NO_MEMORY,
                     "kernel scratch is too small: attention_backward needs %lld bytes: plan it "
                     "with moe_attention_scratch",
                     (long long)bytes);
-  p->parts = (int)parts;
+  p->parts = (int)backward_parts(dev, s);
   p->delta = reinterpret_cast<float *>(scratch);
   p->partial = reinterpret_cast<float *>(scratch + delta_bytes(s));
   return MOE_OK;
@@ -208,15 +210,15 @@ moe_status moe_cuda_attention_backward(moe_device *dev, moe_attention_shape shap
   attention_maker by =
       choose(dev, shape, qkv.dtype, moe_tensor_present(doc_start),
              bits_of(qkv) | bits_of(out) | bits_of(lse) | bits_of(dout) | bits_of(dqkv));
+  attention_args p = make_args(shape, qkv, doc_start);
+  MOE_TRY(take_scratch(dev, shape, qkv.dtype, &p));
 #ifdef MOE_WITH_CUDNN
   if (by == BY_CUDNN) return cuda_cudnn_attention_backward(dev, shape, dout, qkv, out, lse, dqkv);
 #endif
-  attention_args p = make_args(shape, qkv, doc_start);
   p.dout = dout.data;
   p.out = out.data;
   p.lse = cuda_data<float>(lse);
   p.dqkv = dqkv.data;
-  MOE_TRY(take_scratch(dev, shape, &p));
   MOE_TRY(make_delta(dev, qkv.dtype, p));
   if (by == BY_MMA)
     MOE_TRY(cuda_attention_mma_backward(dev, qkv.dtype, p));

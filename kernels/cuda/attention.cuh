@@ -100,7 +100,9 @@ static moe_status attention_launch(moe_device *dev, K kernel, int64_t x, int64_t
                     "cuda: attention of %lld heads with %d tokens and head size %d is beyond the "
                     "own kernels on %s",
                     (long long)x, p.seq, p.d, dev->name);
-  CUDA_TRY(dev, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  if (shared > 48 << 10) /* what a kernel gets without asking */
+    CUDA_TRY(dev,
+             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   kernel<<<dim3((unsigned)x, (unsigned)y), threads, shared, cuda_of(dev)->stream>>>(p);
   CUDA_LAUNCHED(dev);
   return MOE_OK;

@@ -19,25 +19,21 @@ constexpr int warps = 4, threads = 32 * warps, rows = 16 * warps;
 /* ---- dQ ------------------------------------------------------------------------------------ */
 
 template <int D> struct query_shape {
-  static constexpr int keys = 32;
+  static constexpr int keys = D <= 64 ? 32 : 16;
   static constexpr int tile = keys * tile_row<D>; /* elements */
   static constexpr int shared = 2 * 2 * tile * 2; /* K and V, twice, 2 bytes */
 };
 
-/* s becomes dS, of two rows that see [first, last] each; dp is dP. */
+/* s becomes dS, of two rows' terms; dp is dP. */
 template <int N>
 __device__ __forceinline__ void differentiate_rows(float (&s)[N][4], const float (&dp)[N][4],
-                                                   const int (&first)[2], const int (&last)[2],
                                                    const float (&lse2)[2], const float (&delta)[2],
-                                                   float scale2, int n0, bool masked) {
+                                                   float scale2) {
 #pragma unroll
   for (int j = 0; j < N; j++)
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      int key = n0 + j * 8 + lane_of() % 4 * 2 + e % 2;
-      float ds = exp2_fast(fmaf(s[j][e], scale2, -lse2[e / 2])) * (dp[j][e] - delta[e / 2]);
-      s[j][e] = masked && (key < first[e / 2] || key > last[e / 2]) ? 0.0f : ds;
-    }
+    for (int e = 0; e < 4; e++)
+      s[j][e] = exp2_fast(fmaf(s[j][e], scale2, -lse2[e / 2])) * (dp[j][e] - delta[e / 2]);
 }
 
 template <typename T, int D>
@@ -62,14 +58,12 @@ __device__ __forceinline__ void query_block(const attention_args &p, T *memory) 
   left_rows<T, D, true> q, grad;
   load_rows<D>(q.a, qkv_rows(p, qkv, batch, head), row0, p.seq, p.d);
   load_rows<D>(grad.a, out_rows(p, static_cast<const T *>(p.dout), batch, head), row0, p.seq, p.d);
-  int first[2], last[2];
   float lse2[2], delta[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    last[half] = min(row0 + lane_of() / 4 + 8 * half, p.seq - 1);
-    first[half] = first_key(p, batch, last[half]);
-    lse2[half] = p.lse[(int64_t)blockIdx.x * p.seq + last[half]] * log2_e;
-    delta[half] = p.delta[(int64_t)blockIdx.x * p.seq + last[half]];
+    int64_t row = (int64_t)blockIdx.x * p.seq + min(row0 + lane_of() / 4 + 8 * half, p.seq - 1);
+    lse2[half] = p.lse[row] * log2_e;
+    delta[half] = p.delta[row];
   }
   int all_first = first_key(p, batch, row_last); /* all the warp's rows see [all_first, row0] */
 
@@ -83,8 +77,9 @@ __device__ __forceinline__ void query_block(const attention_args &p, T *memory) 
     float s[N / 8][4], dp[N / 8][4];
     product_nt<N>(s, q, tile);
     product_nt<N>(dp, grad, tile + shape::tile);
-    bool masked = n0 < all_first || n0 + N - 1 > row0;
-    differentiate_rows(s, dp, first, last, lse2, delta, p.scale * log2_e, n0, masked);
+    differentiate_rows(s, dp, lse2, delta, p.scale * log2_e);
+    if (n0 < all_first || n0 + N - 1 > row0)
+      each_hidden<N / 8>(p, batch, row0, n0, [&](int j, int e) { s[j][e] = 0.0f; });
     uint32_t ds[N / 16][4];
     round_rows<T>(ds, s);
     product_nn<D, N>(dq, ds, tile);
@@ -176,6 +171,27 @@ __device__ __forceinline__ void start_left(left_rows<T, D, KEPT> &left, T *memor
   }
 }
 
+/* What the queries of one buffer add to dk and dv of a warp's 16 keys. */
+template <int D, typename T, bool KEPT>
+__device__ __forceinline__ void
+add_queries(const attention_args &p, int64_t batch, const left_rows<T, D, KEPT> &k,
+            const left_rows<T, D, KEPT> &v, const char *buffer, int row0, int m0, bool masked,
+            float (&dk)[D / 8][4], float (&dv)[D / 8][4]) {
+  using shape = key_shape<D>;
+  constexpr int N = shape::queries;
+  const T *queries = reinterpret_cast<const T *>(buffer), *grads = queries + shape::tile;
+  const float *terms = reinterpret_cast<const float *>(buffer + 2 * shape::tile * 2);
+  float s[N / 8][4], dp[N / 8][4];
+  product_nt<N>(s, k, queries);
+  product_nt<N>(dp, v, grads);
+  differentiate_columns(p, batch, s, dp, terms, terms + N, row0, m0, masked);
+  uint32_t probs[N / 16][4];
+  round_rows<T>(probs, s);
+  product_nn<D, N>(dv, probs, grads);
+  round_rows<T>(probs, dp);
+  product_nn<D, N>(dk, probs, queries);
+}
+
 template <typename T, int D>
 __device__ __forceinline__ void key_block(const attention_args &p, char *memory) {
   using shape = key_shape<D>;
@@ -195,42 +211,33 @@ __device__ __forceinline__ void key_block(const attention_args &p, char *memory)
   /* Queries [n0, end) see some of these keys; [n0 + rows - 1, all_end) see them all. */
   int end = end_of_queries(p, batch, min(n0 + rows, p.seq) - 1, n0 + rows - 1);
   int all_end = end_of_queries(p, batch, n0, n0);
-  int blocks = (int)div_up(end - n0, N), steps = heads * blocks;
-  auto start = [&](int step) {
-    char *at = memory + step % 2 * shape::buffer;
+  auto start = [&](int head, int m0, int buffer) {
+    char *at = memory + buffer * shape::buffer;
     T *tile = reinterpret_cast<T *>(at);
     float *terms = reinterpret_cast<float *>(at + 2 * shape::tile * 2);
-    int head = head0 + step / blocks, m0 = n0 + step % blocks * N, i = (int)threadIdx.x;
     start_tile<N, D, threads>(tile, qkv_rows(p, qkv, batch, head), m0, p.seq, p.d);
     start_tile<N, D, threads>(tile + shape::tile, out_rows(p, dout, batch, head), m0, p.seq, p.d);
+    int i = (int)threadIdx.x;
     if (i >= N) return;
-    int64_t row = (batch * p.heads + head) * p.seq + m0;
-    int64_t from = m0 + i < p.seq ? row + i : row;
-    copy_start<4>(terms + i, p.lse + from, m0 + i < p.seq);
-    copy_start<4>(terms + N + i, p.delta + from, m0 + i < p.seq);
+    bool inside = m0 + i < p.seq;
+    int64_t row = (batch * p.heads + head) * p.seq + (inside ? m0 + i : m0);
+    copy_start<4>(terms + i, p.lse + row, inside);
+    copy_start<4>(terms + N + i, p.delta + row, inside);
   };
 
   float dk[D / 8][4] = {}, dv[D / 8][4] = {};
-  start(0);
-  for (int step = 0; step < steps; step++) {
+  int head = head0, m0 = n0;
+  start(head, m0, 0);
+  for (int buffer = 0; head < head0 + heads; buffer ^= 1) {
+    int next_head = head, next_m0 = m0 + N;
+    if (next_m0 >= end) next_head++, next_m0 = n0;
     copy_wait();
     __syncthreads(); /* this buffer has arrived, and all are done with the other */
-    if (step + 1 < steps) start(step + 1);
-    int m0 = n0 + step % blocks * N;
-    if (m0 + N <= row0) continue; /* these queries come before all this warp's keys */
-    const char *at = memory + step % 2 * shape::buffer;
-    const T *queries = reinterpret_cast<const T *>(at), *grads = queries + shape::tile;
-    const float *terms = reinterpret_cast<const float *>(at + 2 * shape::tile * 2);
-    float s[N / 8][4], dp[N / 8][4];
-    product_nt<N>(s, k, queries);
-    product_nt<N>(dp, v, grads);
+    if (next_head < head0 + heads) start(next_head, next_m0, buffer ^ 1);
     bool masked = m0 < row0 + 15 || m0 + N > all_end;
-    differentiate_columns(p, batch, s, dp, terms, terms + N, row0, m0, masked);
-    uint32_t probs[N / 16][4];
-    round_rows<T>(probs, s);
-    product_nn<D, N>(dv, probs, grads);
-    round_rows<T>(probs, dp);
-    product_nn<D, N>(dk, probs, queries);
+    if (m0 + N > row0) /* else these queries come before all this warp's keys */
+      add_queries<D>(p, batch, k, v, memory + buffer * shape::buffer, row0, m0, masked, dk, dv);
+    head = next_head, m0 = next_m0;
   }
   store_keys<T>(p, batch, kv_head, part, 0, dk, row0, p.scale);
   store_keys<T>(p, batch, kv_head, part, 1, dv, row0, 1.0f);

@@ -20,7 +20,6 @@ template <int D> struct forward_shape {
 
 /* What a lane's two rows, g and g + 8 of its warp's 16, have seen so far. */
 struct two_rows {
-  int first[2], last[2]; /* the keys they see */
   float peak[2], sum[2]; /* of scores; sum is this lane's share */
 };
 
@@ -32,17 +31,6 @@ __device__ __forceinline__ float quad_max(float x) {
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(full_warp, x, 1);
   return x + __shfl_xor_sync(full_warp, x, 2);
-}
-
-template <int N>
-__device__ __forceinline__ void mask_rows(float (&s)[N][4], const two_rows &r, int n0) {
-#pragma unroll
-  for (int j = 0; j < N; j++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      int key = n0 + j * 8 + lane_of() % 4 * 2 + e % 2;
-      if (key < r.first[e / 2] || key > r.last[e / 2]) s[j][e] = -INFINITY;
-    }
 }
 
 /* Scores become probabilities relative to the raised peak; o and sum follow it. */
@@ -98,8 +86,6 @@ __device__ __forceinline__ void forward_block(const attention_args &p, T *memory
   two_rows r;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    r.last[half] = min(row0 + lane_of() / 4 + 8 * half, p.seq - 1);
-    r.first[half] = first_key(p, batch, r.last[half]);
     r.peak[half] = -INFINITY;
     r.sum[half] = 0.0f;
   }
@@ -114,7 +100,8 @@ __device__ __forceinline__ void forward_block(const attention_args &p, T *memory
     const T *tile = memory + 2 * buffer * shape::tile;
     float s[N / 8][4];
     product_nt<N>(s, q, tile);
-    if (n0 < all_first || n0 + N - 1 > row0) mask_rows(s, r, n0);
+    if (n0 < all_first || n0 + N - 1 > row0)
+      each_hidden<N / 8>(p, batch, row0, n0, [&](int j, int e) { s[j][e] = -INFINITY; });
     soften(s, r, o, p.scale * log2_e);
     uint32_t probs[N / 16][4];
     round_rows<T>(probs, s);

@@ -120,6 +120,24 @@ __device__ __forceinline__ void round_rows(uint32_t (&p)[N / 2][4], const float 
   }
 }
 
+/* Call hide(j, e) for each element o[j][e] of a result [16 queries from row0, 8 N keys from n0]
+ * whose query does not see its key. */
+template <int N, typename F>
+__device__ __forceinline__ void each_hidden(const attention_args &p, int64_t batch, int row0,
+                                            int n0, F hide) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int row = min(row0 + lane_of() / 4 + 8 * half, p.seq - 1), first = first_key(p, batch, row);
+#pragma unroll
+    for (int j = 0; j < N; j++)
+#pragma unroll
+      for (int e = 2 * half; e < 2 * half + 2; e++) {
+        int key = n0 + j * 8 + lane_of() % 4 * 2 + e % 2;
+        if (key < first || key > row) hide(j, e);
+      }
+  }
+}
+
 /* Call put(row, c, x, y) for this lane's pairs of neighbouring elements of a result [16, D] whose
  * first row is `row`; rows past the sequence and columns past d are left out. */
 template <int N, typename F>
