@@ -9,7 +9,7 @@
 #include "kernels/cuda/sm90_gemm.cuh"
 #include "kernels/cuda/swiglu.cuh"
 
-namespace {
+namespace sm90 {
 
 struct down_backward {
   static constexpr int N = 192, STAGES = 3, A_MN = 0, B_MN = 1;
@@ -130,8 +130,8 @@ struct down_backward {
 };
 
 /* dgates[row] = the sum of its tiles' parts; rows past the last segment are left alone. */
-__global__ void add_gates(const float *parts, const int32_t *offsets, int experts, int rows,
-                          int tiles, float *dgates) {
+static __global__ void add_gates(const float *parts, const int32_t *offsets, int experts, int rows,
+                                 int tiles, float *dgates) {
   int row = (int)(blockIdx.x * blockDim.x + threadIdx.x);
   if (row >= min(offsets[experts], rows)) return;
   float sum = 0.0f;
@@ -139,16 +139,16 @@ __global__ void add_gates(const float *parts, const int32_t *offsets, int expert
   dgates[row] = sum;
 }
 
-} // namespace
+} // namespace sm90
 
 int64_t sm90_down_backward_scratch(int64_t rows, int64_t ffn) {
-  return div_up(ffn, down_backward::N) * rows * (int64_t)sizeof(float);
+  return div_up(ffn, sm90::down_backward::N) * rows * (int64_t)sizeof(float);
 }
 
 moe_status sm90_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
                                      moe_tensor w2, moe_tensor gates, moe_tensor gu, moe_tensor a,
                                      moe_tensor dgates) {
-  using op = down_backward;
+  using op = sm90::down_backward;
   int64_t rows = dy.shape[0], d = dy.shape[1], e = w2.shape[0], f = a.shape[1];
   int64_t bytes = sm90_down_backward_scratch(rows, f);
   op::args p = {};
@@ -175,7 +175,7 @@ moe_status sm90_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor 
   MOE_TRY(
       sm90_map(dev, &p.a_map, {a.data, MOE_BF16, {f, rows, 1, 1}, {f}, {op::WIDE, 16, 1, 1}, 128}));
   MOE_TRY(sm90_launch<op>(dev, p));
-  add_gates<<<(unsigned)div_up(rows, 256), 256, 0, cuda_of(dev)->stream>>>(
+  sm90::add_gates<<<(unsigned)div_up(rows, 256), 256, 0, cuda_of(dev)->stream>>>(
       p.dgates, p.offsets, p.experts, p.rows, p.n_tiles, cuda_data<float>(dgates));
   CUDA_LAUNCHED(dev);
   return MOE_OK;

@@ -6,7 +6,7 @@
  * so neither needs a transposed copy of the weights. */
 #include "kernels/cuda/sm90_gemm.cuh"
 
-namespace {
+namespace sm90 {
 
 template <int b_mn> struct product {
   static constexpr int N = 192, STAGES = 4, A_MN = 0, B_MN = b_mn;
@@ -64,8 +64,8 @@ template <int b_mn> struct product {
 
 /* out [C, n] = left [C, k] times each row's expert's matrix, described by `weights`. */
 template <int b_mn>
-moe_status multiply_rows(moe_device *dev, moe_tensor left, moe_tensor offsets,
-                         const sm90_view &weights, moe_tensor out) {
+static moe_status multiply_rows(moe_device *dev, moe_tensor left, moe_tensor offsets,
+                                const sm90_view &weights, moe_tensor out) {
   using op = product<b_mn>;
   int64_t rows = left.shape[0], k = left.shape[1], n = out.shape[1];
   typename op::args p = {};
@@ -82,21 +82,21 @@ moe_status multiply_rows(moe_device *dev, moe_tensor left, moe_tensor offsets,
   return sm90_launch<op>(dev, p);
 }
 
-} // namespace
+} // namespace sm90
 
 moe_status sm90_expert_down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_tensor w2,
                             moe_tensor y) {
   int64_t e = w2.shape[0], d = w2.shape[1], f = w2.shape[2];
-  int box = product<0>::N;
-  return multiply_rows<0>(
+  int box = sm90::product<0>::N;
+  return sm90::multiply_rows<0>(
       dev, a, offsets, {w2.data, MOE_BF16, {f, d, e, 1}, {f, d * f}, {SM90_K, box, 1, 1}, 128}, y);
 }
 
 moe_status sm90_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                    moe_tensor w13, moe_tensor dx) {
   int64_t e = w13.shape[0], f2 = dgu.shape[1], d = dx.shape[1];
-  int parts = product<1>::N / 64;
-  return multiply_rows<1>(
+  int parts = sm90::product<1>::N / 64;
+  return sm90::multiply_rows<1>(
       dev, dgu, offsets,
       {w13.data, MOE_BF16, {64, f2, d / 64, e}, {d, 64, f2 * d}, {64, SM90_K, parts, 1}, 128}, dx);
 }

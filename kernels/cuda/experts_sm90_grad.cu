@@ -6,7 +6,7 @@
  * every time. */
 #include "kernels/cuda/sm90_gemm.cuh"
 
-namespace {
+namespace sm90 {
 
 struct weight_grad {
   static constexpr int N = 192, STAGES = 4, A_MN = 1, B_MN = 1;
@@ -58,11 +58,11 @@ struct weight_grad {
   };
 };
 
-} // namespace
+} // namespace sm90
 
 moe_status sm90_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
                                    moe_tensor offsets, int accumulate, moe_tensor dw) {
-  using op = weight_grad;
+  using op = sm90::weight_grad;
   int64_t rows = left.shape[0], m = left.shape[1], n = right.shape[1], e = dw.shape[0];
   op::args p = {};
   static_cast<sm90_sizes &>(p) = {

@@ -7,7 +7,7 @@
 #include "kernels/cuda/sm90_gemm.cuh"
 #include "kernels/cuda/swiglu.cuh"
 
-namespace {
+namespace sm90 {
 
 struct up {
   static constexpr int N = 192, WIDE = N / 2, STAGES = 4, A_MN = 0, B_MN = 0;
@@ -98,14 +98,14 @@ struct up {
   };
 };
 
-} // namespace
+} // namespace sm90
 
 moe_status sm90_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
                           moe_tensor gates, moe_tensor gu, moe_tensor a) {
   int64_t rows = x.shape[0], d = x.shape[1], e = w13.shape[0], f = a.shape[1];
-  up::args p = {};
+  sm90::up::args p = {};
   static_cast<sm90_sizes &>(p) = {
-      cuda_data<int32_t>(offsets), (int)e, (int)rows, 0, (int)div_up(f, up::WIDE),
+      cuda_data<int32_t>(offsets), (int)e, (int)rows, 0, (int)div_up(f, sm90::up::WIDE),
       (int)div_up(d, SM90_K)};
   p.gates = cuda_data<float>(gates);
   p.gu = cuda_data<__nv_bfloat16>(gu);
@@ -113,14 +113,22 @@ moe_status sm90_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe
   p.ffn = (int)f;
   MOE_TRY(
       sm90_map(dev, &p.x, {x.data, MOE_BF16, {d, rows, 1, 1}, {d}, {SM90_K, SM90_M, 1, 1}, 128}));
+  MOE_TRY(sm90_map(dev, &p.w13,
+                   {w13.data,
+                    MOE_BF16,
+                    {d, f, 2, e},
+                    {d, f * d, 2 * f * d},
+                    {SM90_K, sm90::up::WIDE, 2, 1},
+                    128}));
+  MOE_TRY(sm90_map(dev, &p.gu_map,
+                   {gu.data,
+                    MOE_BF16,
+                    {32, rows, f / 32, 2},
+                    {2 * f, 32, f},
+                    {32, 16, sm90::up::WIDE / 32, 1},
+                    64}));
   MOE_TRY(sm90_map(
-      dev, &p.w13,
-      {w13.data, MOE_BF16, {d, f, 2, e}, {d, f * d, 2 * f * d}, {SM90_K, up::WIDE, 2, 1}, 128}));
-  MOE_TRY(sm90_map(
-      dev, &p.gu_map,
-      {gu.data, MOE_BF16, {32, rows, f / 32, 2}, {2 * f, 32, f}, {32, 16, up::WIDE / 32, 1}, 64}));
-  MOE_TRY(
-      sm90_map(dev, &p.a_map,
-               {a.data, MOE_BF16, {32, rows, f / 32, 1}, {f, 32}, {32, 16, up::WIDE / 32, 1}, 64}));
-  return sm90_launch<up>(dev, p);
+      dev, &p.a_map,
+      {a.data, MOE_BF16, {32, rows, f / 32, 1}, {f, 32}, {32, 16, sm90::up::WIDE / 32, 1}, 64}));
+  return sm90_launch<sm90::up>(dev, p);
 }
