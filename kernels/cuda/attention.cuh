@@ -58,7 +58,7 @@ __device__ __forceinline__ int first_key(const attention_args &p, int64_t batch,
 }
 
 /* A block of K/V rows writes its gradient here: to dqkv, or to its part's sums. `which` 0: dK,
- * 1: dV. Call f(i, c, value) for each element; rows past the sequence are dropped. */
+ * 1: dV. */
 template <typename T> struct attention_key_sink {
   attention_rows<T> whole;
   float *part; /* NULL: whole */
