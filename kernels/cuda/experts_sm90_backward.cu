@@ -15,8 +15,8 @@ struct down_backward {
   static constexpr int N = 192, STAGES = 3, A_MN = 0, B_MN = 1;
   static constexpr int WIDE = 64,
                        PART = 16 * WIDE * 2; /* a slab's columns; bytes of one tensor's */
-  static constexpr int SLOT = 3 * PART, SLAB = 2 * SLOT; /* g, u, a */
-  static constexpr int STEPS = 6;                        /* slabs of a warp's part of a tile */
+  static constexpr int SLOT = 3 * PART, SLAB = 2 * SLOT;      /* g, u, a */
+  static constexpr int ACROSS = N / WIDE, STEPS = 2 * ACROSS; /* slabs of a warp's part of a tile */
   static constexpr bool ROWS_ARE_K = false;
 
   struct args : sm90_sizes {
@@ -41,8 +41,8 @@ struct down_backward {
     /* Lane 0: bring step s's g and u, when what left its slot has been read. */
     __device__ __forceinline__ void fetch(const sm90_tile &t, int s) {
       barrier_expect(slots + s % 2 * 8, 2 * PART);
-      tma_load(slabs + s % 2 * SLOT, &p.gu_map, slots + s % 2 * 8, t.column + s % 3 * WIDE,
-               t.row + s / 3 * 64 + warp_of_group() * 16, 0, 0);
+      tma_load(slabs + s % 2 * SLOT, &p.gu_map, slots + s % 2 * 8, t.column + s % ACROSS * WIDE,
+               t.row + s / ACROSS * 64 + warp_of_group() * 16, 0, 0);
     }
 
     __device__ __forceinline__ void prepare(const sm90_tile &t) {
@@ -75,8 +75,8 @@ struct down_backward {
 
     __device__ __forceinline__ void send(const sm90_tile &t, int s) {
       uint32_t slab = slabs + s % 2 * SLOT;
-      int top = s / 3 * 64 + warp_of_group() * 16, rows = t.rows - top,
-          column = t.column + s % 3 * WIDE;
+      int top = s / ACROSS * 64 + warp_of_group() * 16, rows = t.rows - top,
+          column = t.column + s % ACROSS * WIDE;
       int64_t row = t.row + top;
       slab_written();
       if (rows < 16) {
@@ -99,9 +99,9 @@ struct down_backward {
         float gate[2] = {gates_pick(fetched, h, 0), gates_pick(fetched, h, 1)};
         float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-        for (int q = 0; q < 3; q++) {
-          int s = h * 3 + q;
-          barrier_wait(slots + s % 2 * 8, (uint32_t)(t.turn + s / 2) & 1);
+        for (int q = 0; q < ACROSS; q++) {
+          int s = h * ACROSS + q;
+          barrier_wait(slots + s % 2 * 8, (uint32_t)(STEPS / 2 % 2 * t.turn + s / 2) & 1);
 #pragma unroll
           for (int c = 0; c < WIDE / 16; c++) {
             if (c == 2 && s > 0 && s + 1 < STEPS) { /* the slot of the step before is read by now */

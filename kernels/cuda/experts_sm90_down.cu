@@ -10,7 +10,7 @@ namespace sm90 {
 
 template <int b_mn> struct product {
   static constexpr int N = 192, STAGES = 4, A_MN = 0, B_MN = b_mn;
-  static constexpr int WIDE = 64, BUFFER = 16 * WIDE * 2, SLAB = 2 * BUFFER;
+  static constexpr int WIDE = 64, ACROSS = N / WIDE, BUFFER = 16 * WIDE * 2, SLAB = 2 * BUFFER;
   static constexpr bool ROWS_ARE_K = false;
 
   struct args : sm90_sizes {
@@ -36,15 +36,15 @@ template <int b_mn> struct product {
 
     __device__ __forceinline__ void finish(const sm90_tile &t, float (&acc)[2][N / 2]) {
 #pragma unroll
-      for (int s = 0; s < 6; s++) {
-        int h = s / 3, top = h * 64 + warp_of_group() * 16, rows = t.rows - top;
-        int column = t.column + s % 3 * WIDE;
+      for (int s = 0; s < 2 * ACROSS; s++) {
+        int h = s / ACROSS, top = h * 64 + warp_of_group() * 16, rows = t.rows - top;
+        int column = t.column + s % ACROSS * WIDE;
         int64_t row = t.row + top;
         uint32_t slab = slabs + s % 2 * BUFFER;
         slab_free<2>();
 #pragma unroll
         for (int c = 0; c < WIDE / 16; c++) {
-          const float *v = acc[h] + s % 3 * (WIDE / 2) + 8 * c;
+          const float *v = acc[h] + s % ACROSS * (WIDE / 2) + 8 * c;
           uint32_t b[4];
 #pragma unroll
           for (int i = 0; i < 4; i++) b[i] = pack(v[2 * i], v[2 * i + 1]);

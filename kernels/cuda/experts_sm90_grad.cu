@@ -10,7 +10,7 @@ namespace sm90 {
 
 struct weight_grad {
   static constexpr int N = 192, STAGES = 4, A_MN = 1, B_MN = 1;
-  static constexpr int WIDE = 64, BUFFER = 16 * WIDE * 4, SLAB = 2 * BUFFER;
+  static constexpr int WIDE = 64, ACROSS = N / WIDE, BUFFER = 16 * WIDE * 4, SLAB = 2 * BUFFER;
   static constexpr bool ROWS_ARE_K = true;
 
   struct args : sm90_sizes {
@@ -33,13 +33,14 @@ struct weight_grad {
     __device__ __forceinline__ void finish(const sm90_tile &t, float (&acc)[2][N / 2]) {
       if (p.accumulate && t.rows == 0) return;
 #pragma unroll
-      for (int s = 0; s < 6; s++) {
-        int row = t.row + s / 3 * 64 + warp_of_group() * 16, column = t.column + s % 3 * WIDE;
+      for (int s = 0; s < 2 * ACROSS; s++) {
+        int row = t.row + s / ACROSS * 64 + warp_of_group() * 16,
+            column = t.column + s % ACROSS * WIDE;
         uint32_t slab = slabs + s % 2 * BUFFER;
         slab_free<2>();
 #pragma unroll
         for (int j = 0; j < WIDE / 8; j++) {
-          const float *v = acc[s / 3] + s % 3 * (WIDE / 2) + 4 * j;
+          const float *v = acc[s / ACROSS] + s % ACROSS * (WIDE / 2) + 4 * j;
           int word = 2 * j + lane_of_warp() % 4 / 2;
           uint32_t half = (uint32_t)lane_of_warp() % 2 * 8;
           store_shared(slab_at<128>(slab, lane_of_warp() / 4, word) + half, v[0], v[1]);

@@ -131,9 +131,10 @@ __device__ __forceinline__ bool tile_find(const sm90_segments &s, const sm90_siz
   }
 }
 
-/* ---- slabs: 16 rows of results on their way through shared memory -----------------------------
- * GROUP bytes of each row lie together (the copy engine's swizzle spans them), 16 rows after one
- * another, then the next GROUP bytes of the rows. */
+/* ---- slabs ------------------------------------------------------------------------------------
+ * 16 rows of results on their way through shared memory. GROUP bytes of each row lie together (the
+ * copy engine's swizzle spans them), 16 rows after one another, then the next GROUP bytes of the
+ * rows. */
 
 /* Where a 16-byte word of a row lies. */
 template <int GROUP> __device__ __forceinline__ uint32_t slab_at(uint32_t slab, int row, int word) {
@@ -262,6 +263,8 @@ __device__ __forceinline__ void multiply(sm90_shared<Op> &s, const sm90_tile &t,
   constexpr uint32_t a_step = Op::A_MN ? 16 * 128 : 32, b_step = Op::B_MN ? 16 * 128 : 32;
   bool releases = lane_of_warp() == 0;
   int last = 0;
+  wgmma_keep(acc[0]);
+  wgmma_keep(acc[1]);
   for (int k = 0; k < t.k_blocks; k++, ring->next()) {
     barrier_wait(shared_address(&s.full[ring->stage]), ring->parity);
     if constexpr (Op::ROWS_ARE_K) {
@@ -355,8 +358,7 @@ template <class Op> static moe_status sm90_launch(moe_device *dev, const typenam
   return MOE_OK;
 }
 
-/* ---- the products (experts_sm90_*.cu); contracts in kernels/ops.h -----------------------------
- */
+/* ---- the products: experts_sm90_*.cu; contracts in kernels/ops.h ----------------------------- */
 
 moe_status sm90_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
                           moe_tensor gates, moe_tensor gu, moe_tensor a);
