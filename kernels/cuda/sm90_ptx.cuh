@@ -45,15 +45,18 @@ __device__ __forceinline__ bool barrier_passed(uint32_t bar, uint32_t parity) {
   return passed != 0;
 }
 /* Wait for the end of the phase of this parity. Compiled with MOE_SM90_WATCHDOG (for debugging: it
- * makes the kernels slow) a wait that lasts seconds says where and stops the kernel. */
+ * makes the kernels slow) a wait of three seconds says where and stops the kernel. */
 __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
 #ifdef MOE_SM90_WATCHDOG
-  for (int tries = 0; !barrier_passed(bar, parity); tries++)
-    if (tries == 1 << 20) {
-      printf("block %d thread %d waits on the barrier at shared %#x for parity %u\n", blockIdx.x,
-             threadIdx.x, bar, parity);
-      __trap();
-    }
+  uint64_t start, now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+  while (!barrier_passed(bar, parity)) {
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    if (now - start < 3000000000) continue;
+    printf("block %d thread %d waits on the barrier at shared %#x for parity %u\n", blockIdx.x,
+           threadIdx.x, bar, parity);
+    __trap();
+  }
 #else
   while (!barrier_passed(bar, parity)) {
   }
