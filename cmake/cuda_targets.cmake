@@ -4,6 +4,9 @@ if(NOT MOE_WITH_CUDA)
 endif()
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/kernels/cuda/*.cu)
+if(NOT "90a" IN_LIST MOE_CUDA_BUILT)
+  list(FILTER cuda_sources EXCLUDE REGEX "sm90")
+endif()
 target_sources(moe_kernels PRIVATE ${cuda_sources})
 target_compile_definitions(moe_kernels PRIVATE MOE_WITH_CUDA)
 target_link_libraries(moe_kernels PUBLIC CUDA::cudart CUDA::cublasLt)
@@ -19,7 +22,7 @@ if(MOE_WITH_CUDNN)
   target_compile_definitions(moe_kernels PRIVATE MOE_WITH_CUDNN)
   target_include_directories(moe_kernels SYSTEM PRIVATE
     ${MOE_CUDNN_FRONTEND_INCLUDE} ${MOE_CUDNN_INCLUDE})
-  target_link_libraries(moe_kernels PUBLIC ${MOE_CUDNN_LIBRARY})
+  target_link_libraries(moe_kernels PUBLIC ${MOE_CUDNN_LIBRARY} CUDA::nvrtc) # the frontend refers to it
 endif()
 if(MOE_WITH_NCCL)
   target_compile_definitions(moe_parallel PRIVATE MOE_WITH_NCCL)

@@ -84,14 +84,26 @@ static moe_status parse(int argc, char **argv, command *cmd) {
   return MOE_OK;
 }
 
-static moe_status measure(moe_engine *e, const command *cmd, figures *f) {
-  MOE_TRY(moe_optimizer_init_weights(e->optimizer, (uint64_t)e->config.train.seed));
-  MOE_TRY(moe_bench_ceilings(e, &f->ceilings));
+/* What the machine can do, before the engine fills its memory. */
+static moe_status measure_machine(const command *cmd, moe_device *dev, figures *f) {
+  moe_comm *world = NULL;
+  moe_dtype dtype = moe_device_is_host(dev) ? MOE_F32 : moe_config_compute_dtype(&cmd->config);
+  MOE_TRY(moe_comm_world(dev, &world));
+  moe_status status;
+  MOE_TRY_OR(status, done, moe_bench_ceilings(dev, world, dtype, &f->ceilings));
   for (int c = 0; c < MOE_BENCH_COLLECTIVES && cmd->collectives; c++) {
     for (int i = 0; i < 3; i++) {
-      MOE_TRY(moe_bench_collective(e, c, (int64_t)collective_mib[i] << 20, &f->bus[c][i]));
+      int64_t bytes = (int64_t)collective_mib[i] << 20;
+      MOE_TRY_OR(status, done, moe_bench_collective(dev, world, c, bytes, &f->bus[c][i]));
     }
   }
+done:
+  moe_comm_destroy(world);
+  return status;
+}
+
+static moe_status measure_step(moe_engine *e, const command *cmd, figures *f) {
+  MOE_TRY(moe_optimizer_init_weights(e->optimizer, (uint64_t)e->config.train.seed));
   return moe_bench_step(e, cmd->warmup, cmd->steps, &f->step);
 }
 
@@ -108,13 +120,20 @@ static void print_figures(const moe_engine *e, const command *cmd, const figures
            moe_bench_collective_name(c), f->bus[c][0], f->bus[c][1], f->bus[c][2],
            collective_mib[0], collective_mib[1], collective_mib[2]);
   }
-  printf("step: %" PRId64 " tokens, %s, exchange %s, median of %d\n", s->tokens,
-         moe_dtype_name(moe_config_compute_dtype(&e->config)), moe_model_exchange_name(e->model),
-         cmd->steps);
-  printf(
-      "  %.1f ms (%.1f to %.1f), %.0f tokens/s, %.4f TFLOP/s per rank = %.1f %% of the product\n",
-      1e3 * s->seconds, 1e3 * s->fastest, 1e3 * s->slowest, (double)s->tokens / s->seconds,
-      s->model_tflops, 100.0 * s->model_tflops / f->ceilings.product_tflops);
+  char memory[MOE_TEXT];
+  int64_t experts = 0, blocks = 0;
+  moe_model_recompute(e->model, &experts, &blocks);
+  printf("step: %" PRId64 " tokens, %s, exchange %s, %s planned, recomputed: experts of %" PRId64
+         " and blocks of %" PRId64 " layers; median of %d\n",
+         s->tokens, moe_dtype_name(moe_config_compute_dtype(&e->config)),
+         moe_model_exchange_name(e->model),
+         moe_text_bytes(memory, (double)moe_engine_planned_bytes(e)), experts, blocks, cmd->steps);
+  printf("  %.1f ms (%.1f to %.1f), %.0f tokens/s, %.4f TFLOP/s per rank = %.1f %% of the product",
+         1e3 * s->seconds, 1e3 * s->fastest, 1e3 * s->slowest, (double)s->tokens / s->seconds,
+         s->model_tflops, 100.0 * s->model_tflops / f->ceilings.product_tflops);
+  double peak = moe_device_peak_tflops(e->dev, moe_config_compute_dtype(&e->config));
+  if (peak > 0.0) printf(", %.1f %% MFU of %.0f", 100.0 * s->model_tflops / peak, peak);
+  printf("\n");
   for (int i = 0; i < MOE_BENCH_PARTS; i++) {
     const moe_bench_part *p = &s->part[i];
     printf("  %-26s %9.2f ms %6.1f %%", p->name, 1e3 * p->seconds, 100.0 * p->seconds / s->seconds);
@@ -149,6 +168,11 @@ static moe_status write_json(const moe_engine *e, const char *path, const figure
   return moe_fail(MOE_IO, "cannot write: %s: is the disk full?", path);
 }
 
+static moe_status tell(const moe_engine *e, const command *cmd, const figures *f) {
+  print_figures(e, cmd, f);
+  return cmd->json ? write_json(e, cmd->json, f) : MOE_OK;
+}
+
 static moe_status work(command *cmd, moe_comm *world) {
   moe_device *dev = NULL;
   moe_engine engine;
@@ -156,12 +180,11 @@ static moe_status work(command *cmd, moe_comm *world) {
   memset(&f, 0, sizeof f);
   MOE_TRY(moe_config_resolve(&cmd->config, moe_comm_size(world)));
   MOE_TRY(moe_agree(world, moe_engine_open_device(&cmd->config, &dev)));
-  moe_status status = moe_engine_create(&cmd->config, dev, true, false, &engine);
+  moe_status status = measure_machine(cmd, dev, &f);
+  if (status == MOE_OK) status = moe_engine_create(&cmd->config, dev, true, false, &engine);
   if (status == MOE_OK) {
-    status = measure(&engine, cmd, &f);
-    if (status == MOE_OK && moe_comm_rank(world) == 0) print_figures(&engine, cmd, &f);
-    if (status == MOE_OK && moe_comm_rank(world) == 0 && cmd->json)
-      status = write_json(&engine, cmd->json, &f);
+    status = measure_step(&engine, cmd, &f);
+    if (status == MOE_OK && moe_comm_rank(world) == 0) status = tell(&engine, cmd, &f);
     status = moe_agree(world, status);
     moe_engine_destroy(&engine);
   }

@@ -24,34 +24,34 @@ static double median(double *values, int n) {
 
 /* ---- ceilings -------------------------------------------------------------------------------- */
 
-static moe_status copy_rate(moe_engine *e, double *gbs) {
-  bool gpu = moe_device_what(e->dev) == MOE_DEVICE_CUDA;
+static moe_status copy_rate(moe_device *dev, double *gbs) {
+  bool gpu = moe_device_what(dev) == MOE_DEVICE_CUDA;
   int64_t bytes = gpu ? 4LL << 30 : 256LL << 20;
-  void *from = moe_device_alloc(e->dev, bytes), *to = moe_device_alloc(e->dev, bytes);
+  void *from = moe_device_alloc(dev, bytes), *to = moe_device_alloc(dev, bytes);
   double runs[RUNS];
   moe_status status = MOE_OK;
   if (!from || !to) status = moe_fail(MOE_NO_MEMORY, "out of memory: measuring the copy rate");
   for (int i = -1; i < RUNS && status == MOE_OK; i++) {
     double start = moe_clock_s();
-    status = moe_copy(e->dev, moe_tensor_1d(to, MOE_F32, bytes / 4),
+    status = moe_copy(dev, moe_tensor_1d(to, MOE_F32, bytes / 4),
                       moe_tensor_1d(from, MOE_F32, bytes / 4));
-    if (status == MOE_OK) status = moe_device_sync(e->dev);
+    if (status == MOE_OK) status = moe_device_sync(dev);
     if (i >= 0) runs[i] = moe_clock_s() - start;
   }
   if (status == MOE_OK) *gbs = 2e-9 * (double)bytes / median(runs, RUNS);
-  moe_device_free(e->dev, from);
-  moe_device_free(e->dev, to);
+  moe_device_free(dev, from);
+  moe_device_free(dev, to);
   return status;
 }
 
-moe_status moe_bench_ceilings(moe_engine *e, moe_ceilings *out) {
-  out->product = moe_device_what(e->dev) == MOE_DEVICE_CUDA ? 8192 : 2048;
-  moe_dtype dtype = moe_device_is_host(e->dev) ? MOE_F32 : moe_config_compute_dtype(&e->config);
+moe_status moe_bench_ceilings(moe_device *dev, moe_comm *world, moe_dtype dtype,
+                              moe_ceilings *out) {
+  out->product = moe_device_what(dev) == MOE_DEVICE_CUDA ? 8192 : 2048;
   double rates[2] = {0.0, 0.0};
-  MOE_TRY(moe_comm_barrier(e->world));
-  MOE_TRY(moe_agree(e->world, moe_matrix_rate(e->dev, out->product, dtype, &rates[0])));
-  MOE_TRY(moe_agree(e->world, copy_rate(e, &rates[1])));
-  MOE_TRY(moe_comm_host_all_reduce_f64(e->world, rates, 2, MOE_MIN));
+  MOE_TRY(moe_comm_barrier(world));
+  MOE_TRY(moe_agree(world, moe_matrix_rate(dev, out->product, dtype, &rates[0])));
+  MOE_TRY(moe_agree(world, copy_rate(dev, &rates[1])));
+  MOE_TRY(moe_comm_host_all_reduce_f64(world, rates, 2, MOE_MIN));
   out->product_tflops = rates[0];
   out->copy_gbs = rates[1];
   return MOE_OK;
@@ -64,43 +64,44 @@ const char *moe_bench_collective_name(int which) {
   return names[which];
 }
 
-static moe_status run_collective(moe_engine *e, int which, moe_tensor x, moe_tensor y,
+static moe_status run_collective(moe_comm *world, int which, moe_tensor x, moe_tensor y,
                                  const int64_t *rows, const int64_t *at) {
   switch (which) {
   case MOE_BENCH_ALL_REDUCE:
-    return moe_comm_all_reduce(e->world, x, MOE_SUM);
+    return moe_comm_all_reduce(world, x, MOE_SUM);
   case MOE_BENCH_ALL_GATHER:
-    return moe_comm_all_gather(e->world, x);
+    return moe_comm_all_gather(world, x);
   case MOE_BENCH_REDUCE_SCATTER:
-    return moe_comm_reduce_scatter(e->world, x);
+    return moe_comm_reduce_scatter(world, x);
   default:
-    return moe_comm_all_to_all(e->world, x, rows, at, y, rows, at);
+    return moe_comm_all_to_all(world, x, rows, at, y, rows, at);
   }
 }
 
-moe_status moe_bench_collective(moe_engine *e, int which, int64_t bytes, double *bus_gbs) {
-  int ranks = moe_comm_size(e->world);
+moe_status moe_bench_collective(moe_device *dev, moe_comm *world, int which, int64_t bytes,
+                                double *bus_gbs) {
+  int ranks = moe_comm_size(world);
   int64_t row = bytes / 4 / ranks, rows[1024], at[1024];
   if (ranks > 1024) return moe_fail(MOE_INVALID, "collectives are measured up to 1024 ranks");
   for (int r = 0; r < ranks; r++) rows[r] = row, at[r] = r * row;
-  moe_tensor x = moe_tensor_2d(moe_device_alloc(e->dev, row * ranks * 4), MOE_F32, row * ranks, 1);
-  moe_tensor y = moe_tensor_2d(moe_device_alloc(e->dev, row * ranks * 4), MOE_F32, row * ranks, 1);
+  moe_tensor x = moe_tensor_2d(moe_device_alloc(dev, row * ranks * 4), MOE_F32, row * ranks, 1);
+  moe_tensor y = moe_tensor_2d(moe_device_alloc(dev, row * ranks * 4), MOE_F32, row * ranks, 1);
   double runs[RUNS];
   moe_status status = MOE_OK;
   if (!x.data || !y.data) status = moe_fail(MOE_NO_MEMORY, "out of memory: collectives");
-  MOE_TRY_OR(status, done, moe_agree(e->world, status));
+  MOE_TRY_OR(status, done, moe_agree(world, status));
   for (int i = -2; i < RUNS; i++) {
-    MOE_TRY_OR(status, done, moe_comm_barrier(e->world));
+    MOE_TRY_OR(status, done, moe_comm_barrier(world));
     double start = moe_clock_s();
-    MOE_TRY_OR(status, done, run_collective(e, which, x, y, rows, at));
-    MOE_TRY_OR(status, done, moe_device_sync(e->dev));
+    MOE_TRY_OR(status, done, run_collective(world, which, x, y, rows, at));
+    MOE_TRY_OR(status, done, moe_device_sync(dev));
     if (i >= 0) runs[i] = moe_clock_s() - start;
   }
   double factor = (double)(ranks - 1) / ranks * (which == MOE_BENCH_ALL_REDUCE ? 2.0 : 1.0);
   *bus_gbs = 1e-9 * factor * (double)(row * ranks * 4) / median(runs, RUNS);
 done:
-  moe_device_free(e->dev, x.data);
-  moe_device_free(e->dev, y.data);
+  moe_device_free(dev, x.data);
+  moe_device_free(dev, y.data);
   return status;
 }
 

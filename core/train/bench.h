@@ -16,8 +16,9 @@ typedef struct {
   double copy_gbs;       /* device memory to itself, bytes read and written; the slowest rank */
 } moe_ceilings;
 
-/* Collective: every rank works at once, as in a step. */
-moe_status moe_bench_ceilings(moe_engine *e, moe_ceilings *out);
+/* Collective over `world` (a group of dev): every rank works at once, as in a step. dtype: of the
+ * product. Takes memory of its own, so it comes before an engine that fills the device. */
+moe_status moe_bench_ceilings(moe_device *dev, moe_comm *world, moe_dtype dtype, moe_ceilings *out);
 
 /* Bus bandwidth of one collective at `bytes` per rank: what each link carries, GB/s (10^9), as
  * NCCL's tests count it. */
@@ -29,7 +30,8 @@ enum {
   MOE_BENCH_COLLECTIVES
 };
 const char *moe_bench_collective_name(int which);
-moe_status moe_bench_collective(moe_engine *e, int which, int64_t bytes, double *bus_gbs);
+moe_status moe_bench_collective(moe_device *dev, moe_comm *world, int which, int64_t bytes,
+                                double *bus_gbs);
 
 /* A part of the step: every operation of the step belongs to one. */
 enum { MOE_BENCH_PARTS = 10 };

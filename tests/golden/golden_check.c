@@ -192,7 +192,8 @@ static void compare(check *c, const moe_param *p, const char *group, moe_tensor 
   for (int64_t i = 0; i < p->count; i++) got[i] *= scale;
   double cosine;
   note(c, quantity, relative(got, expected, p->count, &cosine), p->name);
-  bool routed = strstr(p->name, "block_sparse_moe") != NULL && flipped_from(c, p->layer);
+  bool experts = strstr(p->name, "block_sparse_moe") || strstr(p->name, "post_attention");
+  bool routed = experts && flipped_from(c, p->layer);
   if (quantity == GRADS && !routed) note(c, COSINE, 1.0 - cosine, p->name);
   free(got);
   free(expected);
