@@ -179,7 +179,7 @@ static void check_weight_grad(moe_device *dev, moe_dtype act, shape s, int accum
       for (int64_t c = 0; c < n; c++)
         want[(owner(&x, r) * m + i) * n + c] += left.v[r * m + i] * right.v[r * n + c];
   op_ok(moe_expert_weight_grad(dev, left.t, right.t, x.offsets.t, accumulate, dw.t));
-  op_close(dw, want, 1e-6); /* float32 sums whatever the type of the rows */
+  op_close(dw, want, op_sum_tolerance(dev, act));
 }
 
 static void weight_grad(moe_device *dev, moe_dtype act) {

@@ -217,6 +217,10 @@ double op_tolerance(moe_dtype dtype) {
   return dtype == MOE_BF16 ? 3e-3 : dtype == MOE_F16 ? 4e-4 : 1e-6;
 }
 
+double op_sum_tolerance(moe_device *dev, moe_dtype in) {
+  return in == MOE_F32 || moe_device_is_host(dev) ? 1e-6 : 1e-5;
+}
+
 /* ---- tensors ----------------------------------------------------------------------------- */
 
 /* Bring x->v to the device, rounded; x->v becomes what was stored. */

@@ -87,6 +87,9 @@ void op_expect_equal(op_tensor *x, const double *reference, const char *file, in
 
 /* What one rounding to the type, or a few f32 operations, may cost: 1e-6, 3e-3 or 4e-4. */
 double op_tolerance(moe_dtype dtype);
+/* What float32 sums of products of `in` may lose: 1e-6; on a GPU 1e-5 for half precision, whose
+ * tensor cores cut off bits as they add. */
+double op_sum_tolerance(moe_device *dev, moe_dtype in);
 /* A value as the type stores it. */
 double op_round(moe_dtype dtype, double value);
 
