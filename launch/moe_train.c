@@ -121,26 +121,24 @@ static moe_status work(command *cmd, moe_comm *world) {
 
 int main(int argc, char **argv) {
   moe_cpu_choose_blas(argv);
-  command *cmd = calloc(1, sizeof *cmd);
+  static command cmd; /* large */
   moe_comm *world = NULL;
   moe_log_init("moe-train", -1);
-  if (!cmd) return moe_report(moe_fail(MOE_NO_MEMORY, "out of memory: start"));
-  cmd->resume = "auto";
+  cmd.resume = "auto";
   moe_status status = moe_comm_init(&argc, &argv);
   if (status == MOE_OK) status = moe_comm_world(NULL, &world);
   if (status != MOE_OK) return moe_report(status);
   int rank = moe_comm_rank(world);
   moe_log_init("moe-train", rank);
-  status = moe_agree(world, parse(argc, argv, cmd));
-  if (status == MOE_OK && cmd->answer) {
-    if (rank == 0) fputs(cmd->answer, stdout);
+  status = moe_agree(world, parse(argc, argv, &cmd));
+  if (status == MOE_OK && cmd.answer) {
+    if (rank == 0) fputs(cmd.answer, stdout);
   } else if (status == MOE_OK) {
-    status = work(cmd, world);
+    status = work(&cmd, world);
   }
   int code = moe_status_exit_code(status);
   if (status != MOE_OK && rank == 0) moe_report(status);
   moe_comm_destroy(world);
   moe_comm_finalize();
-  free(cmd);
   return code;
 }

@@ -71,11 +71,14 @@ moe_status moe_comm_host_gather_bytes(moe_comm *c, const void *x, int64_t bytes,
   }
   /* Nobody may wait for a root that cannot receive. */
   int64_t room = all ? total : -total - 1;
-  MPI_TRY(MPI_Bcast(&room, 1, MPI_INT64_T, root, c->mpi));
-  if (room < 0)
+  moe_status told = moe_mpi_check(MPI_Bcast(&room, 1, MPI_INT64_T, root, c->mpi), "MPI_Bcast");
+  if (told != MOE_OK || room < 0) {
+    free(all);
+    if (told != MOE_OK) return told;
     return moe_fail(MOE_NO_MEMORY, "out of memory: rank %d gathers %lld bytes", root,
                     (long long)(-room - 1));
-  if (c->rank != root) return send_bytes(c, x, bytes, root);
+  }
+  if (!all) return send_bytes(c, x, bytes, root); /* not the root */
   moe_status status = collect(c, x, lengths, all);
   if (status != MOE_OK) {
     free(all);

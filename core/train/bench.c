@@ -215,7 +215,11 @@ moe_status moe_bench_step(moe_engine *e, int warmup, int steps, moe_bench_step_r
   moe_profile_row rows[PROFILE_ROWS];
   MOE_TRY(random_batch_create(e, &random));
   double *times = calloc((size_t)steps, sizeof *times), spent = 0.0, total = 0.0;
-  moe_status status = times ? MOE_OK : moe_fail(MOE_NO_MEMORY, "out of memory: step times");
+  moe_status status = MOE_OK;
+  if (!times) {
+    status = moe_fail(MOE_NO_MEMORY, "out of memory: step times");
+    goto done;
+  }
   for (int i = 0; i < warmup && status == MOE_OK; i++) {
     MOE_TRY_OR(status, done, one_step(e, &random.batch, i + 1, &spent));
   }

@@ -45,16 +45,18 @@ static moe_range intersect(moe_range a, moe_range b) {
   return r;
 }
 
-/* Every role of one parameter, cut to `range` of its pool. */
+/* Weights of one parameter, cut to `range` of its pool; in a training engine the master too, and
+ * with `moments` those. */
 static void add_parameter(moe_engine *e, piece_list *out, const moe_param *p, moe_range range,
-                          bool optimizer) {
+                          bool moments) {
   moe_pool_kind pool = p->row->pool;
   add_piece(out, p, MOE_ROLE_PARAM, range, moe_model_weights(e->model, pool), 0);
-  if (!optimizer) return;
+  if (!e->optimizer) return;
   const moe_optimizer_pool *o = moe_optimizer_pool_state(e->optimizer, pool);
   moe_range owned = intersect(range, o->owned);
   int64_t at = o->owned.begin;
   if (moe_tensor_present(o->master)) add_piece(out, p, MOE_ROLE_MASTER, owned, o->master, at);
+  if (!moments) return;
   add_piece(out, p, MOE_ROLE_ADAM_M, owned, o->m, at);
   add_piece(out, p, MOE_ROLE_ADAM_V, owned, o->v, at);
 }
@@ -81,13 +83,13 @@ static moe_status pieces_to_save(moe_engine *e, piece_list *out) {
   return MOE_OK;
 }
 
-/* What this rank needs: all its weights, and the optimizer state it keeps. */
-static moe_status pieces_to_load(moe_engine *e, bool optimizer, piece_list *out) {
+/* What this rank needs: all its weights, and the optimizer state it keeps, moments if asked. */
+static moe_status pieces_to_load(moe_engine *e, bool moments, piece_list *out) {
   MOE_TRY(list_create(e, out));
   const moe_params *params = moe_model_params(e->model);
   for (int i = 0; i < params->count; i++) {
     moe_range all = {0, moe_model_weights(e->model, params->list[i].row->pool).shape[0]};
-    add_parameter(e, out, &params->list[i], all, optimizer);
+    add_parameter(e, out, &params->list[i], all, moments);
   }
   return MOE_OK;
 }
@@ -106,15 +108,15 @@ moe_status moe_run_save(moe_engine *e, int64_t step, int64_t tokens, int64_t sam
                              bias ? e->config.model.num_layers * e->config.model.num_experts : 0,
                          .router_bias = bias,
                          .config = moe_config_text(&e->config)};
-  piece_list pieces;
+  piece_list pieces = {NULL, 0};
   moe_status status = state.config ? pieces_to_save(e, &pieces)
                                    : moe_fail(MOE_NO_MEMORY, "out of memory: configuration text");
   status = moe_agree(e->world, status);
   if (status == MOE_OK) {
     status = moe_checkpoint_save(e->world, e->dev, e->config.run.dir, &state, pieces.list,
                                  pieces.count, (int)e->config.checkpoint.keep, bytes, seconds);
-    free(pieces.list);
   }
+  free(pieces.list);
   free(state.config);
   return status;
 }
@@ -159,19 +161,14 @@ moe_status moe_run_restore(moe_engine *e, const char *path, const moe_run_state 
   if (moments) {
     bool there = false;
     MOE_TRY(moe_agree(e->world, moe_checkpoint_has_role(path, MOE_ROLE_ADAM_M, &there)));
-    if (!there) moe_warn("%s has no optimizer state: the moments start at zero", path);
+    if (!there) moe_info("%s has no optimizer state: the moments start at zero", path);
     moments = there;
   }
-  piece_list pieces;
-  MOE_TRY(moe_agree(e->world, pieces_to_load(e, e->optimizer != NULL, &pieces)));
-  if (e->optimizer && !moments) { /* keep weights and masters only */
-    int kept = 0;
-    for (int i = 0; i < pieces.count; i++) {
-      if (pieces.list[i].role <= MOE_ROLE_MASTER) pieces.list[kept++] = pieces.list[i];
-    }
-    pieces.count = kept;
+  piece_list pieces = {NULL, 0};
+  moe_status status = moe_agree(e->world, pieces_to_load(e, moments, &pieces));
+  if (status == MOE_OK) { /* moe_checkpoint_find has verified every hash */
+    status = moe_checkpoint_load(e->world, e->dev, path, pieces.list, pieces.count, false);
   }
-  moe_status status = moe_checkpoint_load(e->world, e->dev, path, pieces.list, pieces.count, false);
   free(pieces.list);
   MOE_TRY(status);
   if (state->loss_scale > 0.0 && e->config.precision.dtype == MOE_PRECISION_FP16) {

@@ -278,7 +278,7 @@ Test(loader, explains_what_it_cannot_do) {
   fails(MOE_USAGE, "multiple", moe_loader_create(&config, MOE_SPLIT_TRAIN, 0, 1, &l));
   config.train.global_batch = 0;
   strcpy(config.data.train, in_folder("missing"));
-  fails(MOE_IO, "missing.idx", moe_loader_create(&config, MOE_SPLIT_TRAIN, 0, 1, &l));
+  fails(MOE_USAGE, "missing.idx", moe_loader_create(&config, MOE_SPLIT_TRAIN, 0, 1, &l));
   const int64_t one[] = {500};
   make_token_file(in_folder("one"), VOCAB, 0, one, 1);
   strcpy(config.data.train, in_folder("one"));
