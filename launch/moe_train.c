@@ -7,6 +7,7 @@
 #include "core/base/log.h"
 #include "core/train/engine.h"
 #include "core/train/trainer.h"
+#include "launch/program.h"
 
 static const char help[] =
     "Usage: mpirun -np RANKS moe-train CFG [--set section.key=value]... [options]\n"
@@ -119,26 +120,15 @@ static moe_status work(command *cmd, moe_comm *world) {
   return status;
 }
 
-int main(int argc, char **argv) {
-  moe_cpu_choose_blas(argv);
+static moe_status run(int argc, char **argv, moe_comm *world) {
   static command cmd; /* large */
-  moe_comm *world = NULL;
-  moe_log_init("moe-train", -1);
   cmd.resume = "auto";
-  moe_status status = moe_comm_init(&argc, &argv);
-  if (status == MOE_OK) status = moe_comm_world(NULL, &world);
-  if (status != MOE_OK) return moe_report(status);
-  int rank = moe_comm_rank(world);
-  moe_log_init("moe-train", rank);
-  status = moe_agree(world, parse(argc, argv, &cmd));
-  if (status == MOE_OK && cmd.answer) {
-    if (rank == 0) fputs(cmd.answer, stdout);
-  } else if (status == MOE_OK) {
-    status = work(&cmd, world);
-  }
-  int code = moe_status_exit_code(status);
-  if (status != MOE_OK && rank == 0) moe_report(status);
-  moe_comm_destroy(world);
-  moe_comm_finalize();
-  return code;
+  MOE_TRY(moe_agree(world, parse(argc, argv, &cmd)));
+  if (!cmd.answer) return work(&cmd, world);
+  if (moe_comm_rank(world) == 0) fputs(cmd.answer, stdout);
+  return MOE_OK;
+}
+
+int main(int argc, char **argv) {
+  return moe_program_run("moe-train", argc, argv, run);
 }

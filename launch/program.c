@@ -1,0 +1,21 @@
+/* The frame of a parallel program. */
+#include "launch/program.h"
+
+#include "core/base/log.h"
+
+int moe_program_run(const char *name, int argc, char **argv,
+                    moe_status (*body)(int argc, char **argv, moe_comm *world)) {
+  moe_comm *world = NULL;
+  moe_cpu_choose_blas(argv);
+  moe_log_init(name, -1);
+  moe_status status = moe_comm_init(&argc, &argv);
+  if (status == MOE_OK) status = moe_comm_world(NULL, &world);
+  if (status != MOE_OK) return moe_report(status);
+  int rank = moe_comm_rank(world);
+  moe_log_init(name, rank);
+  status = body(argc, argv, world);
+  if (status != MOE_OK && rank == 0) moe_report(status);
+  moe_comm_destroy(world);
+  moe_comm_finalize();
+  return moe_status_exit_code(status);
+}
