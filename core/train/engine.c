@@ -124,7 +124,7 @@ static moe_status plan(moe_engine *e, bool training) {
 static moe_status measure_program(moe_engine *e) {
   double tflops;
   if (!moe_device_is_host(e->dev)) return MOE_OK;
-  MOE_TRY(moe_matrix_rate(e->dev, 1024, MOE_F32, &tflops));
+  MOE_TRY(moe_matrix_rate(e->dev, 256, MOE_F32, &tflops));
   e->program_bytes = moe_process_resident();
   return MOE_OK;
 }
