@@ -1,8 +1,9 @@
 /* The router: softmax over experts, the K largest, and the way back.
  *
- * Logits are float32 products of the own tiled kernel, which takes x as it is stored and the
- * float32 weights. Then a warp per token: softmax, and K rounds of "largest score, ties to the
- * lower index". Whatever is summed over tokens goes through a fixed number of partial sums.
+ * Logits are float32 products of kernels that take x as it is stored and the float32 weights:
+ * router_few.cuh's for few experts, else the own tiled one. Then a warp per token: softmax, and K
+ * rounds of "largest score, ties to the lower index". Whatever is summed over tokens goes through a
+ * fixed number of partial sums.
  *
  * Gradient, with p = softmax(l), C the chosen experts, S = sum of p over C, gate_j = p_j / S:
  *     dL/dp_j  = [j in C] (dgate_j - sum_k dgate_k gate_k) / S  +  aux_scale load_j
@@ -11,6 +12,7 @@
 #include <climits>
 #include <cmath>
 
+#include "kernels/cuda/router_few.cuh"
 #include "kernels/cuda/tiled.cuh"
 
 /* ---- softmax and choice -------------------------------------------------------------------- */
@@ -175,21 +177,35 @@ static moe_status sum_stats(moe_device *dev, stats_args a) {
   return MOE_OK;
 }
 
+static moe_status find_logits(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor logits) {
+  int64_t tokens = x.shape[0], d = x.shape[1], e = weight.shape[0];
+  const float *w = cuda_data<float>(weight);
+  float *to = cuda_data<float>(logits);
+  return cuda_act(x.dtype, [&](auto act) {
+    using T = decltype(act);
+    const T *from = cuda_data<T>(x);
+    return cuda_width(
+        d,
+        [&](auto width) {
+          if constexpr (decltype(width)::value > 1)
+            if (e <= few_most && d > 0) return few_logits<T>(dev, from, w, to, {tokens, d, (int)e});
+          return tiled_matmul<T, float, float>(dev, MOE_NT, tokens, e, d, from, d, w, d, 0.0f, to,
+                                               e);
+        },
+        from, w);
+  });
+}
+
 moe_status moe_cuda_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,
                            moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
                            moe_tensor stats) {
   cuda_state *s = cuda_of(dev);
-  int64_t tokens = x.shape[0], d = x.shape[1], e = weight.shape[0], k = experts.shape[1];
+  int64_t tokens = x.shape[0], e = weight.shape[0], k = experts.shape[1];
   int warps = score_warps(e);
   if (warps < 1)
     return moe_fail(MOE_INVALID, "cuda: router: %lld experts are more than 12288", (long long)e);
   if (tokens > 0) {
-    MOE_TRY(cuda_act(x.dtype, [&](auto act) {
-      using T = decltype(act);
-      return tiled_matmul<T, float, float>(dev, MOE_NT, tokens, e, d, cuda_data<T>(x), d,
-                                           cuda_data<float>(weight), d, 0.0f,
-                                           cuda_data<float>(probs), e);
-    }));
+    MOE_TRY(find_logits(dev, x, weight, probs));
     choose_args c = {cuda_data<float>(probs),
                      cuda_data<float>(bias),
                      cuda_data<float>(lse),
@@ -353,13 +369,39 @@ __global__ void router_gradient_kernel(gradient_args a) {
   }
 }
 
+/* dx += dlogits W, dweight += dlogits^T x */
+static moe_status pass_back(moe_device *dev, moe_tensor dlogits, moe_tensor x, moe_tensor weight,
+                            moe_tensor dx, moe_tensor dweight) {
+  int64_t tokens = x.shape[0], d = x.shape[1], e = weight.shape[0];
+  const float *grad = cuda_data<float>(dlogits), *w = cuda_data<float>(weight);
+  float *dw = cuda_data<float>(dweight);
+  few_parts parts = e <= few_most ? few_split(dev, tokens, d, e) : few_parts{};
+  return cuda_act(x.dtype, [&](auto act) {
+    using T = decltype(act);
+    const T *from = cuda_data<T>(x);
+    T *to = cuda_data<T>(dx);
+    return cuda_width(
+        d,
+        [&](auto width) {
+          if constexpr (decltype(width)::value > 1)
+            if (parts.parts > 0)
+              return few_backward<T>(dev, from, w, grad, parts, {tokens, d, (int)e}, to, dw);
+          MOE_TRY((tiled_matmul<float, float, T>(dev, MOE_NN, tokens, d, e, grad, e, w, d, 1.0f, to,
+                                                 d)));
+          return tiled_matmul<float, T, float>(dev, MOE_TN, e, d, tokens, grad, e, from, d, 1.0f,
+                                               dw, d);
+        },
+        from, w, to);
+  });
+}
+
 moe_status moe_cuda_router_backward(moe_device *dev, moe_tensor dgates, moe_tensor x,
                                     moe_tensor weight, moe_tensor probs, moe_tensor lse,
                                     moe_tensor experts, moe_tensor gates, moe_tensor load,
                                     float aux_scale, float z_scale, moe_tensor dlogits,
                                     moe_tensor dx, moe_tensor dweight) {
-  int64_t tokens = x.shape[0], d = x.shape[1], e = weight.shape[0];
-  if (tokens == 0 || d == 0) return MOE_OK;
+  int64_t tokens = x.shape[0], e = weight.shape[0];
+  if (tokens == 0 || x.shape[1] == 0) return MOE_OK;
   gradient_args a = {cuda_data<float>(dgates),
                      cuda_data<float>(probs),
                      cuda_data<float>(lse),
@@ -375,12 +417,5 @@ moe_status moe_cuda_router_backward(moe_device *dev, moe_tensor dgates, moe_tens
                      z_scale};
   router_gradient_kernel<<<(unsigned)div_up(tokens, 4), 128, 0, cuda_of(dev)->stream>>>(a);
   CUDA_LAUNCHED(dev);
-  return cuda_act(x.dtype, [&](auto act) {
-    using T = decltype(act);
-    const float *grad = cuda_data<float>(dlogits), *w = cuda_data<float>(weight);
-    MOE_TRY((tiled_matmul<float, float, T>(dev, MOE_NN, tokens, d, e, grad, e, w, d, 1.0f,
-                                           cuda_data<T>(dx), d)));
-    return tiled_matmul<float, T, float>(dev, MOE_TN, e, d, tokens, grad, e, cuda_data<T>(x), d,
-                                         1.0f, cuda_data<float>(dweight), d);
-  });
+  return pass_back(dev, dlogits, x, weight, dx, dweight);
 }
