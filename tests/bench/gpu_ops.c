@@ -105,7 +105,7 @@ static void make_dense(void) {
   sampled = MATRIX(MOE_F32, 8, V, 2), next = VECTOR(MOE_I32, 8, 0);
   grad = VECTOR(MOE_F32, PARAMETERS, 1), master = VECTOR(MOE_F32, PARAMETERS, 1);
   m = VECTOR(MOE_F32, PARAMETERS, 0), v = VECTOR(MOE_F32, PARAMETERS, 0);
-  weight = VECTOR(act, PARAMETERS, 1), scale = VECTOR(MOE_F32, 1, 1);
+  weight = VECTOR(act, PARAMETERS, 1), scale = VECTOR(MOE_F32, 1, 0);
   squares = VECTOR(MOE_F64, 1, 0);
 }
 
