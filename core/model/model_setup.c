@@ -97,9 +97,9 @@ static moe_status create_blocks(moe_model *m, moe_memory *memory) {
     b->gu = own_gu ? moe_arena_tensor_2d(arena, env->dtype, env->round_rows, 2 * env->dims.ffn)
                    : shared_gu;
     if (b->recompute != MOE_RECOMPUTE_NONE) shared_gu = b->gu;
-    if (moe_tensor_present(m->bias)) b->bias = moe_tensor_rows(m->bias, l, 1);
-    b->bias.dims = moe_tensor_present(b->bias) ? 1 : 0;
-    if (b->bias.dims) b->bias.shape[0] = env->dims.experts;
+    if (moe_tensor_present(m->bias)) {
+      b->bias = moe_tensor_1d(moe_tensor_rows(m->bias, l, 1).data, MOE_F32, env->dims.experts);
+    }
   }
   return MOE_OK;
 }

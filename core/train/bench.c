@@ -12,16 +12,6 @@
 
 enum { RUNS = 5, PROFILE_ROWS = 128 };
 
-static int by_value(const void *a, const void *b) {
-  double x = *(const double *)a, y = *(const double *)b;
-  return (x > y) - (x < y);
-}
-
-static double median(double *values, int n) {
-  qsort(values, (size_t)n, sizeof *values, by_value);
-  return values[n / 2];
-}
-
 /* ---- ceilings -------------------------------------------------------------------------------- */
 
 static moe_status copy_rate(moe_device *dev, double *gbs) {
@@ -38,7 +28,7 @@ static moe_status copy_rate(moe_device *dev, double *gbs) {
     if (status == MOE_OK) status = moe_device_sync(dev);
     if (i >= 0) runs[i] = moe_clock_s() - start;
   }
-  if (status == MOE_OK) *gbs = 2e-9 * (double)bytes / median(runs, RUNS);
+  if (status == MOE_OK) *gbs = 2e-9 * (double)bytes / moe_median(runs, RUNS);
   moe_device_free(dev, from);
   moe_device_free(dev, to);
   return status;
@@ -98,7 +88,7 @@ moe_status moe_bench_collective(moe_device *dev, moe_comm *world, int which, int
     if (i >= 0) runs[i] = moe_clock_s() - start;
   }
   double factor = (double)(ranks - 1) / ranks * (which == MOE_BENCH_ALL_REDUCE ? 2.0 : 1.0);
-  *bus_gbs = 1e-9 * factor * (double)(row * ranks * 4) / median(runs, RUNS);
+  *bus_gbs = 1e-9 * factor * (double)(row * ranks * 4) / moe_median(runs, RUNS);
 done:
   moe_device_free(dev, x.data);
   moe_device_free(dev, y.data);
@@ -233,7 +223,7 @@ moe_status moe_bench_step(moe_engine *e, int warmup, int steps, moe_bench_step_r
   }
   moe_status stopped = moe_profile_stop(e->dev, rows, PROFILE_ROWS, &count);
   MOE_TRY_OR(status, done, status == MOE_OK ? stopped : status);
-  out->seconds = median(times, steps);
+  out->seconds = moe_median(times, steps);
   out->fastest = times[0];
   out->slowest = times[steps - 1];
   out->tokens = e->config.train.micro_batch * e->accumulation * ranks * seq;

@@ -14,6 +14,11 @@ static int by_value(const void *a, const void *b) {
   return (x > y) - (x < y);
 }
 
+double moe_median(double *values, int n) {
+  qsort(values, (size_t)n, sizeof *values, by_value);
+  return values[n / 2];
+}
+
 /* a and b random, through f32 in c's memory, which is f32 and as large. */
 static moe_status fill_random(moe_device *dev, moe_tensor x, moe_tensor through, uint64_t stream) {
   int64_t n = moe_tensor_count(x);
@@ -40,8 +45,7 @@ static moe_status time_products(moe_device *dev, moe_tensor a, moe_tensor b, moe
     MOE_TRY(moe_device_sync(dev));
     runs[i] = moe_clock_s() - start;
   }
-  qsort(runs, RUNS, sizeof *runs, by_value);
-  *seconds = runs[RUNS / 2];
+  *seconds = moe_median(runs, RUNS);
   return MOE_OK;
 }
 

@@ -4,6 +4,9 @@
 
 #include "kernels/device.h"
 
+/* The middle one of n values (the upper of two); sorts them, fastest first. n >= 1. */
+double moe_median(double *values, int n);
+
 /* TFLOP/s of an n x n x n product of random `dtype` values: the median of five, after one to warm
  * up. Local. */
 moe_status moe_matrix_rate(moe_device *dev, int64_t n, moe_dtype dtype, double *tflops);
