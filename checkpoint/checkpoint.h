@@ -26,8 +26,9 @@ typedef enum {
 } moe_role;
 
 /* Elements [begin, begin + count) of the row-major global tensor `name`. data is device memory of
- * the device passed along. */
-typedef struct {
+ * the device passed along. To save what was never in memory at once, `fetch` may be set instead: it
+ * is asked for elements [begin + at, begin + at + n) in ascending order, to host memory. */
+typedef struct moe_piece {
   char name[96];
   moe_role role;
   moe_dtype dtype;
@@ -35,6 +36,8 @@ typedef struct {
   int64_t shape[2]; /* of the whole tensor */
   int64_t begin, count;
   void *data;
+  moe_status (*fetch)(void *context, const struct moe_piece *p, int64_t at, int64_t n, void *out);
+  void *context;
 } moe_piece;
 
 /* Everything else a run needs to go on. */

@@ -54,18 +54,22 @@ static moe_status hash_metadata(const moe_hdf5 *f, int64_t size, const moe_slice
 typedef struct {
   moe_hdf5 file;
   moe_device *dev; /* NULL: pieces are in host memory */
-  void *staging;   /* MOE_SHARD_CHUNK bytes of host memory, with dev only */
+  void *staging;   /* MOE_SHARD_CHUNK bytes of host memory, with dev or for pieces that fetch */
   XXH3_state_t *hash;
 } writer;
 
-/* The bytes [at, at + bytes) of a piece, on the host. */
-static moe_status fetch(writer *w, const moe_piece *p, int64_t at, int64_t bytes,
-                        const void **out) {
-  *out = (const char *)p->data + at;
-  if (!w->dev) return MOE_OK;
-  MOE_TRY(moe_device_download(w->dev, w->staging, *out, bytes));
+/* Elements [at, at + n) of a piece, on the host. */
+static moe_status fetch(writer *w, const moe_piece *p, int64_t at, int64_t n, const void **out) {
+  int64_t size = moe_dtype_size(p->dtype);
   *out = w->staging;
-  return moe_device_sync(w->dev);
+  if (p->fetch) return p->fetch(p->context, p, at, n, w->staging);
+  const char *data = (const char *)p->data + at * size;
+  if (w->dev) {
+    MOE_TRY(moe_device_download(w->dev, w->staging, data, n * size));
+    return moe_device_sync(w->dev);
+  }
+  *out = data;
+  return MOE_OK;
 }
 
 static moe_status write_data(writer *w, const moe_piece *p, const moe_dataset *d,
@@ -75,7 +79,7 @@ static moe_status write_data(writer *w, const moe_piece *p, const moe_dataset *d
   for (int64_t at = 0; at < p->count; at += step) {
     int64_t n = p->count - at < step ? p->count - at : step;
     const void *data = NULL;
-    MOE_TRY(fetch(w, p, at * size, n * size, &data));
+    MOE_TRY(fetch(w, p, at, n, &data));
     XXH3_128bits_update(w->hash, data, (size_t)(n * size));
     MOE_TRY(moe_dataset_write(d, at, n, data));
   }
@@ -128,10 +132,15 @@ moe_status moe_shard_write(const char *path, moe_device *dev, const moe_piece *p
   int64_t room = 0;
   *written = 0;
   if (dev && !moe_device_is_host(dev)) w.dev = dev;
-  for (int i = 0; i < n; i++) room += pieces[i].count * moe_dtype_size(pieces[i].dtype);
+  bool staged = w.dev != NULL;
+  for (int i = 0; i < n; i++) {
+    room += pieces[i].count * moe_dtype_size(pieces[i].dtype);
+    staged = staged || pieces[i].fetch;
+  }
   w.hash = XXH3_createState();
-  if (w.dev) w.staging = moe_device_alloc_host(dev, MOE_SHARD_CHUNK);
-  if (!w.hash || (w.dev && !w.staging)) {
+  if (staged)
+    w.staging = w.dev ? moe_device_alloc_host(dev, MOE_SHARD_CHUNK) : malloc(MOE_SHARD_CHUNK);
+  if (!w.hash || (staged && !w.staging)) {
     status = moe_fail(MOE_NO_MEMORY, "%s: no memory to write it", path);
     goto done;
   }
@@ -144,7 +153,10 @@ moe_status moe_shard_write(const char *path, moe_device *dev, const moe_piece *p
   status = seal(&w, slices, *written, file);
 done:
   moe_hdf5_release(&w.file);
-  if (w.staging) moe_device_free_host(dev, w.staging);
+  if (w.dev && w.staging)
+    moe_device_free_host(dev, w.staging);
+  else
+    free(w.staging);
   XXH3_freeState(w.hash);
   return status;
 }
@@ -183,8 +195,8 @@ moe_status moe_shard_compare_hash(const moe_hdf5 *f, const moe_slice *s, XXH128_
                   moe_slice_dataset(s, path));
 }
 
-static moe_status verify_slice(const moe_hdf5 *f, const moe_slice *s, void *buffer,
-                               XXH3_state_t *hash) {
+moe_status moe_shard_verify_slice(const moe_hdf5 *f, const moe_slice *s, void *buffer,
+                                  XXH3_state_t *hash) {
   moe_dataset d;
   MOE_TRY(moe_dataset_open(f, s, &d));
   moe_status status = MOE_OK;
@@ -207,7 +219,7 @@ moe_status moe_shard_verify(const char *dir, const moe_manifest *m, int i) {
   void *buffer = malloc(MOE_SHARD_CHUNK);
   if (!hash || !buffer) status = moe_fail(MOE_NO_MEMORY, "%s: no memory to verify it", file.path);
   for (int64_t k = m->first[i]; k < m->first[i + 1] && status == MOE_OK; k++)
-    status = verify_slice(&file, m->by_offset[k], buffer, hash);
+    status = moe_shard_verify_slice(&file, m->by_offset[k], buffer, hash);
   free(buffer);
   XXH3_freeState(hash);
   moe_hdf5_release(&file);

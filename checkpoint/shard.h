@@ -25,6 +25,10 @@ moe_status moe_shard_write(const char *path, moe_device *dev, const moe_piece *p
 moe_status moe_shard_open(const char *dir, const moe_manifest *m, int i, moe_hdf5 *out);
 /* Read the whole file: metadata, structure and every dataset's hash. */
 moe_status moe_shard_verify(const char *dir, const moe_manifest *m, int i);
+/* Read one slice of an open file and check its hash. buffer: MOE_SHARD_CHUNK bytes; both are work
+ * space. */
+moe_status moe_shard_verify_slice(const moe_hdf5 *f, const moe_slice *s, void *buffer,
+                                  XXH3_state_t *hash);
 /* MOE_DAMAGED naming the dataset unless both hashes are equal. */
 moe_status moe_shard_compare_hash(const moe_hdf5 *f, const moe_slice *s, XXH128_hash_t got);
 
