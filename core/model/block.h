@@ -6,21 +6,11 @@
 #define MOE_CORE_MODEL_BLOCK_H
 
 #include "core/model/model.h"
+#include "core/model/views.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-/* A layer's weights, or its gradients: views into the pools. */
-typedef struct {
-  moe_tensor norm1;  /* [D] */
-  moe_tensor qkv;    /* [(H+2G)d, D] */
-  moe_tensor o;      /* [D, H d] */
-  moe_tensor norm2;  /* [D] */
-  moe_tensor router; /* [E, D] */
-  moe_tensor w13;    /* [e, 2, F, D] */
-  moe_tensor w2;     /* [e, D, F] */
-} moe_layer_weights;
 
 /* What one layer's forward leaves for its backward. Layers that are recomputed share theirs. */
 typedef struct {

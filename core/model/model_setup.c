@@ -26,43 +26,6 @@ static void create_pools(moe_model *m, moe_memory *memory) {
   }
 }
 
-/* A view of `rows` rows of what starts at the named tensor, in weights or gradients. */
-static moe_tensor view(const moe_model *m, const moe_tensor *pools, const char *pattern,
-                       int64_t layer, int64_t rows) {
-  int64_t expert = strstr(pattern, "{E}") ? m->params.experts.begin : -1;
-  const moe_param *p = moe_params_at(&m->params, pattern, layer, expert);
-  moe_tensor pool = pools[p->row->pool];
-  if (!moe_tensor_present(pool)) return moe_tensor_none();
-  char *at = (char *)pool.data + p->offset * moe_dtype_size(pool.dtype);
-  if (p->dims == 1) return moe_tensor_1d(at, pool.dtype, rows);
-  return moe_tensor_2d(at, pool.dtype, rows, p->shape[1]);
-}
-
-#define LAYER "model.layers.{L}."
-#define EXPERT LAYER "block_sparse_moe.experts.{E}."
-
-static moe_tensor per_expert(moe_tensor t, int64_t experts) {
-  if (!moe_tensor_present(t)) return t;
-  return moe_tensor_3d(t.data, t.dtype, experts, t.shape[0] / experts, t.shape[1]);
-}
-
-static moe_layer_weights layer_views(const moe_model *m, const moe_tensor *pools, int64_t l) {
-  const moe_dims *d = &m->env.dims;
-  int64_t owned = moe_range_size(m->params.experts);
-  int64_t query = d->heads * d->head_dim, key = d->kv_heads * d->head_dim;
-  moe_layer_weights w = {
-      .norm1 = view(m, pools, LAYER "input_layernorm.weight", l, d->hidden),
-      .qkv = view(m, pools, LAYER "self_attn.q_proj.weight", l, query + 2 * key),
-      .o = view(m, pools, LAYER "self_attn.o_proj.weight", l, d->hidden),
-      .norm2 = view(m, pools, LAYER "post_attention_layernorm.weight", l, d->hidden),
-      .router = view(m, pools, LAYER "block_sparse_moe.gate.weight", l, d->experts),
-      .w13 = view(m, pools, EXPERT "w1.weight", l, owned * 2 * d->ffn),
-      .w2 = view(m, pools, EXPERT "w2.weight", l, owned * d->hidden)};
-  w.w13 = per_expert(w.w13, owned);
-  w.w2 = per_expert(w.w2, owned);
-  return w;
-}
-
 static int recompute_of(const moe_model *m, int64_t layer) {
   const moe_config *c = &m->config;
   if (!m->options.training) return MOE_RECOMPUTE_BLOCK; /* one stash for all */
@@ -80,8 +43,8 @@ static moe_status create_blocks(moe_model *m, moe_memory *memory) {
     moe_block *b = &m->blocks[l];
     b->index = l;
     b->recompute = recompute_of(m, l);
-    b->w = layer_views(m, m->weights, l);
-    b->g = layer_views(m, m->grads, l);
+    b->w = moe_layer_views(&m->params, m->weights, l);
+    b->g = moe_layer_views(&m->params, m->grads, l);
     bool own_x = m->options.training || l == 0;
     b->x = own_x ? moe_arena_tensor_2d(arena, env->dtype, env->tokens, env->dims.hidden) : shared_x;
     shared_x = b->x;
@@ -207,12 +170,12 @@ static moe_status create(moe_model *m, moe_memory *memory) {
   create_batch(m, memory);
   MOE_TRY(create_blocks(m, memory));
   moe_work_create(env, memory, m->options.training);
-  m->embed = view(m, m->weights, "model.embed_tokens.weight", -1, d->vocab);
-  m->dembed = view(m, m->grads, "model.embed_tokens.weight", -1, d->vocab);
-  m->head.gain = view(m, m->weights, "model.norm.weight", -1, d->hidden);
-  m->head.weight = view(m, m->weights, "lm_head.weight", -1, d->vocab);
-  m->head.dgain = view(m, m->grads, "model.norm.weight", -1, d->hidden);
-  m->head.dweight = view(m, m->grads, "lm_head.weight", -1, d->vocab);
+  m->embed = moe_param_view(&m->params, m->weights, "model.embed_tokens.weight", -1, d->vocab);
+  m->dembed = moe_param_view(&m->params, m->grads, "model.embed_tokens.weight", -1, d->vocab);
+  m->head.gain = moe_param_view(&m->params, m->weights, "model.norm.weight", -1, d->hidden);
+  m->head.weight = moe_param_view(&m->params, m->weights, "lm_head.weight", -1, d->vocab);
+  m->head.dgain = moe_param_view(&m->params, m->grads, "model.norm.weight", -1, d->hidden);
+  m->head.dweight = moe_param_view(&m->params, m->grads, "lm_head.weight", -1, d->vocab);
   moe_head_create(env, &memory->arena[MOE_MEM_WORK], &m->head);
   create_scratch(m, memory);
   if (measuring(memory)) return MOE_OK;
