@@ -132,6 +132,16 @@ BOOL(run, debug, false,
      "after every operation check for non-finite values and name the first that made one")
 REAL(run, memory_gib, 0.0, 0.0, 1e6,
      "memory one rank may plan for; 0: the device's free memory (GPU), no limit (CPU)")
+REAL(run, wall_clock_limit, 0.0, 0.0, 1e7,
+     "minutes the program may run: it stops in time to save (exit 75), after at least one step; 0: "
+     "no limit")
+INT(run, watchdog_start_s, 1800, 0, 1 << 30,
+    "end the job (exit 76) when a rank gives no sign of life for this many seconds while it starts "
+    "or ends; 0: wait for ever")
+INT(run, watchdog_step_s, 600, 0, 1 << 30,
+    "the same within a step: seconds between two layers or collectives, not of the step")
+INT(run, watchdog_save_s, 3600, 0, 1 << 30, "the same while a checkpoint is saved")
+INT(run, watchdog_evaluation_s, 1800, 0, 1 << 30, "the same in an evaluation")
 END_SECTION(run)
 
 #undef SECTION
