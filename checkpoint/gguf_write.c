@@ -1,0 +1,293 @@
+/* Writing GGUF: keys and tensor descriptions grow in memory, data streams through.
+ *
+ * All sizes are known before the first byte is written, so the file's room is set aside at once and
+ * a full disk shows at the start. */
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "checkpoint/checkpoint.h"
+#include "checkpoint/gguf.h"
+#include "core/base/tensor.h"
+
+typedef struct {
+  char *data;
+  int64_t size, room;
+} text;
+
+struct moe_gguf_writer {
+  text keys, tensors; /* as they stand in the file */
+  int64_t key_count, tensor_count;
+  int64_t *bytes; /* [tensor_count], of each tensor's data, without padding */
+  int64_t data_bytes;
+  bool no_memory;
+  /* once open */
+  int fd; /* -1: not open */
+  char path[MOE_PATH];
+  int64_t tensor, done; /* where appending is: bytes of which tensor */
+};
+
+/* ---- element types */
+
+const char *moe_ggml_name(int64_t type) {
+  switch (type) {
+#define X(id, number, name, elements, bytes) \
+  case number:                               \
+    return name;
+    MOE_GGML_MAP(X)
+#undef X
+  default:
+    return NULL;
+  }
+}
+
+int64_t moe_ggml_block(moe_ggml_type type) {
+  return type == MOE_GGML_Q8_0 ? 32 : 1;
+}
+
+int64_t moe_ggml_bytes(moe_ggml_type type, int64_t elements) {
+  switch (type) {
+#define X(id, number, name, count, bytes) \
+  case MOE_GGML_##id:                     \
+    return elements / (count) * (bytes);
+    MOE_GGML_MAP(X)
+#undef X
+  default:
+    return -1;
+  }
+}
+
+/* The largest of 32 becomes +-127; the scale that is divided by is the unrounded one, as in ggml.
+ */
+static void encode_q8_0(const float *x, int64_t blocks, unsigned char *out) {
+  for (int64_t b = 0; b < blocks; b++, x += 32, out += 34) {
+    float largest = 0.0f;
+    for (int i = 0; i < 32; i++) largest = fmaxf(largest, fabsf(x[i]));
+    float scale = largest / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    uint16_t bits = moe_f32_to_f16(scale);
+    memcpy(out, &bits, sizeof bits);
+    for (int i = 0; i < 32; i++) {
+      float q = roundf(x[i] * inverse);
+      out[2 + i] = fabsf(q) <= 127.0f ? (unsigned char)(int8_t)q : 0; /* 0 for what is no number */
+    }
+  }
+}
+
+void moe_ggml_encode(moe_ggml_type type, const float *x, int64_t n, void *out) {
+  uint16_t *half = out;
+  switch (type) {
+  case MOE_GGML_F32:
+    memcpy(out, x, (size_t)n * sizeof *x);
+    break;
+  case MOE_GGML_F16:
+    for (int64_t i = 0; i < n; i++) half[i] = moe_f32_to_f16(x[i]);
+    break;
+  case MOE_GGML_BF16:
+    for (int64_t i = 0; i < n; i++) half[i] = moe_f32_to_bf16(x[i]);
+    break;
+  case MOE_GGML_Q8_0:
+    encode_q8_0(x, n / 32, out);
+    break;
+  }
+}
+
+/* ---- keys and tensors */
+
+static void put(moe_gguf_writer *w, text *t, const void *data, int64_t bytes) {
+  if (t->size + bytes > t->room) {
+    int64_t room = 2 * (t->size + bytes) + 4096;
+    char *bigger = realloc(t->data, (size_t)room);
+    if (!bigger) {
+      w->no_memory = true;
+      return;
+    }
+    t->data = bigger;
+    t->room = room;
+  }
+  if (bytes > 0) memcpy(t->data + t->size, data, (size_t)bytes);
+  t->size += bytes;
+}
+
+static void put_u32(moe_gguf_writer *w, text *t, uint32_t value) {
+  put(w, t, &value, sizeof value);
+}
+
+static void put_u64(moe_gguf_writer *w, text *t, int64_t value) {
+  put(w, t, &value, sizeof value);
+}
+
+static void put_text(moe_gguf_writer *w, text *t, const char *value) {
+  put_u64(w, t, (int64_t)strlen(value));
+  put(w, t, value, (int64_t)strlen(value));
+}
+
+static void put_key(moe_gguf_writer *w, const char *key, moe_gguf_value type) {
+  put_text(w, &w->keys, key);
+  put_u32(w, &w->keys, type);
+  w->key_count++;
+}
+
+void moe_gguf_put_u32(moe_gguf_writer *w, const char *key, uint32_t value) {
+  put_key(w, key, MOE_GGUF_U32);
+  put_u32(w, &w->keys, value);
+}
+
+void moe_gguf_put_f32(moe_gguf_writer *w, const char *key, float value) {
+  put_key(w, key, MOE_GGUF_F32);
+  put(w, &w->keys, &value, sizeof value);
+}
+
+void moe_gguf_put_bool(moe_gguf_writer *w, const char *key, bool value) {
+  uint8_t byte = value;
+  put_key(w, key, MOE_GGUF_BOOL);
+  put(w, &w->keys, &byte, sizeof byte);
+}
+
+void moe_gguf_put_string(moe_gguf_writer *w, const char *key, const char *value) {
+  put_key(w, key, MOE_GGUF_STRING);
+  put_text(w, &w->keys, value);
+}
+
+static void put_array(moe_gguf_writer *w, const char *key, moe_gguf_value type, int64_t n) {
+  put_key(w, key, MOE_GGUF_ARRAY);
+  put_u32(w, &w->keys, type);
+  put_u64(w, &w->keys, n);
+}
+
+void moe_gguf_put_strings(moe_gguf_writer *w, const char *key, const char *const *values,
+                          int64_t n) {
+  put_array(w, key, MOE_GGUF_STRING, n);
+  for (int64_t i = 0; i < n; i++) put_text(w, &w->keys, values[i]);
+}
+
+void moe_gguf_put_f32s(moe_gguf_writer *w, const char *key, const float *values, int64_t n) {
+  put_array(w, key, MOE_GGUF_F32, n);
+  put(w, &w->keys, values, n * (int64_t)sizeof *values);
+}
+
+void moe_gguf_put_i32s(moe_gguf_writer *w, const char *key, const int32_t *values, int64_t n) {
+  put_array(w, key, MOE_GGUF_I32, n);
+  put(w, &w->keys, values, n * (int64_t)sizeof *values);
+}
+
+static int64_t padding(int64_t bytes) {
+  return (MOE_GGUF_ALIGNMENT - bytes % MOE_GGUF_ALIGNMENT) % MOE_GGUF_ALIGNMENT;
+}
+
+void moe_gguf_put_tensor(moe_gguf_writer *w, const char *name, moe_ggml_type type, int dims,
+                         const int64_t *ne) {
+  int64_t elements = 1;
+  put_text(w, &w->tensors, name);
+  put_u32(w, &w->tensors, (uint32_t)dims);
+  for (int i = 0; i < dims; i++) {
+    put_u64(w, &w->tensors, ne[i]);
+    elements *= ne[i];
+  }
+  put_u32(w, &w->tensors, type);
+  put_u64(w, &w->tensors, w->data_bytes);
+  int64_t *list = realloc(w->bytes, ((size_t)w->tensor_count + 1) * sizeof *list);
+  if (!list) {
+    w->no_memory = true;
+    return;
+  }
+  w->bytes = list;
+  int64_t bytes = moe_ggml_bytes(type, elements);
+  w->bytes[w->tensor_count++] = bytes;
+  w->data_bytes += bytes + padding(bytes);
+}
+
+/* ---- the file */
+
+enum { HEADER = 4 + 4 + 8 + 8 };
+
+static int64_t front_bytes(const moe_gguf_writer *w) {
+  int64_t bytes = HEADER + w->keys.size + w->tensors.size;
+  return bytes + padding(bytes);
+}
+
+int64_t moe_gguf_writer_size(const moe_gguf_writer *w) {
+  return front_bytes(w) + w->data_bytes;
+}
+
+moe_status moe_gguf_writer_create(moe_gguf_writer **out) {
+  *out = calloc(1, sizeof **out);
+  if (!*out) return moe_fail(MOE_NO_MEMORY, "no memory to write a GGUF file");
+  (*out)->fd = -1;
+  return MOE_OK;
+}
+
+void moe_gguf_writer_destroy(moe_gguf_writer *w) {
+  if (!w) return;
+  if (w->fd >= 0) close(w->fd);
+  free(w->keys.data);
+  free(w->tensors.data);
+  free(w->bytes);
+  free(w);
+}
+
+static moe_status write_all(moe_gguf_writer *w, const void *data, int64_t bytes) {
+  for (const char *at = data; bytes > 0;) {
+    ssize_t n = write(w->fd, at, (size_t)bytes);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) return moe_fail(MOE_IO, "%s: cannot write: %s", w->path, strerror(errno));
+    at += n;
+    bytes -= n;
+  }
+  return MOE_OK;
+}
+
+static moe_status write_padding(moe_gguf_writer *w, int64_t bytes) {
+  static const char zeros[MOE_GGUF_ALIGNMENT];
+  return write_all(w, zeros, padding(bytes));
+}
+
+moe_status moe_gguf_writer_open(moe_gguf_writer *w, const char *path) {
+  if (w->no_memory) return moe_fail(MOE_NO_MEMORY, "%s: no memory for its keys", path);
+  if (snprintf(w->path, sizeof w->path, "%s", path) >= (int)sizeof w->path)
+    return moe_fail(MOE_USAGE, "%.60s...: the path is too long", path);
+  w->fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  if (w->fd < 0) return moe_fail(MOE_IO, "%s: cannot create: %s", path, strerror(errno));
+  int full = posix_fallocate(w->fd, 0, moe_gguf_writer_size(w));
+  if (full == ENOSPC || full == EFBIG)
+    return moe_fail(MOE_IO, "%s: no room for its %" PRId64 " bytes: %s", path,
+                    moe_gguf_writer_size(w), strerror(full));
+  text header = {0};
+  put(w, &header, "GGUF", 4);
+  put_u32(w, &header, MOE_GGUF_VERSION);
+  put_u64(w, &header, w->tensor_count);
+  put_u64(w, &header, w->key_count);
+  moe_status status = w->no_memory ? moe_fail(MOE_NO_MEMORY, "%s: no memory to write it", path)
+                                   : write_all(w, header.data, header.size);
+  free(header.data);
+  if (status == MOE_OK) status = write_all(w, w->keys.data, w->keys.size);
+  if (status == MOE_OK) status = write_all(w, w->tensors.data, w->tensors.size);
+  if (status == MOE_OK) status = write_padding(w, HEADER + w->keys.size + w->tensors.size);
+  return status;
+}
+
+moe_status moe_gguf_writer_append(moe_gguf_writer *w, const void *data, int64_t bytes) {
+  if (w->tensor >= w->tensor_count || bytes > w->bytes[w->tensor] - w->done)
+    return moe_fail(MOE_INVALID, "%s: more data than its tensors have", w->path);
+  MOE_TRY(write_all(w, data, bytes));
+  w->done += bytes;
+  if (w->done < w->bytes[w->tensor]) return MOE_OK;
+  MOE_TRY(write_padding(w, w->done));
+  w->tensor++;
+  w->done = 0;
+  return MOE_OK;
+}
+
+moe_status moe_gguf_writer_finish(moe_gguf_writer *w) {
+  if (w->tensor != w->tensor_count)
+    return moe_fail(MOE_INVALID, "%s: tensor %" PRId64 " of %" PRId64 " has not all its data",
+                    w->path, w->tensor, w->tensor_count);
+  int failed = fsync(w->fd) != 0 ? errno : 0;
+  if (close(w->fd) != 0 && !failed) failed = errno;
+  w->fd = -1;
+  return failed ? moe_fail(MOE_IO, "%s: cannot fsync: %s", w->path, strerror(failed)) : MOE_OK;
+}
