@@ -102,22 +102,6 @@ typedef struct {
   moe_hdf5 file;
 } reader;
 
-static float to_f32(const void *from, moe_dtype type, int64_t i) {
-  if (type == MOE_F32) return ((const float *)from)[i];
-  uint16_t bits = ((const uint16_t *)from)[i];
-  return type == MOE_BF16 ? moe_bf16_to_f32(bits) : moe_f16_to_f32(bits);
-}
-
-static void convert(const void *from, moe_dtype from_type, void *to, moe_dtype to_type, int64_t n) {
-  for (int64_t i = 0; i < n; i++) {
-    float x = to_f32(from, from_type, i);
-    if (to_type == MOE_F32)
-      ((float *)to)[i] = x;
-    else
-      ((uint16_t *)to)[i] = to_type == MOE_BF16 ? moe_f32_to_bf16(x) : moe_f32_to_f16(x);
-  }
-}
-
 /* raw holds elements [begin, end) of the tensor: bring what o wants of them to its piece. */
 static moe_status deliver(reader *r, const overlap *o, int64_t begin, int64_t end) {
   moe_dtype from = o->slice->dtype, to = o->piece->dtype;
@@ -125,7 +109,7 @@ static moe_status deliver(reader *r, const overlap *o, int64_t begin, int64_t en
   if (first >= last) return MOE_OK;
   const char *data = r->raw + (first - begin) * moe_dtype_size(from);
   if (from != to) {
-    convert(data, from, r->converted, to, last - first);
+    moe_convert(data, from, r->converted, to, last - first);
     data = r->converted;
   }
   char *target = (char *)o->piece->data + (first - o->piece->begin) * moe_dtype_size(to);
