@@ -1,4 +1,4 @@
-/* moe-train: the main job.   mpirun -np N moe-train CFG [options] */
+/* moe-train: the main job.   mpirun -np N moe-train CFG [options]   (or launch/moe-run) */
 #include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -6,6 +6,7 @@
 
 #include "core/base/log.h"
 #include "core/train/engine.h"
+#include "core/train/preflight.h"
 #include "core/train/trainer.h"
 #include "launch/program.h"
 
@@ -18,6 +19,10 @@ static const char help[] =
     "  --dry-run                print the resolved configuration and the plan (parameters, who "
     "owns\n"
     "                           what, memory per rank, disk per checkpoint, FLOPs), then stop\n"
+    "  --preflight              check on all ranks what a run needs (devices, network, memory, "
+    "run\n"
+    "                           directory, disk, the same program everywhere), then stop\n"
+    "  --get SECTION.KEY        print a setting as it will be used, for scripts; may be repeated\n"
     "  --resume auto|none|PATH  auto (default): continue from the newest checkpoint of run.dir "
     "that\n"
     "                           verifies, if there is one; none: start anew; PATH: from this one\n"
@@ -27,18 +32,23 @@ static const char help[] =
     "Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 damaged input file,\n"
     "4 training diverged, 75 stopped on request after saving (run again to go on).\n";
 
+enum { MAX_GETS = 16 };
+
 typedef struct {
   moe_config config;
   const char *resume;
-  bool dry_run;
+  bool dry_run, preflight;
   const char *answer; /* to --help or --version */
+  const char *get[MAX_GETS];
+  int gets;
 } command;
 
 static moe_status parse(int argc, char **argv, command *cmd) {
   static const struct option options[] = {
       {"set", required_argument, NULL, 's'},    {"dry-run", no_argument, NULL, 'd'},
       {"resume", required_argument, NULL, 'r'}, {"help", no_argument, NULL, 'h'},
-      {"version", no_argument, NULL, 'v'},      {NULL, 0, NULL, 0}};
+      {"version", no_argument, NULL, 'v'},      {"preflight", no_argument, NULL, 'p'},
+      {"get", required_argument, NULL, 'g'},    {NULL, 0, NULL, 0}};
   const char **sets = calloc((size_t)argc, sizeof *sets);
   int set_count = 0, option;
   moe_status status = MOE_OK;
@@ -54,6 +64,16 @@ static moe_status parse(int argc, char **argv, command *cmd) {
       break;
     case 'r':
       cmd->resume = optarg;
+      break;
+    case 'p':
+      cmd->preflight = true;
+      break;
+    case 'g':
+      if (cmd->gets == MAX_GETS) {
+        status = moe_fail(MOE_USAGE, "--get: command line: give at most %d", MAX_GETS);
+        goto done;
+      }
+      cmd->get[cmd->gets++] = optarg;
       break;
     case 'h':
       cmd->answer = help;
@@ -112,6 +132,7 @@ static moe_status work(command *cmd, moe_comm *world) {
   int rank = moe_comm_rank(world);
   MOE_TRY(moe_config_resolve(&cmd->config, moe_comm_size(world)));
   MOE_TRY(check_run(cmd));
+  if (cmd->preflight) return moe_preflight(&cmd->config, world, stdout);
   MOE_TRY(moe_agree(world, moe_engine_open_device(&cmd->config, &dev)));
   if (!cmd->dry_run && rank == 0) moe_config_print(&cmd->config, stderr);
   moe_status status =
@@ -129,6 +150,30 @@ static moe_status run(int argc, char **argv, moe_comm *world) {
   return MOE_OK;
 }
 
+/* --get is for scripts that are about to start ranks: it needs none, and no MPI. */
+static bool only_gets(int argc, char **argv) {
+  for (int i = 1; i < argc; i++)
+    if (strncmp(argv[i], "--get", 5) == 0) return true;
+  return false;
+}
+
+static moe_status print_settings(int argc, char **argv) {
+  static command cmd; /* large */
+  char text[MOE_CONFIG_TEXT];
+  MOE_TRY(parse(argc, argv, &cmd));
+  MOE_TRY(moe_config_resolve(&cmd.config, 0));
+  for (int i = 0; i < cmd.gets; i++) {
+    MOE_TRY(moe_config_get(&cmd.config, cmd.get[i], text));
+    puts(text);
+  }
+  return MOE_OK;
+}
+
 int main(int argc, char **argv) {
+  if (only_gets(argc, argv)) {
+    moe_log_init("moe-train", -1);
+    moe_status status = print_settings(argc, argv);
+    return status == MOE_OK ? 0 : moe_report(status);
+  }
   return moe_program_run("moe-train", argc, argv, run);
 }

@@ -52,6 +52,8 @@ moe_status moe_config_read(moe_config *c, const char *path);
 moe_status moe_config_parse(moe_config *c, const char *text, int64_t length, const char *name);
 /* One "section.key=value". */
 moe_status moe_config_set(moe_config *c, const char *assignment);
+/* The value of "section.key" as it is written in an INI file. MOE_USAGE: there is no such key. */
+moe_status moe_config_get(const moe_config *c, const char *name, char text[MOE_CONFIG_TEXT]);
 /* Fill sizes from the preset and check what depends on several keys (H % G, K <= E, even d,
  * sequence_length, min_lr, warm-up against steps, ...). `world` ranks; world < 1 skips the checks
  * that need it (ep divides world, ep <= E, global_batch a multiple of micro_batch * world).

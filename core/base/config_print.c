@@ -19,6 +19,19 @@ void moe_config_print(const moe_config *c, FILE *out) {
   }
 }
 
+moe_status moe_config_get(const moe_config *c, const char *name, char text[MOE_CONFIG_TEXT]) {
+  for (int i = 0; i < moe_config_row_count; i++) {
+    const moe_config_row *row = &moe_config_rows[i];
+    size_t section = strlen(row->section);
+    if (strncmp(name, row->section, section) == 0 && name[section] == '.' &&
+        strcmp(name + section + 1, row->key) == 0) {
+      moe_config_value_text(c, i, text);
+      return MOE_OK;
+    }
+  }
+  return moe_fail(MOE_USAGE, "%s: no such setting: docs/config.md lists all as section.key", name);
+}
+
 char *moe_config_text(const moe_config *c) {
   char *text = NULL;
   size_t length = 0;
