@@ -9,10 +9,11 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "checkpoint/files.h"
@@ -44,15 +45,16 @@ moe_status moe_commit_folder(const char *run_dir, char folder[MOE_PATH]) {
 }
 
 moe_status moe_commit_plan(const char *run_dir, int64_t step, moe_commit *out) {
-  static atomic_int saves;
-  int save = atomic_fetch_add(&saves, 1);
+  struct timespec now;
   *out = (moe_commit){.step = step};
   if (step < 0) return moe_fail(MOE_INVALID, "cannot save step %" PRId64, step);
   MOE_TRY(moe_commit_folder(run_dir, out->folder));
   moe_commit_place(out->folder, step, out->place);
   step_path(out->folder, TEMPORARY, step, out->temporary);
   size_t length = strlen(out->temporary);
-  snprintf(out->temporary + length, MOE_PATH - length, "-%d", save);
+  clock_gettime(CLOCK_REALTIME, &now);
+  snprintf(out->temporary + length, MOE_PATH - length, "-%llx%08lx", (long long)now.tv_sec,
+           now.tv_nsec);
   return MOE_OK;
 }
 
@@ -60,23 +62,31 @@ static bool has_prefix(const char *name, const char *prefix) {
   return strncmp(name, prefix, strlen(prefix)) == 0;
 }
 
-static void remove_leftovers(const char *path) {
-  DIR *folder = opendir(path);
+/* All but the folder of this save, which other ranks may be writing to already. */
+static void remove_leftovers(const moe_commit *c) {
+  DIR *folder = opendir(c->folder);
   if (!folder) return;
   for (struct dirent *e; (e = readdir(folder));) {
     char victim[MOE_PATH + 256];
     if (!has_prefix(e->d_name, TEMPORARY) && !has_prefix(e->d_name, DELETED)) continue;
-    snprintf(victim, sizeof victim, "%s/%s", path, e->d_name);
-    if (!moe_files_remove_folder(victim))
+    snprintf(victim, sizeof victim, "%s/%s", c->folder, e->d_name);
+    if (strcmp(victim, c->temporary) != 0 && !moe_files_remove_folder(victim))
       moe_warn("%s: cannot remove this left-over: %s", victim, strerror(errno));
   }
   closedir(folder);
 }
 
-moe_status moe_commit_begin(const moe_commit *c) {
+moe_status moe_commit_make_room(const moe_commit *c, int64_t bytes) {
+  char have[MOE_TEXT], need[MOE_TEXT];
   MOE_TRY(moe_files_make_folders(c->folder));
-  remove_leftovers(c->folder);
-  return moe_files_make_folder(c->temporary);
+  remove_leftovers(c);
+  int64_t room = moe_files_free_bytes(c->folder);
+  if (room >= bytes) return MOE_OK;
+  return moe_fail(MOE_IO,
+                  "%s: the disk has %s free and a checkpoint needs %s: free some space, or lower "
+                  "checkpoint.keep",
+                  c->folder, moe_text_bytes(have, (double)room),
+                  moe_text_bytes(need, (double)bytes));
 }
 
 static moe_status put_in_place(moe_commit *c) {
@@ -154,26 +164,38 @@ static void set_aside(const moe_commit *c, int64_t step) {
     moe_warn("%s: cannot set it aside: %s", from, strerror(errno));
 }
 
-static void prune(const moe_commit *c, int keep) {
+/* Hours since the checkpoint at `path` was made; 0 when that cannot be known. */
+static double age_hours(const char *path) {
+  char manifest[MOE_PATH + 32];
+  struct stat st;
+  snprintf(manifest, sizeof manifest, "%s/manifest.json", path);
+  return stat(manifest, &st) == 0 ? difftime(time(NULL), st.st_mtime) / 3600.0 : 0.0;
+}
+
+static void prune(const moe_commit *c, moe_keep keep) {
   int64_t *steps, n;
   if (moe_commit_list(c->folder, &steps, &n) != MOE_OK) {
     moe_warn("%s", moe_error_message());
     return;
   }
-  int64_t kept = 0;
-  if (keep < 2) keep = 2;
+  int64_t newest = 0, at_least = keep.newest < 2 ? 2 : keep.newest;
   for (int64_t i = 0; i < n; i++) {
     char path[MOE_PATH];
     moe_commit_place(c->folder, steps[i], path);
-    if (steps[i] > c->step)
+    if (steps[i] > c->step) {
       set_aside(c, steps[i]);
-    else if (++kept > keep && !remove_step(c->folder, path, steps[i]))
+      continue;
+    }
+    if (newest++ < at_least || (keep.every > 0 && steps[i] % keep.every == 0) ||
+        (keep.hours > 0.0 && age_hours(path) < keep.hours))
+      continue;
+    if (!remove_step(c->folder, path, steps[i]))
       moe_warn("%s: cannot prune: %s", path, strerror(errno));
   }
   free(steps);
 }
 
-void moe_commit_finish(const moe_commit *c, int keep) {
+void moe_commit_finish(const moe_commit *c, moe_keep keep) {
   point_latest(c);
   prune(c, keep);
   if (c->old[0] && !moe_files_remove_folder(c->old))

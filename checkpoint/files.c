@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 static moe_status fail_io(const char *what, const char *path) {
@@ -31,6 +32,13 @@ moe_status moe_files_sync_folder(const char *path) {
 bool moe_files_is_folder(const char *path) {
   struct stat st;
   return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+int64_t moe_files_free_bytes(const char *path) {
+  struct statvfs fs;
+  if (statvfs(path, &fs) != 0) return INT64_MAX;
+  double bytes = (double)fs.f_bavail * (double)fs.f_frsize;
+  return bytes < 9e18 ? (int64_t)bytes : INT64_MAX;
 }
 
 static moe_status sync_parent(const char *path) {

@@ -29,6 +29,8 @@ moe_status moe_files_open(const char *path, int *fd, int64_t *size);
 /* Remove a folder of files. False (errno) when something stayed; leaves the error message alone. */
 bool moe_files_remove_folder(const char *path);
 bool moe_files_is_folder(const char *path);
+/* Bytes that may still be written where `path` is; INT64_MAX when nobody can tell. */
+int64_t moe_files_free_bytes(const char *path);
 
 #ifdef __cplusplus
 }

@@ -54,17 +54,17 @@ moe_status moe_checkpoint_check_model(const moe_manifest *m, const char *where) 
   return status == MOE_USAGE ? MOE_DAMAGED : status; /* nobody wrote this text by hand */
 }
 
-/* This rank's part. */
-static moe_status verify_share(moe_comm *world, const char *dir) {
+moe_status moe_checkpoint_verify_share(const char *dir, int rank, int size) {
   moe_manifest m;
   MOE_TRY(moe_manifest_read(dir, &m));
   moe_status status = moe_checkpoint_check_model(&m, dir);
-  for (int i = moe_comm_rank(world); i < m.files && status == MOE_OK; i += moe_comm_size(world))
+  for (int i = rank; i < m.files && status == MOE_OK; i += size)
     status = moe_shard_verify(dir, &m, i);
   moe_manifest_clear(&m);
   return status;
 }
 
 moe_status moe_checkpoint_verify(moe_comm *world, const char *dir) {
-  return moe_agree(world, verify_share(world, dir));
+  return moe_agree(world,
+                   moe_checkpoint_verify_share(dir, moe_comm_rank(world), moe_comm_size(world)));
 }
