@@ -35,6 +35,13 @@ typedef struct moe_backend {
   double (*between)(moe_device *dev, const moe_mark *from, const moe_mark *to);
   void (*forget)(moe_device *dev, moe_mark *mark);
 
+  /* Graphs (device.h); NULL where there are none. end takes the recording off the stream even when
+   * it fails, and sets *out only when it succeeds. */
+  moe_status (*graph_begin)(moe_device *dev);
+  moe_status (*graph_end)(moe_device *dev, moe_graph **out);
+  moe_status (*graph_launch)(moe_device *dev, moe_graph *graph);
+  void (*graph_destroy)(moe_device *dev, moe_graph *graph);
+
   moe_status (*zero)(moe_device *dev, moe_tensor x);
   moe_status (*copy)(moe_device *dev, moe_tensor dst, moe_tensor src);
   moe_status (*add)(moe_device *dev, moe_tensor y, moe_tensor x);
@@ -57,6 +64,11 @@ typedef struct moe_backend {
                                    moe_tensor qkv, moe_tensor doc_start, moe_tensor out,
                                    moe_tensor lse, moe_tensor dqkv);
   int64_t (*attention_scratch)(moe_device *dev, moe_attention_shape shape, moe_dtype dtype);
+  moe_status (*attention_cached)(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
+                                 moe_tensor keys, moe_tensor values, moe_tensor lengths,
+                                 moe_tensor out);
+  int64_t (*attention_cached_scratch)(moe_device *dev, moe_attention_shape shape, int64_t room,
+                                      moe_dtype dtype);
   moe_status (*router)(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,
                        moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
                        moe_tensor stats);
@@ -92,6 +104,8 @@ typedef struct moe_backend {
                                    moe_tensor offsets, int accumulate, moe_tensor dw);
   int64_t (*expert_scratch)(moe_device *dev, int64_t rows, int64_t hidden, int64_t ffn,
                             moe_dtype dtype);
+  moe_status (*experts_decode)(moe_device *dev, moe_tensor x, moe_tensor experts, moe_tensor gates,
+                               moe_tensor w13, moe_tensor w2, moe_tensor hidden, moe_tensor out);
   moe_status (*cross_entropy)(moe_device *dev, moe_tensor logits, moe_tensor targets, float scale,
                               int with_grad, moe_tensor loss, moe_tensor row_loss);
   moe_status (*clip_scale)(moe_device *dev, moe_tensor sum_squares, double max_norm, double unscale,
@@ -110,6 +124,8 @@ struct moe_device {
   int64_t scratch_bytes;
   const char *label; /* what runs now, for messages */
   int64_t label_layer;
+  bool recording;              /* a graph: see device.h */
+  const char *recording_fault; /* NULL, or what cannot be in a graph and was asked for */
   struct moe_profile *profile; /* NULL unless operations are being timed */
   void *state;                 /* the backend's own: streams, handles */
 };

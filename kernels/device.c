@@ -72,21 +72,33 @@ double moe_device_peak_tflops(moe_device *dev, moe_dtype dtype) {
   return dev->backend->peak_tflops(dev, dtype);
 }
 
+/* While a graph is recorded: remember why moe_device_graph_end will fail. */
+static bool forbidden(moe_device *dev, const char *what) {
+  if (dev->recording && dev->recording_fault == NULL) dev->recording_fault = what;
+  return dev->recording;
+}
+
 void *moe_device_alloc(void *dev, int64_t bytes) {
   moe_device *device = dev;
-  return bytes < 0 ? NULL : device->backend->alloc(device, bytes);
+  if (bytes < 0 || forbidden(device, "device memory was asked for")) return NULL;
+  return device->backend->alloc(device, bytes);
 }
 
 void moe_device_free(moe_device *dev, void *data) {
-  if (data != NULL) dev->backend->free(dev, data);
+  if (data == NULL) return;
+  forbidden(dev, "device memory was given back");
+  dev->backend->free(dev, data);
 }
 
 void *moe_device_alloc_host(moe_device *dev, int64_t bytes) {
-  return bytes < 0 ? NULL : dev->backend->alloc_host(dev, bytes);
+  if (bytes < 0 || forbidden(dev, "pinned memory was asked for")) return NULL;
+  return dev->backend->alloc_host(dev, bytes);
 }
 
 void moe_device_free_host(moe_device *dev, void *data) {
-  if (data != NULL) dev->backend->free_host(dev, data);
+  if (data == NULL) return;
+  forbidden(dev, "pinned memory was given back");
+  dev->backend->free_host(dev, data);
 }
 
 moe_status moe_device_upload(moe_device *dev, void *to_device, const void *from_host,
@@ -102,7 +114,51 @@ moe_status moe_device_download(moe_device *dev, void *to_host, const void *from_
 }
 
 moe_status moe_device_sync(moe_device *dev) {
+  if (forbidden(dev, "the device was waited for"))
+    return moe_fail(MOE_INVALID, "graph: the device cannot be waited for while its work is being "
+                                 "recorded: wait before or after");
   return dev->backend->sync(dev);
+}
+
+/* ---- graphs ------------------------------------------------------------------------------ */
+
+bool moe_device_has_graphs(const moe_device *dev) {
+  return dev->backend->graph_begin != NULL && !dev->options.debug;
+}
+
+moe_status moe_device_graph_begin(moe_device *dev) {
+  if (!moe_device_has_graphs(dev))
+    return moe_fail(MOE_INVALID, "graph: %s%s records none: ask moe_device_has_graphs first",
+                    dev->name, dev->options.debug ? " in debug mode" : "");
+  if (dev->recording)
+    return moe_fail(MOE_INVALID, "graph: one is being recorded already: end it first");
+  MOE_TRY(dev->backend->graph_begin(dev));
+  dev->recording = true;
+  dev->recording_fault = NULL;
+  return MOE_OK;
+}
+
+moe_status moe_device_graph_end(moe_device *dev, moe_graph **out) {
+  *out = NULL;
+  if (!dev->recording) return moe_fail(MOE_INVALID, "graph: none is being recorded");
+  dev->recording = false;
+  moe_status status = dev->backend->graph_end(dev, out);
+  if (dev->recording_fault == NULL) return status;
+  moe_graph_destroy(dev, *out);
+  *out = NULL;
+  return moe_fail(MOE_INVALID, "graph: %s while it was recorded: do that before or after",
+                  dev->recording_fault);
+}
+
+moe_status moe_device_graph_launch(moe_device *dev, moe_graph *graph) {
+  if (graph == NULL) return moe_fail(MOE_INVALID, "graph: none was recorded");
+  if (dev->recording)
+    return moe_fail(MOE_INVALID, "graph: another is being recorded: end it before launching one");
+  return dev->backend->graph_launch(dev, graph);
+}
+
+void moe_graph_destroy(moe_device *dev, moe_graph *graph) {
+  if (graph != NULL) dev->backend->graph_destroy(dev, graph);
 }
 
 void moe_device_set_scratch(moe_device *dev, void *data, int64_t bytes) {

@@ -55,6 +55,39 @@ moe_status moe_device_sync(moe_device *dev);
 void moe_device_set_scratch(moe_device *dev, void *data, int64_t bytes);
 void *moe_device_scratch(moe_device *dev, int64_t bytes); /* NULL when the plan was too small */
 
+/* ---- graphs: record queued work once, launch it many times --------------------------------------
+ *
+ *   work();                          once as it is: libraries choose algorithms, code is loaded
+ *   moe_device_graph_begin(dev);
+ *   work();                          recorded, not run
+ *   moe_device_graph_end(dev, &graph);
+ *   moe_device_graph_launch(dev, graph);         as often as needed
+ *
+ * A graph holds what was queued on the device's stream (and on streams joined to it by events, both
+ * ways) with its arguments: pointers, sizes and numbers are those of the recording, only what lies
+ * in memory changes. So whatever changes from launch to launch must be read from device memory, and
+ * all memory must outlive the graph. Uploads and downloads are repeated from and to the same
+ * pinned host memory.
+ *
+ * While recording, nothing may wait or ask for memory: moe_device_sync is refused, allocation
+ * returns NULL, and moe_device_graph_end then fails and says why. Operations that read sizes back
+ * to the host fail too (expert products by cuBLAS, an exchange that plans on the host). A profile
+ * (profile.h) does not time what is recorded; it times a launch as one operation, "graph".
+ *
+ * All calls are local. One recording at a time on a device. */
+typedef struct moe_graph moe_graph;
+/* Whether this device records graphs: a GPU, and not in debug mode, whose checks wait. */
+bool moe_device_has_graphs(const moe_device *dev);
+/* MOE_INVALID when there are no graphs or one is being recorded. */
+moe_status moe_device_graph_begin(moe_device *dev);
+/* Ends the recording in any case. *out is the caller's to destroy; NULL on an error, such as
+ * MOE_INVALID for something that cannot be recorded. */
+moe_status moe_device_graph_end(moe_device *dev, moe_graph **out);
+/* Queue the recorded work. The graph must stay until it has run. */
+moe_status moe_device_graph_launch(moe_device *dev, moe_graph *graph);
+/* NULL is accepted. */
+void moe_graph_destroy(moe_device *dev, moe_graph *graph);
+
 /* Debugging: name what runs next ("layer 3 attention"); errors and debug checks quote it. */
 void moe_device_label(moe_device *dev, const char *what, int64_t layer);
 

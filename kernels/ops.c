@@ -191,6 +191,52 @@ int64_t moe_attention_scratch(moe_device *dev, moe_attention_shape shape, moe_dt
   return dev->backend->attention_scratch(dev, shape, dtype);
 }
 
+static moe_status check_cached(moe_attention_shape s, moe_tensor qkv, moe_tensor keys,
+                               moe_tensor values, moe_tensor lengths, moe_tensor out) {
+  const char *op = "attention_cached";
+  MOE_TRY(moe_check_rule(op, s.batch >= 0 && s.seq >= 0 && s.head_dim > 0,
+                         "batch, seq and head_dim must not be negative"));
+  MOE_TRY(check_heads(op, s.heads, s.kv_heads));
+  int64_t tokens = s.batch * s.seq, width = s.kv_heads * s.head_dim;
+  int act = moe_same_type(qkv);
+  MOE_TRY(
+      moe_check_2d(op, "qkv", qkv, MOE_IS_ACT, tokens, (s.heads + 2 * s.kv_heads) * s.head_dim));
+  MOE_TRY(moe_check_3d(op, "keys", keys, act, s.batch, MOE_ANY, width));
+  MOE_TRY(moe_check_3d(op, "values", values, act, s.batch, keys.shape[1], width));
+  MOE_TRY(moe_check_1d(op, "lengths", lengths, MOE_IS_I32, s.batch));
+  MOE_TRY(moe_check_rule(op, keys.shape[1] <= INT32_MAX - s.seq,
+                         "positions are counted in 32 bits: make room for fewer"));
+  return moe_check_2d(op, "out", out, act, tokens, s.heads * s.head_dim);
+}
+
+/* Debug mode: the rows that were computed. */
+static moe_status check_cached_rows(moe_device *dev, moe_attention_shape s, int64_t room,
+                                    moe_tensor lengths, moe_tensor out) {
+  for (int64_t b = 0; dev->options.debug && b < s.batch; b++) {
+    int32_t length = 0;
+    MOE_TRY(moe_device_download(dev, &length, (const int32_t *)lengths.data + b, sizeof length));
+    MOE_TRY(moe_device_sync(dev));
+    int64_t left = room - length, rows = left < 0 ? 0 : left < s.seq ? left : s.seq;
+    MOE_TRY(
+        moe_check_finite(dev, "attention_cached", "out", moe_tensor_rows(out, b * s.seq, rows)));
+  }
+  return MOE_OK;
+}
+
+moe_status moe_attention_cached(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
+                                moe_tensor keys, moe_tensor values, moe_tensor lengths,
+                                moe_tensor out) {
+  MOE_TRY(check_cached(shape, qkv, keys, values, lengths, out));
+  if (moe_tensor_count(out) == 0 || keys.shape[1] == 0) return MOE_OK;
+  MOE_TRY(dev->backend->attention_cached(dev, shape, qkv, keys, values, lengths, out));
+  return check_cached_rows(dev, shape, keys.shape[1], lengths, out);
+}
+
+int64_t moe_attention_cached_scratch(moe_device *dev, moe_attention_shape shape, int64_t room,
+                                     moe_dtype dtype) {
+  return dev->backend->attention_cached_scratch(dev, shape, room, dtype);
+}
+
 /* ---- loss -------------------------------------------------------------------------------- */
 
 moe_status moe_cross_entropy(moe_device *dev, moe_tensor logits, moe_tensor targets, float scale,

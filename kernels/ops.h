@@ -87,6 +87,18 @@ moe_status moe_attention_backward(moe_device *dev, moe_attention_shape shape, mo
                                   moe_tensor lse, moe_tensor dqkv);
 int64_t moe_attention_scratch(moe_device *dev, moe_attention_shape shape, moe_dtype dtype);
 
+/* Append the keys and values of new tokens to a cache and attend over all of it; for generation.
+ * shape: batch B sequences of seq n new tokens each. qkv [B n, (H+2G) d] act, rotated already.
+ * keys, values [B, room, G d] act inout. lengths i32 [B]: tokens cached before, 0 or more.
+ * Row i of sequence b has position lengths[b] + i, is stored there and sees positions 0 to that.
+ * A row whose position is not below `room` is neither stored nor computed (its out is left alone).
+ * out [B n, H d] act. */
+moe_status moe_attention_cached(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
+                                moe_tensor keys, moe_tensor values, moe_tensor lengths,
+                                moe_tensor out);
+int64_t moe_attention_cached_scratch(moe_device *dev, moe_attention_shape shape, int64_t room,
+                                     moe_dtype dtype);
+
 /* ---- router -------------------------------------------------------------------------------- */
 
 /* Choose each token's K most probable experts.
@@ -183,6 +195,17 @@ moe_status moe_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor r
 /* Scratch for any of the above with at most `rows` rows. */
 int64_t moe_expert_scratch(moe_device *dev, int64_t rows, int64_t hidden, int64_t ffn,
                            moe_dtype dtype);
+
+/* The experts' part of a layer for few tokens, without sorting:
+ *
+ *     out[t] = sum over k of W2_e (gates[t,k] * silu(W1_e x[t]) * (W3_e x[t])),  e = experts[t,k]
+ *
+ * x [T, D]; experts i32 [T, K], a number outside 0..e-1 (such as -1) is skipped; gates f32 [T, K];
+ * w13, w2 as above; hidden [T K, F] act: work; out [T, D] act out (written whole).
+ * A chosen expert's weights are read once for every 32 tokens or more. The order of addition is
+ * fixed. */
+moe_status moe_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts, moe_tensor gates,
+                              moe_tensor w13, moe_tensor w2, moe_tensor hidden, moe_tensor out);
 
 /* ---- loss ---------------------------------------------------------------------------------- */
 

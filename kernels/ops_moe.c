@@ -233,3 +233,26 @@ int64_t moe_expert_scratch(moe_device *dev, int64_t rows, int64_t hidden, int64_
                            moe_dtype dtype) {
   return dev->backend->expert_scratch(dev, rows, hidden, ffn, dtype);
 }
+
+moe_status moe_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts, moe_tensor gates,
+                              moe_tensor w13, moe_tensor w2, moe_tensor hidden, moe_tensor out) {
+  const char *op = "experts_decode";
+  w13 = split_w13(w13);
+  MOE_TRY(moe_check_2d(op, "x", x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
+  int64_t tokens = x.shape[0], width = x.shape[1];
+  int act = moe_same_type(x);
+  MOE_TRY(moe_check_2d(op, "experts", experts, MOE_IS_I32, tokens, MOE_ANY));
+  int64_t k = experts.shape[1];
+  MOE_TRY(moe_check_2d(op, "gates", gates, MOE_IS_F32, tokens, k));
+  MOE_TRY(moe_check_4d(op, "w13", w13, act, MOE_ANY, 2, MOE_ANY, width));
+  int64_t count = w13.shape[0], ffn = w13.shape[2];
+  MOE_TRY(moe_check_3d(op, "w2", w2, act, count, width, ffn));
+  MOE_TRY(moe_check_2d(op, "hidden", hidden, act, tokens * k, ffn));
+  MOE_TRY(moe_check_2d(op, "out", out, act, tokens, width));
+  MOE_TRY(moe_check_rule(op, tokens * k <= INT32_MAX && 2 * count * ffn <= INT32_MAX,
+                         "token-expert pairs and rows of weights are counted in 32 bits"));
+  if (tokens == 0 || width == 0) return MOE_OK;
+  if (k == 0 || count == 0 || ffn == 0) return moe_zero(dev, out);
+  MOE_TRY(dev->backend->experts_decode(dev, x, experts, gates, w13, w2, hidden, out));
+  return moe_check_finite(dev, op, "out", out);
+}

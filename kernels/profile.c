@@ -24,7 +24,7 @@ struct moe_profile {
 
 void moe_profile_begin(moe_device *dev, const char *op, double flops) {
   struct moe_profile *p = dev ? dev->profile : NULL;
-  if (!p || p->spans == SPANS || p->open++ > 0) return;
+  if (!p || dev->recording || p->spans == SPANS || p->open++ > 0) return;
   span *s = &p->span[p->spans];
   *s = (span){.op = op, .label = dev->label ? dev->label : "", .flops = flops};
   p->inner->mark(dev, &s->begin);
@@ -32,8 +32,15 @@ void moe_profile_begin(moe_device *dev, const char *op, double flops) {
 
 void moe_profile_end(moe_device *dev) {
   struct moe_profile *p = dev ? dev->profile : NULL;
-  if (!p || p->spans == SPANS || --p->open > 0) return;
+  if (!p || dev->recording || p->spans == SPANS || --p->open > 0) return;
   p->inner->mark(dev, &p->span[p->spans++].end);
+}
+
+static moe_status timed_graph_launch(moe_device *dev, moe_graph *graph) {
+  moe_profile_begin(dev, "graph", 0.0);
+  moe_status status = dev->profile->inner->graph_launch(dev, graph);
+  moe_profile_end(dev);
+  return status;
 }
 
 #define TIMED(slot, flops, args)                      \
@@ -99,6 +106,11 @@ static moe_status timed_attention_backward(moe_device *dev, moe_attention_shape 
                                            moe_tensor out, moe_tensor lse, moe_tensor dqkv) {
   TIMED(attention_backward, attention_flops(shape, 5.0),
         (dev, shape, dout, qkv, doc_start, out, lse, dqkv));
+}
+static moe_status timed_attention_cached(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
+                                         moe_tensor keys, moe_tensor values, moe_tensor lengths,
+                                         moe_tensor out) {
+  TIMED(attention_cached, 0.0, (dev, shape, qkv, keys, values, lengths, out));
 }
 static moe_status timed_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,
                                moe_tensor probs, moe_tensor lse, moe_tensor experts,
@@ -172,6 +184,12 @@ static moe_status timed_expert_weight_grad(moe_device *dev, moe_tensor left, moe
   TIMED(expert_weight_grad, 2.0 * (double)moe_tensor_count(left) * (double)right.shape[1],
         (dev, left, right, offsets, accumulate, dw));
 }
+static moe_status timed_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts,
+                                       moe_tensor gates, moe_tensor w13, moe_tensor w2,
+                                       moe_tensor hidden, moe_tensor out) {
+  TIMED(experts_decode, 6.0 * (double)moe_tensor_count(hidden) * (double)x.shape[1],
+        (dev, x, experts, gates, w13, w2, hidden, out));
+}
 static moe_status timed_cross_entropy(moe_device *dev, moe_tensor logits, moe_tensor targets,
                                       float scale, int with_grad, moe_tensor loss,
                                       moe_tensor row_loss) {
@@ -192,6 +210,7 @@ static moe_status timed_sample(moe_device *dev, moe_tensor logits, moe_sample_ar
 }
 
 static void wrap(moe_backend *table) {
+  if (table->graph_launch != NULL) table->graph_launch = timed_graph_launch;
   table->zero = timed_zero;
   table->copy = timed_copy;
   table->add = timed_add;
@@ -205,6 +224,7 @@ static void wrap(moe_backend *table) {
   table->rope = timed_rope;
   table->attention = timed_attention;
   table->attention_backward = timed_attention_backward;
+  table->attention_cached = timed_attention_cached;
   table->router = timed_router;
   table->router_drop = timed_router_drop;
   table->router_backward = timed_router_backward;
@@ -220,6 +240,7 @@ static void wrap(moe_backend *table) {
   table->expert_down_backward = timed_expert_down_backward;
   table->expert_up_backward = timed_expert_up_backward;
   table->expert_weight_grad = timed_expert_weight_grad;
+  table->experts_decode = timed_experts_decode;
   table->cross_entropy = timed_cross_entropy;
   table->clip_scale = timed_clip_scale;
   table->adamw = timed_adamw;

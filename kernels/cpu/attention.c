@@ -13,8 +13,8 @@
 
 #include <omp.h>
 
+#include "kernels/cpu/attention_row.h"
 #include "kernels/cpu/cpu_blas.h"
-#include "kernels/cpu/cpu_math.h"
 
 enum { STACK_ROWS = 256, STACK_TOKENS = 64, KEY_BLOCK = 256 };
 
@@ -155,11 +155,6 @@ static void store_stack(const problem *p, const stack *k, moe_tensor t, int64_t 
                   values + (i - k->begin) * width);
 }
 
-static void scale_all(float *x, int64_t n, float s) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) x[i] *= s;
-}
-
 /* n keys (which 0) or values (which 1) from `begin` on: qkv's own memory when that is f32. */
 static panel view_keys(const problem *p, const stack *k, int which, int64_t begin, int64_t n,
                        float *buffer) {
@@ -184,27 +179,6 @@ static void clear(float *x, int64_t n) {
 
 /* ---- forward --------------------------------------------------------------------------------- */
 
-/* Scores s[0..n) become exp(s - peak), peak raised to their maximum; the row's sum and output
- * follow it. */
-static void soften_row(float *s, int64_t n, int64_t d, float *peak, float *sum, float *out) {
-  float top = *peak, added = 0.0f;
-#pragma omp simd reduction(max : top)
-  for (int64_t j = 0; j < n; j++) top = s[j] > top ? s[j] : top;
-#pragma omp simd reduction(+ : added)
-  for (int64_t j = 0; j < n; j++) {
-    float e = moe_expf(s[j] - top);
-    s[j] = e;
-    added += e;
-  }
-  if (top != *peak) {
-    float shrink = moe_expf(*peak - top);
-    *sum *= shrink;
-    scale_all(out, d, shrink);
-  }
-  *peak = top;
-  *sum += added;
-}
-
 static void soften_block(const problem *p, const stack *k, int64_t first, int64_t n, work *w) {
   int64_t d = p->s.head_dim;
   for (int64_t r = 0; r < k->rows; r++) {
@@ -212,7 +186,7 @@ static void soften_block(const problem *p, const stack *k, int64_t first, int64_
     int64_t a, b;
     visible(p, k, r, first, n, &a, &b);
     clear(row, a);
-    if (b > a) soften_row(row + a, b - a, d, &w->peak[r], &w->sum[r], w->out + r * d);
+    if (b > a) moe_cpu_soften_row(row + a, b - a, d, &w->peak[r], &w->sum[r], w->out + r * d);
     clear(row + b, n - b);
   }
 }
@@ -220,7 +194,7 @@ static void soften_block(const problem *p, const stack *k, int64_t first, int64_
 static void forward_stack(const problem *p, const stack *k, work *w, moe_tensor out, float *lse) {
   int64_t d = p->s.head_dim, begin = first_key(p, k->batch, k->begin);
   load_stack(p, k, p->qkv, p->stride, w->q);
-  scale_all(w->q, k->rows * d, p->scale);
+  moe_cpu_scale_row(w->q, k->rows * d, p->scale);
   clear(w->out, k->rows * d);
   clear(w->sum, k->rows);
   for (int64_t r = 0; r < k->rows; r++) w->peak[r] = -INFINITY;
@@ -236,7 +210,7 @@ static void forward_stack(const problem *p, const stack *k, work *w, moe_tensor 
   for (int64_t r = 0; r < k->rows; r++) {
     int64_t head = k->head + r % p->rep, i = k->begin + r / p->rep;
     lse[(k->batch * p->s.heads + head) * p->s.seq + i] = w->peak[r] + logf(w->sum[r]);
-    scale_all(w->out + r * d, d, 1.0f / w->sum[r]);
+    moe_cpu_scale_row(w->out + r * d, d, 1.0f / w->sum[r]);
   }
   store_stack(p, k, out, p->s.heads * d, w->out);
 }
@@ -305,7 +279,7 @@ static void backward_stack(const problem *p, const stack *k, work *w, moe_tensor
                            moe_tensor dqkv) {
   int64_t d = p->s.head_dim, begin = first_key(p, k->batch, k->begin);
   load_stack(p, k, p->qkv, p->stride, w->q);
-  scale_all(w->q, k->rows * d, p->scale);
+  moe_cpu_scale_row(w->q, k->rows * d, p->scale);
   load_stack(p, k, dout, p->s.heads * d, w->dout);
   load_stack(p, k, out, p->s.heads * d, w->out);
   row_terms(p, k, lse, w);
@@ -322,7 +296,7 @@ static void backward_stack(const problem *p, const stack *k, work *w, moe_tensor
     moe_cpu_product(MOE_TN, n, d, k->rows, w->dp, n, w->q, d, 1.0f, dk + at, d);
     moe_cpu_product(MOE_NN, k->rows, d, n, w->dp, n, key.data, key.stride, 1.0f, dq, d);
   }
-  scale_all(dq, k->rows * d, p->scale);
+  moe_cpu_scale_row(dq, k->rows * d, p->scale);
   store_stack(p, k, dqkv, p->stride, dq);
 }
 

@@ -46,4 +46,13 @@ static inline float moe_expf(float x) {
   return x == x ? y : x;
 }
 
+static inline float moe_sigmoidf(float x) {
+  return 1.0f / (1.0f + moe_expf(-x));
+}
+/* silu(g) * u with s = sigmoid(g), an expert's hidden activation before its gate: one formula for
+ * forward, backward and generation. */
+static inline float moe_swigluf(float g, float s, float u) {
+  return g * s * u;
+}
+
 #endif

@@ -114,16 +114,6 @@ static moe_status grouped_product(moe_device *dev, const grouped *g) {
 
 /* ---- SwiGLU ---------------------------------------------------------------------------------- */
 
-static inline float sigmoid(float x) {
-  return 1.0f / (1.0f + moe_expf(-x));
-}
-
-/* silu(g) * u with s = sigmoid(g), the hidden activation before its gate: one formula for forward
- * and backward. */
-static inline float swiglu(float g, float s, float u) {
-  return g * s * u;
-}
-
 /* gu is stored first and read back, so that backward, which has only the stored values, makes the
  * same a. */
 static void finish_up(const grouped *g, int64_t row, int64_t rows, float *values) {
@@ -138,7 +128,8 @@ static void finish_up(const grouped *g, int64_t row, int64_t rows, float *values
       const float *up = moe_cpu_view(g->gu, r * g->n + ffn + i, n, up_part);
       float *a = g->a.dtype == MOE_F32 ? (float *)g->a.data + r * ffn + i : hidden;
 #pragma omp simd
-      for (int64_t f = 0; f < n; f++) a[f] = scale * swiglu(gate[f], sigmoid(gate[f]), up[f]);
+      for (int64_t f = 0; f < n; f++)
+        a[f] = scale * moe_swigluf(gate[f], moe_sigmoidf(gate[f]), up[f]);
       if (a == hidden) moe_cpu_store(g->a, r * ffn + i, n, hidden);
     }
   }
@@ -184,7 +175,7 @@ static float differentiate(int64_t n, float scale, float *gate, float *up, float
 #pragma omp simd reduction(+ : dot)
   for (int64_t f = 0; f < n; f++) {
     float g = gate[f], u = up[f], grad = da[f];
-    float s = sigmoid(g), h = swiglu(g, s, u);
+    float s = moe_sigmoidf(g), h = moe_swigluf(g, s, u);
     dot += grad * h;
     grad *= scale;
     gate[f] = grad * u * s * (1.0f + g * (1.0f - s));

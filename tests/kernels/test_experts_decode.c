@@ -1,0 +1,182 @@
+/* The experts of a few tokens against float64. */
+#include <criterion/criterion.h>
+#include <math.h>
+
+#include "tests/support/op_check.h"
+
+typedef struct {
+  int64_t t, k, e, d, f;
+  int skip; /* about one choice in `skip` is -1; 0: none */
+} shape;
+
+typedef struct {
+  shape s;
+  op_tensor x, experts, gates, w13, w2, hidden, out;
+} setup;
+
+/* K different experts per token, some of them taken out. */
+static int32_t *choices(shape s) {
+  int32_t *list = op_int32s(s.t * s.k);
+  for (int64_t i = 0; i < s.t * s.k; i++) {
+    int64_t first = op_pick("first", i / s.k, s.e), step = i % s.k;
+    list[i] = (int32_t)((first + step) % s.e);
+    if (s.skip > 0 && op_pick("skip", i, s.skip) == 0) list[i] = -1;
+  }
+  return list;
+}
+
+static setup make(moe_device *dev, moe_dtype act, shape s) {
+  setup u = {.s = s};
+  u.x = op_random(dev, "x", act, OP_SHAPE(s.t, s.d), 1.0);
+  u.experts = op_ints(dev, "experts", OP_SHAPE(s.t, s.k), choices(s));
+  u.gates = op_random(dev, "gates", MOE_F32, OP_SHAPE(s.t, s.k), 0.5);
+  u.w13 = op_random(dev, "w13", act, OP_SHAPE(s.e, 2 * s.f, s.d), 1.0 / sqrt((double)s.d));
+  u.w2 = op_random(dev, "w2", act, OP_SHAPE(s.e, s.d, s.f), 1.0 / sqrt((double)s.f));
+  u.hidden = op_output(dev, "hidden", act, OP_SHAPE(s.t * s.k, s.f));
+  u.out = op_output(dev, "out", act, OP_SHAPE(s.t, s.d));
+  return u;
+}
+
+static void run(moe_device *dev, setup *u) {
+  op_ok(moe_experts_decode(dev, u->x.t, u->experts.t, u->gates.t, u->w13.t, u->w2.t, u->hidden.t,
+                           u->out.t));
+}
+
+/* One pair's part of out; the hidden activation is rounded once, as it is stored. */
+static void add_pair(const setup *u, moe_dtype act, int64_t pair, double *hidden, double *out) {
+  shape s = u->s;
+  int64_t e = (int64_t)u->experts.v[pair];
+  const double *x = u->x.v + pair / s.k * s.d, *w1 = u->w13.v + e * 2 * s.f * s.d;
+  for (int64_t i = 0; i < s.f; i++) {
+    double g = op_dot(w1 + i * s.d, x, s.d), v = op_dot(w1 + (s.f + i) * s.d, x, s.d);
+    hidden[i] = op_round(act, u->gates.v[pair] * g / (1.0 + exp(-g)) * v);
+  }
+  for (int64_t c = 0; c < s.d; c++) out[c] += op_dot(u->w2.v + (e * s.d + c) * s.f, hidden, s.f);
+}
+
+static void check(moe_device *dev, moe_dtype act, shape s) {
+  setup u = make(dev, act, s);
+  double *want = op_doubles(s.t * s.d), *hidden = op_doubles(s.f);
+  for (int64_t pair = 0; pair < s.t * s.k; pair++)
+    if (u.experts.v[pair] >= 0.0) add_pair(&u, act, pair, hidden, want + pair / s.k * s.d);
+  run(dev, &u);
+  op_close(u.out, want, 2.0 * op_tolerance(act));
+}
+
+/* ---- tests ----------------------------------------------------------------------------------- */
+
+static void few_tokens(moe_device *dev, moe_dtype act) {
+  const shape list[] = {{1, 4, 16, 96, 128, 0}, {1, 1, 1, 8, 8, 0},   {2, 2, 3, 20, 36, 0},
+                        {3, 4, 8, 768, 72, 0},  {7, 3, 5, 33, 17, 0}, {8, 4, 16, 64, 264, 0},
+                        {1, 2, 4, 520, 1032, 0}};
+  for (size_t i = 0; i < sizeof list / sizeof *list; i++) check(dev, act, list[i]);
+}
+Test(experts_decode, sums_the_chosen_experts_of_few_tokens) {
+  op_each(few_tokens);
+}
+
+static void more_tokens(moe_device *dev, moe_dtype act) {
+  const shape list[] = {{9, 2, 4, 64, 80, 0},
+                        {32, 4, 16, 64, 96, 0},
+                        {33, 2, 3, 40, 56, 0},
+                        {100, 4, 8, 32, 48, 0},
+                        {70, 1, 1, 16, 24, 0}}; /* all to one expert */
+  for (size_t i = 0; i < sizeof list / sizeof *list; i++) check(dev, act, list[i]);
+}
+Test(experts_decode, takes_many_tokens_in_passes) {
+  op_each(more_tokens);
+}
+
+static void skips(moe_device *dev, moe_dtype act) {
+  const shape list[] = {{3, 4, 8, 32, 40, 2},
+                        {40, 4, 8, 32, 40, 3},
+                        {1, 1, 4, 8, 16, 1},
+                        {12, 2, 4, 24, 16, 1}}; /* skip 1: nobody is chosen, out is zero */
+  for (size_t i = 0; i < sizeof list / sizeof *list; i++) check(dev, act, list[i]);
+}
+Test(experts_decode, skips_choices_of_minus_one_and_writes_zeros_for_none) {
+  op_each(skips);
+}
+
+/* A number that names no expert is skipped too, never followed. */
+static void strangers(moe_device *dev, moe_dtype act) {
+  shape s = {2, 2, 4, 16, 24, 0};
+  setup u = make(dev, act, s);
+  u.experts = op_ints(dev, "experts", OP_SHAPE(2, 2), (int32_t[]){1, 4, 1 << 30, -7});
+  double *want = op_doubles(s.t * s.d), *hidden = op_doubles(s.f);
+  add_pair(&u, act, 0, hidden, want);
+  run(dev, &u);
+  op_close(u.out, want, 2.0 * op_tolerance(act));
+}
+Test(experts_decode, skips_numbers_that_name_no_expert) {
+  op_each(strangers);
+}
+
+/* The same layer by sorting, as training does it. */
+static void sorted(moe_device *dev, moe_dtype act) {
+  shape s = {24, 4, 16, 64, 96, 0};
+  setup u = make(dev, act, s);
+  int64_t pairs = s.t * s.k;
+  op_tensor offsets = op_output(dev, "offsets", MOE_I32, OP_SHAPE(s.e + 1));
+  op_tensor pair = op_output(dev, "pair", MOE_I32, OP_SHAPE(pairs));
+  op_tensor slot = op_output(dev, "slot", MOE_I32, OP_SHAPE(s.t, s.k));
+  op_tensor rows = op_output(dev, "rows", act, OP_SHAPE(pairs, s.d));
+  op_tensor gates = op_output(dev, "sorted gates", MOE_F32, OP_SHAPE(pairs));
+  op_tensor gu = op_output(dev, "gu", act, OP_SHAPE(pairs, 2 * s.f));
+  op_tensor a = op_output(dev, "a", act, OP_SHAPE(pairs, s.f));
+  op_tensor y = op_output(dev, "y", act, OP_SHAPE(pairs, s.d));
+  op_tensor out = op_output(dev, "sorted out", act, OP_SHAPE(s.t, s.d));
+  op_scratch(dev, moe_expert_scratch(dev, pairs, s.d, s.f, act));
+  op_ok(moe_permute_plan(dev, u.experts.t, 1, offsets.t, pair.t, slot.t));
+  op_ok(moe_gather_rows(dev, u.x.t, pair.t, s.k, rows.t));
+  op_ok(moe_gather_gates(dev, u.gates.t, pair.t, gates.t));
+  op_ok(moe_expert_up(dev, rows.t, offsets.t, u.w13.t, gates.t, gu.t, a.t));
+  op_ok(moe_expert_down(dev, a.t, offsets.t, u.w2.t, y.t));
+  op_ok(moe_combine_rows(dev, y.t, slot.t, 0, 0, out.t));
+  run(dev, &u);
+  op_read(&out);
+  op_close(u.out, out.v, 4.0 * op_tolerance(act));
+}
+Test(experts_decode, agrees_with_sorted_expert_products) {
+  op_each(sorted);
+}
+
+static void twice(moe_device *dev, moe_dtype act) {
+  for (int64_t t = 1; t <= 17; t += 8) {
+    setup u = make(dev, act, (shape){t, 4, 8, 96, 520, 0});
+    run(dev, &u);
+    op_tensor out = op_clone(dev, u.out);
+    run(dev, &u);
+    op_equal(u.out, out.v);
+  }
+}
+Test(experts_decode, gives_the_same_bits_again) {
+  op_each(twice);
+}
+
+static void any_threads(moe_device *dev) {
+  check(dev, MOE_F32, (shape){5, 2, 4, 40, 72, 0});
+  check(dev, MOE_BF16, (shape){40, 2, 4, 40, 72, 4});
+}
+Test(experts_decode, shares_work_among_any_number_of_threads) {
+  for (int threads = 1; threads <= 4; threads++) op_with_threads(threads, any_threads);
+}
+
+static void refusals(moe_device *dev) {
+  static float block[64];
+  moe_tensor x = moe_tensor_2d(block, MOE_F32, 2, 4), pairs = moe_tensor_2d(block, MOE_F32, 2, 1);
+  moe_tensor experts = moe_tensor_2d(block, MOE_I32, 2, 1);
+  moe_tensor w13 = moe_tensor_3d(block, MOE_F32, 1, 6, 4),
+             hidden = moe_tensor_2d(block, MOE_F32, 2, 3);
+  moe_tensor w2 = moe_tensor_3d(block, MOE_F32, 1, 4, 3),
+             wide = moe_tensor_3d(block, MOE_F32, 1, 4, 5);
+  op_refuses(MOE_INVALID, "experts_decode: w2 is fp32 [1, 4, 5]: it must be fp32 [1, 4, 3]",
+             moe_experts_decode(dev, x, experts, pairs, w13, wide, hidden, x));
+  op_refuses(MOE_INVALID, "hidden is fp32 [2, 4]: it must be fp32 [2, 3]",
+             moe_experts_decode(dev, x, experts, pairs, w13, w2, x, x));
+  op_refuses(MOE_INVALID, "experts is fp32",
+             moe_experts_decode(dev, x, pairs, pairs, w13, w2, hidden, x));
+}
+Test(experts_decode, refuses_wrong_operands) {
+  op_each_device(refusals);
+}
