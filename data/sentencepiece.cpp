@@ -192,6 +192,24 @@ int moe_sentencepiece_id(const moe_sentencepiece *p, const char *piece) {
   });
 }
 
+moe_piece_kind moe_sentencepiece_kind(const moe_sentencepiece *p, int id) {
+  const auto &m = p->processor;
+  return m.IsUnknown(id)   ? MOE_PIECE_UNKNOWN
+         : m.IsControl(id) ? MOE_PIECE_CONTROL
+         : m.IsByte(id)    ? MOE_PIECE_BYTE
+         : m.IsUnused(id)  ? MOE_PIECE_UNUSED
+                           : MOE_PIECE_NORMAL;
+}
+
+float moe_sentencepiece_score(const moe_sentencepiece *p, int id) {
+  return p->processor.GetScore(id);
+}
+
+char *moe_sentencepiece_serialize(const moe_sentencepiece *p, int64_t *size, char *error) {
+  return guarded<char *>(
+      error, nullptr, [&] { return copied(p->processor.serialized_model_proto(), size, error); });
+}
+
 char *moe_sentencepiece_train(const moe_tokenizer_training *options, moe_next_sentence next,
                               void *context, int64_t *size, moe_status *input_status, char *error) {
   *input_status = MOE_OK;

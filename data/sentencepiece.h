@@ -24,6 +24,11 @@ char *moe_sentencepiece_decode(const moe_sentencepiece *p, const int32_t *ids, i
                                int64_t *length, char error[MOE_SENTENCEPIECE_ERROR]);
 const char *moe_sentencepiece_piece(const moe_sentencepiece *p, int id);
 int moe_sentencepiece_id(const moe_sentencepiece *p, const char *piece); /* -1: none */
+moe_piece_kind moe_sentencepiece_kind(const moe_sentencepiece *p, int id);
+float moe_sentencepiece_score(const moe_sentencepiece *p, int id);
+/* The model file's bytes; malloc'd, or NULL. */
+char *moe_sentencepiece_serialize(const moe_sentencepiece *p, int64_t *size,
+                                  char error[MOE_SENTENCEPIECE_ERROR]);
 /* *status gets what `next` returned. malloc'd model or NULL. */
 char *moe_sentencepiece_train(const moe_tokenizer_training *options, moe_next_sentence next,
                               void *context, int64_t *size, moe_status *status,

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "data/sentencepiece.h"
+#include "data/sentencepiece_model.pb-c.h"
 
 struct moe_tokenizer {
   char *name;
@@ -193,6 +194,50 @@ int32_t moe_tokenizer_id(const moe_tokenizer *t, const char *piece) {
   for (int32_t id = 0; id < MOE_BYTES_VOCAB; id++)
     if (strcmp(moe_tokenizer_piece(t, id), piece) == 0) return id;
   return -1;
+}
+
+/* ---- what it is made of ---- */
+
+static void describe_model(const Moe__Spm__ModelProto *model, moe_tokenizer_spec *out) {
+  const Moe__Spm__TrainerSpec *t = model->trainer_spec;
+  const Moe__Spm__NormalizerSpec *n = model->normalizer_spec;
+  out->type = (moe_tokenizer_type)t->model_type; /* ours are numbered like theirs, from 1 */
+  out->byte_fallback = t->byte_fallback;
+  out->dummy_prefix = n->add_dummy_prefix;
+  out->verbatim = n->precompiled_charsmap.len == 0 && n->escape_whitespaces &&
+                  !n->remove_extra_whitespaces && !t->treat_whitespace_as_suffix;
+  for (size_t i = 0; i < model->n_pieces; i++) out->user_defined += model->pieces[i]->type == 4;
+}
+
+moe_status moe_tokenizer_describe(const moe_tokenizer *t, moe_tokenizer_spec *out) {
+  char error[MOE_SENTENCEPIECE_ERROR] = "";
+  int64_t size = 0;
+  *out = (moe_tokenizer_spec){.byte_fallback = true, .verbatim = true};
+  if (!t->model) return MOE_OK;
+  char *bytes = moe_sentencepiece_serialize(t->model, &size, error);
+  if (!bytes) return moe_fail(MOE_NO_MEMORY, "cannot describe tokenizer: %s: %s", t->name, error);
+  Moe__Spm__ModelProto *model =
+      moe__spm__model_proto__unpack(NULL, (size_t)size, (const uint8_t *)bytes);
+  free(bytes);
+  bool known = model && model->trainer_spec && model->normalizer_spec &&
+               model->trainer_spec->model_type >= MOE_TOKENIZER_UNIGRAM &&
+               model->trainer_spec->model_type <= MOE_TOKENIZER_CHAR;
+  if (known) describe_model(model, out);
+  moe__spm__model_proto__free_unpacked(model, NULL);
+  if (known) return MOE_OK;
+  return moe_fail(MOE_DAMAGED, "cannot describe tokenizer: %s: it does not say how it was made",
+                  t->name);
+}
+
+moe_piece_kind moe_tokenizer_piece_kind(const moe_tokenizer *t, int32_t id) {
+  if (t->model) return moe_sentencepiece_kind(t->model, id);
+  return id >= MOE_BYTES_FIRST ? MOE_PIECE_BYTE
+         : id == MOE_TOKEN_UNK ? MOE_PIECE_UNKNOWN
+                               : MOE_PIECE_CONTROL;
+}
+
+float moe_tokenizer_piece_score(const moe_tokenizer *t, int32_t id) {
+  return t->model ? moe_sentencepiece_score(t->model, id) : 0.0f;
 }
 
 /* ---- training ---- */

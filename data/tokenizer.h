@@ -56,6 +56,42 @@ const char *moe_tokenizer_piece(const moe_tokenizer *t, int32_t id);
 /* The id of a piece, -1 when there is none. */
 int32_t moe_tokenizer_id(const moe_tokenizer *t, const char *piece);
 
+/* ---- what a tokenizer is made of, for those who write it in other formats ---- */
+
+typedef enum {
+  MOE_TOKENIZER_BYTES,
+  MOE_TOKENIZER_UNIGRAM,
+  MOE_TOKENIZER_BPE,
+  MOE_TOKENIZER_WORD,
+  MOE_TOKENIZER_CHAR
+} moe_tokenizer_type;
+
+typedef struct {
+  moe_tokenizer_type type;
+  bool byte_fallback; /* characters without a piece become byte pieces */
+  /* Text reaches the model as it is, but with U+2581 for spaces: no normalisation, no blanks
+   * removed, no word-final spaces. */
+  bool verbatim;
+  bool dummy_prefix; /* a space is put before every text */
+  int user_defined;  /* pieces that are matched before all others */
+} moe_tokenizer_spec;
+
+/* MOE_DAMAGED when the model file does not say. */
+moe_status moe_tokenizer_describe(const moe_tokenizer *t, moe_tokenizer_spec *out);
+
+typedef enum {
+  MOE_PIECE_NORMAL, /* user-defined ones too */
+  MOE_PIECE_UNKNOWN,
+  MOE_PIECE_CONTROL, /* not found in texts: <bos> */
+  MOE_PIECE_BYTE,    /* <0x0A> */
+  MOE_PIECE_UNUSED
+} moe_piece_kind;
+
+/* Both need an id inside the vocabulary. Scores: log probability (unigram), minus the rank (bpe),
+ * 0 (bytes). */
+moe_piece_kind moe_tokenizer_piece_kind(const moe_tokenizer *t, int32_t id);
+float moe_tokenizer_piece_score(const moe_tokenizer *t, int32_t id);
+
 /* ---- training ---- */
 
 typedef struct {

@@ -186,3 +186,44 @@ Test(tokenizer, refuses_what_is_no_model, .init = make_folder, .fini = remove_fo
   fails(MOE_DAMAGED, "a.model", moe_tokenizer_open(in_folder("a.model"), &t));
   fails(MOE_DAMAGED, "not a file", moe_tokenizer_open(folder, &t));
 }
+
+/* ---- what it is made of ---- */
+
+static void expect_made_like_ours(const char *type, moe_tokenizer_type expected) {
+  moe_tokenizer *t = trained(type);
+  moe_tokenizer_spec spec;
+  ok(moe_tokenizer_describe(t, &spec));
+  cr_assert_eq(spec.type, expected);
+  cr_assert(spec.byte_fallback && spec.verbatim && !spec.dummy_prefix && spec.user_defined == 0);
+  static const moe_piece_kind specials[] = {MOE_PIECE_CONTROL, MOE_PIECE_UNKNOWN, MOE_PIECE_CONTROL,
+                                            MOE_PIECE_CONTROL};
+  for (int id = 0; id < 4; id++) cr_assert_eq(moe_tokenizer_piece_kind(t, id), specials[id]);
+  int bytes = 0, normal = 0;
+  for (int id = 4; id < moe_tokenizer_vocab_size(t); id++) {
+    bytes += moe_tokenizer_piece_kind(t, id) == MOE_PIECE_BYTE;
+    if (moe_tokenizer_piece_kind(t, id) != MOE_PIECE_NORMAL) continue;
+    normal++;
+    cr_assert_leq(moe_tokenizer_piece_score(t, id), 0.0f);
+  }
+  cr_assert_eq(bytes, 256);
+  cr_assert_eq(normal, 310 - 4 - 256);
+  moe_tokenizer_close(t);
+}
+
+Test(tokenizer, says_how_a_unigram_model_was_made) {
+  expect_made_like_ours("unigram", MOE_TOKENIZER_UNIGRAM);
+}
+Test(tokenizer, says_how_a_bpe_model_was_made) {
+  expect_made_like_ours("bpe", MOE_TOKENIZER_BPE);
+}
+
+Test(tokenizer, says_what_bytes_are) {
+  moe_tokenizer *t;
+  moe_tokenizer_spec spec;
+  ok(moe_tokenizer_open("bytes", &t));
+  ok(moe_tokenizer_describe(t, &spec));
+  cr_assert(spec.type == MOE_TOKENIZER_BYTES && spec.verbatim && !spec.dummy_prefix);
+  cr_assert_eq(moe_tokenizer_piece_kind(t, MOE_TOKEN_UNK), MOE_PIECE_UNKNOWN);
+  cr_assert_eq(moe_tokenizer_piece_kind(t, MOE_BYTES_FIRST), MOE_PIECE_BYTE);
+  moe_tokenizer_close(t);
+}
