@@ -5,6 +5,7 @@
 
 #include <stdlib.h>
 
+#include "core/base/progress.h"
 #include "kernels/backend.h"
 
 static int cuda_count(void) {
@@ -117,7 +118,10 @@ moe_status moe_device_sync(moe_device *dev) {
   if (forbidden(dev, "the device was waited for"))
     return moe_fail(MOE_INVALID, "graph: the device cannot be waited for while its work is being "
                                  "recorded: wait before or after");
-  return dev->backend->sync(dev);
+  moe_progress_wait("the device's work");
+  moe_status status = dev->backend->sync(dev);
+  moe_progress_return();
+  return status;
 }
 
 /* ---- graphs ------------------------------------------------------------------------------ */
@@ -173,4 +177,5 @@ void *moe_device_scratch(moe_device *dev, int64_t bytes) {
 void moe_device_label(moe_device *dev, const char *what, int64_t layer) {
   dev->label = what;
   dev->label_layer = layer;
+  moe_progress_label(what, layer);
 }

@@ -5,31 +5,45 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/base/progress.h"
 #include "parallel/comm_backend.h"
 
 enum { GATHER_TAG = 1, MESSAGE_BYTES = 1024 };
 
+static moe_status all_reduce(moe_comm *c, void *x, int n, MPI_Datatype type, moe_reduce_op op) {
+  moe_progress_collective("host all-reduce");
+  int code = MPI_Allreduce(MPI_IN_PLACE, x, n, type, moe_mpi_op(op), c->mpi);
+  moe_progress_return();
+  return moe_mpi_check(code, "MPI_Allreduce");
+}
+
 moe_status moe_comm_host_all_reduce_i64(moe_comm *c, int64_t *x, int n, moe_reduce_op op) {
-  MPI_TRY(MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_INT64_T, moe_mpi_op(op), c->mpi));
-  return MOE_OK;
+  return all_reduce(c, x, n, MPI_INT64_T, op);
 }
 
 moe_status moe_comm_host_all_reduce_f64(moe_comm *c, double *x, int n, moe_reduce_op op) {
-  MPI_TRY(MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, moe_mpi_op(op), c->mpi));
-  return MOE_OK;
+  return all_reduce(c, x, n, MPI_DOUBLE, op);
 }
 
 moe_status moe_comm_host_all_gather(moe_comm *c, const void *x, int64_t bytes, void *out) {
-  return moe_mpi_all_gather(c, x, bytes, out);
+  moe_progress_collective("host all-gather");
+  moe_status status = moe_mpi_all_gather(c, x, bytes, out);
+  moe_progress_return();
+  return status;
 }
 
 moe_status moe_comm_host_broadcast(moe_comm *c, void *x, int64_t bytes, int root) {
-  return moe_mpi_broadcast(c, x, bytes, root);
+  moe_progress_collective("host broadcast");
+  moe_status status = moe_mpi_broadcast(c, x, bytes, root);
+  moe_progress_return();
+  return status;
 }
 
 moe_status moe_comm_barrier(moe_comm *c) {
-  MPI_TRY(MPI_Barrier(c->mpi));
-  return MOE_OK;
+  moe_progress_collective("barrier");
+  int code = MPI_Barrier(c->mpi);
+  moe_progress_return();
+  return moe_mpi_check(code, "MPI_Barrier");
 }
 
 /* ---- gather of variable lengths ------------------------------------------------------------ */
@@ -60,8 +74,8 @@ static moe_status collect(moe_comm *c, const void *x, const int64_t *lengths, ch
   return MOE_OK;
 }
 
-moe_status moe_comm_host_gather_bytes(moe_comm *c, const void *x, int64_t bytes, int root,
-                                      void **out, int64_t *lengths) {
+static moe_status gather_bytes(moe_comm *c, const void *x, int64_t bytes, int root, void **out,
+                               int64_t *lengths) {
   int64_t total = 0;
   char *all = NULL;
   MPI_TRY(MPI_Gather(&bytes, 1, MPI_INT64_T, lengths, 1, MPI_INT64_T, root, c->mpi));
@@ -85,6 +99,14 @@ moe_status moe_comm_host_gather_bytes(moe_comm *c, const void *x, int64_t bytes,
     all = NULL;
   }
   *out = all;
+  return status;
+}
+
+moe_status moe_comm_host_gather_bytes(moe_comm *c, const void *x, int64_t bytes, int root,
+                                      void **out, int64_t *lengths) {
+  moe_progress_collective("host gather");
+  moe_status status = gather_bytes(c, x, bytes, root, out, lengths);
+  moe_progress_return();
   return status;
 }
 
@@ -126,7 +148,7 @@ moe_status moe_agree(moe_comm *c, moe_status mine) {
     if (!*message) message = moe_status_name(mine);
     strncpy(worst.text, message, sizeof worst.text - 1);
   }
-  MOE_TRY(moe_mpi_broadcast(c, &worst, sizeof worst, who));
+  MOE_TRY(moe_comm_host_broadcast(c, &worst, sizeof worst, who));
   if (names_a_rank(worst.text)) return moe_fail((moe_status)worst.status, "%s", worst.text);
   return moe_fail((moe_status)worst.status, "rank %d: %s", who, worst.text);
 }

@@ -2,10 +2,13 @@
 #include "core/base/log.h"
 
 #include <math.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { LINE_SIZE = 8192 };
 
@@ -21,14 +24,21 @@ const char *moe_log_program(void) {
   return program_name;
 }
 
-__attribute__((format(printf, 2, 0))) static void say(const char *kind, const char *format,
-                                                      va_list args) {
+enum { LINE_ROOM = LINE_SIZE + 256 };
+
+__attribute__((format(printf, 3, 0))) static void compose(char line[LINE_ROOM], const char *kind,
+                                                          const char *format, va_list args) {
   char text[LINE_SIZE];
   vsnprintf(text, sizeof text, format, args);
   char who[32] = "";
   if (program_rank > 0) snprintf(who, sizeof who, " (rank %d)", program_rank);
-  char line[LINE_SIZE + 256];
-  snprintf(line, sizeof line, "%.128s%s: %s%s\n", program_name, who, kind, text);
+  snprintf(line, LINE_ROOM, "%.128s%s: %s%s\n", program_name, who, kind, text);
+}
+
+__attribute__((format(printf, 2, 0))) static void say(const char *kind, const char *format,
+                                                      va_list args) {
+  char line[LINE_ROOM];
+  compose(line, kind, format, args);
   fputs(line, stderr);
 }
 
@@ -52,6 +62,18 @@ void moe_error(const char *format, ...) {
   va_start(args, format);
   say("", format, args);
   va_end(args);
+}
+
+void moe_error_now(const char *format, ...) {
+  char line[LINE_ROOM];
+  struct pollfd out = {.fd = STDERR_FILENO, .events = POLLOUT};
+  va_list args;
+  va_start(args, format);
+  compose(line, "", format, args);
+  va_end(args);
+  if (poll(&out, 1, 1000) <= 0) return;
+  ssize_t written = write(STDERR_FILENO, line, strlen(line));
+  (void)written; /* there is nobody left to tell */
 }
 
 int moe_report(moe_status status) {

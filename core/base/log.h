@@ -18,6 +18,10 @@ void moe_info(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void moe_warn(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void moe_error(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+/* moe_error for a process that hangs: past stdio, whose lock the hanging thread may hold, and not
+ * at all when stderr takes nothing for a second. */
+void moe_error_now(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
 /* Print the thread's error message as `program: message` (with the trail when MOE_TRACE is set in
  * the environment) and return the exit code of `status`. */
 int moe_report(moe_status status);

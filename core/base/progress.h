@@ -15,11 +15,12 @@ extern "C" {
 #endif
 
 /* name, what a person calls it, setting that limits it */
-#define MOE_PHASE_MAP(X)                    \
-  X(START, "start", "run.watchdog_start_s") \
-  X(STEP, "step", "run.watchdog_step_s")    \
-  X(SAVE, "save", "run.watchdog_save_s")    \
-  X(EVALUATION, "evaluation", "run.watchdog_evaluation_s")
+#define MOE_PHASE_MAP(X)                                   \
+  X(START, "start", "run.watchdog_start_s")                \
+  X(STEP, "step", "run.watchdog_step_s")                   \
+  X(SAVE, "save", "run.watchdog_save_s")                   \
+  X(EVALUATION, "evaluation", "run.watchdog_evaluation_s") \
+  X(END, "end", "run.watchdog_start_s")
 
 typedef enum {
 #define X(name, text, setting) MOE_PHASE_##name,
