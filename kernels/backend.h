@@ -11,12 +11,6 @@
 extern "C" {
 #endif
 
-/* A point in a stream's time. */
-typedef union {
-  double seconds;
-  void *event;
-} moe_mark;
-
 typedef struct moe_backend {
   const char *name;
   bool is_host;
@@ -38,6 +32,7 @@ typedef struct moe_backend {
   /* Graphs (device.h); NULL where there are none. end takes the recording off the stream even when
    * it fails, and sets *out only when it succeeds. */
   moe_status (*graph_begin)(moe_device *dev);
+  moe_status (*wait)(moe_device *dev, const moe_mark *mark);
   moe_status (*graph_end)(moe_device *dev, moe_graph **out);
   moe_status (*graph_launch)(moe_device *dev, moe_graph *graph);
   void (*graph_destroy)(moe_device *dev, moe_graph *graph);
@@ -112,8 +107,9 @@ typedef struct moe_backend {
                            moe_tensor scale);
   moe_status (*adamw)(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_tensor scale,
                       moe_tensor master, moe_tensor m, moe_tensor v, moe_tensor weight);
-  moe_status (*sample)(moe_device *dev, moe_tensor logits, moe_sample_args args,
-                       uint64_t row_stream, uint64_t index, moe_tensor token);
+  moe_status (*sample)(moe_device *dev, moe_tensor logits, moe_sample_args args, moe_tensor streams,
+                       moe_tensor positions, moe_tensor token);
+  moe_status (*advance)(moe_device *dev, moe_tensor counts, moe_tensor by);
 } moe_backend;
 
 struct moe_device {

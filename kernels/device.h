@@ -50,6 +50,16 @@ moe_status moe_device_download(moe_device *dev, void *to_host, const void *from_
                                int64_t bytes);
 moe_status moe_device_sync(moe_device *dev);
 
+/* A point in the device's stream: waiting for it does not wait for what is queued after it. Zero at
+ * first; marking again moves it; forget releases it. */
+typedef union {
+  double seconds;
+  void *event;
+} moe_mark;
+void moe_device_mark(moe_device *dev, moe_mark *mark);
+moe_status moe_device_wait(moe_device *dev, const moe_mark *mark);
+void moe_device_forget(moe_device *dev, moe_mark *mark);
+
 /* Scratch memory the kernels may use inside one op; contents do not survive it. The caller plans
  * it with the moe_*_scratch functions in ops.h and hands it over once. */
 void moe_device_set_scratch(moe_device *dev, void *data, int64_t bytes);

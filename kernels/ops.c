@@ -291,15 +291,23 @@ moe_status moe_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_
 
 /* ---- decode ------------------------------------------------------------------------------ */
 
-moe_status moe_sample(moe_device *dev, moe_tensor logits, moe_sample_args args, uint64_t row_stream,
-                      uint64_t index, moe_tensor token) {
+moe_status moe_sample(moe_device *dev, moe_tensor logits, moe_sample_args args, moe_tensor streams,
+                      moe_tensor positions, moe_tensor token) {
   MOE_TRY(moe_check_2d("sample", "logits", logits, MOE_IS_F32, MOE_ANY, MOE_ANY));
   MOE_TRY(moe_check_rule("sample", logits.shape[1] > 0, "the vocabulary must not be empty"));
+  MOE_TRY(moe_check_1d("sample", "streams", streams, MOE_IS_I32, logits.shape[0]));
+  MOE_TRY(moe_check_1d("sample", "positions", positions, MOE_IS_I32, logits.shape[0]));
   MOE_TRY(moe_check_1d("sample", "token", token, MOE_IS_I32, logits.shape[0]));
   MOE_TRY(moe_check_rule("sample", args.temperature >= 0.0f && isfinite(args.temperature),
                          "temperature must be 0 or above"));
   MOE_TRY(moe_check_rule("sample", args.top_k >= 0, "top_k must be 0 (all) or above"));
   MOE_TRY(
       moe_check_rule("sample", args.top_p > 0.0f && args.top_p <= 1.0f, "top_p must be in (0, 1]"));
-  return dev->backend->sample(dev, logits, args, row_stream, index, token);
+  return dev->backend->sample(dev, logits, args, streams, positions, token);
+}
+
+moe_status moe_advance(moe_device *dev, moe_tensor counts, moe_tensor by) {
+  MOE_TRY(moe_check_1d("advance", "counts", counts, MOE_IS_I32, MOE_ANY));
+  MOE_TRY(moe_check_1d("advance", "by", by, MOE_IS_I32, counts.shape[0]));
+  return dev->backend->advance(dev, counts, by);
 }

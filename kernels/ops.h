@@ -250,10 +250,13 @@ typedef struct {
 
 /* token i32 [n] out from logits [n, V] f32: argmax (ties to the lower index), or a draw from
  * softmax(logits / temperature) cut to the top_k largest and then to the smallest set whose mass
- * reaches top_p. Row i draws number `index` of stream `row_stream + i`: the same text on any
- * backend and batch. Source of top-p: Holtzman et al. 2020, arXiv:1904.09751. */
-moe_status moe_sample(moe_device *dev, moe_tensor logits, moe_sample_args args, uint64_t row_stream,
-                      uint64_t index, moe_tensor token);
+ * reaches top_p. Row i draws number positions[i] of stream streams[i] (i32 [n] each, on the device,
+ * so that a step may be queued without knowing them): the same text on any backend and batch.
+ * Source of top-p: Holtzman et al. 2020, arXiv:1904.09751. */
+moe_status moe_sample(moe_device *dev, moe_tensor logits, moe_sample_args args, moe_tensor streams,
+                      moe_tensor positions, moe_tensor token);
+/* counts i32 [n] += by i32 [n]: the lengths of sequences after a step, without the host. */
+moe_status moe_advance(moe_device *dev, moe_tensor counts, moe_tensor by);
 
 #ifdef __cplusplus
 }

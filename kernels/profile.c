@@ -205,8 +205,11 @@ static moe_status timed_adamw(moe_device *dev, moe_adamw_args args, moe_tensor g
   TIMED(adamw, 0.0, (dev, args, grad, scale, master, m, v, weight));
 }
 static moe_status timed_sample(moe_device *dev, moe_tensor logits, moe_sample_args args,
-                               uint64_t row_stream, uint64_t index, moe_tensor token) {
-  TIMED(sample, 0.0, (dev, logits, args, row_stream, index, token));
+                               moe_tensor streams, moe_tensor positions, moe_tensor token) {
+  TIMED(sample, 0.0, (dev, logits, args, streams, positions, token));
+}
+static moe_status timed_advance(moe_device *dev, moe_tensor counts, moe_tensor by) {
+  TIMED(advance, 0.0, (dev, counts, by));
 }
 
 static void wrap(moe_backend *table) {
@@ -245,6 +248,7 @@ static void wrap(moe_backend *table) {
   table->clip_scale = timed_clip_scale;
   table->adamw = timed_adamw;
   table->sample = timed_sample;
+  table->advance = timed_advance;
 }
 
 moe_status moe_profile_start(moe_device *dev) {

@@ -21,6 +21,7 @@ extern "C" {
   X(GRADIENTS, "gradients")                 \
   X(STASH, "activations kept for backward") \
   X(WORK, "activations in work")            \
+  X(CACHE, "key/value cache")               \
   X(EXCHANGE, "exchange buffers")           \
   X(SCRATCH, "kernel scratch")
 

@@ -10,32 +10,12 @@
 #include <stdbool.h>
 #include <string.h>
 
+#include "core/base/philox.h"
+
 /* ---- Philox -------------------------------------------------------------------------------- */
 
-typedef struct {
-  uint32_t word[4];
-} block;
-
-/* Source: Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3". */
-static inline block philox(uint64_t key, uint64_t counter_low, uint64_t counter_high) {
-  uint32_t c0 = (uint32_t)counter_low, c1 = (uint32_t)(counter_low >> 32);
-  uint32_t c2 = (uint32_t)counter_high, c3 = (uint32_t)(counter_high >> 32);
-  uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-  for (int round = 0; round < 10; round++) {
-    uint64_t a = (uint64_t)0xD2511F53u * c0;
-    uint64_t b = (uint64_t)0xCD9E8D57u * c2;
-    c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
-    c1 = (uint32_t)b;
-    c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
-    c3 = (uint32_t)a;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return (block){{c0, c1, c2, c3}};
-}
-
 void moe_philox(uint64_t key, uint64_t counter_low, uint64_t counter_high, uint32_t out[4]) {
-  block b = philox(key, counter_low, counter_high);
+  moe_philox_block b = moe_philox_draw(key, counter_low, counter_high);
   memcpy(out, b.word, sizeof b.word);
 }
 
@@ -56,13 +36,11 @@ uint64_t moe_rng_stream(const char *text, int64_t a, int64_t b) {
 }
 
 float moe_rng_uniform(uint64_t seed, uint64_t stream, uint64_t index) {
-  return (float)(philox(seed, index, stream).word[0] >> 8) * 0x1p-24f;
+  return (float)(moe_philox_draw(seed, index, stream).word[0] >> 8) * 0x1p-24f;
 }
 
 double moe_rng_uniform_f64(uint64_t seed, uint64_t stream, uint64_t index) {
-  block b = philox(seed, index, stream);
-  uint64_t bits = (uint64_t)b.word[0] << 32 | b.word[1];
-  return (double)(bits >> 11) * 0x1p-53;
+  return moe_philox_uniform_f64(seed, stream, index);
 }
 
 /* ---- normal draws -------------------------------------------------------------------------- */
@@ -150,7 +128,7 @@ static inline void normal_pair(uint32_t radius, uint32_t turn, double std, float
 static void normal_chunk(uint64_t seed, uint64_t stream, uint64_t chunk, double std, float *out) {
   uint32_t word[4][CHUNK / 4];
   for (int i = 0; i < CHUNK / 4; i++) {
-    block b = philox(seed, chunk * (CHUNK / 4) + (uint64_t)i, stream);
+    moe_philox_block b = moe_philox_draw(seed, chunk * (CHUNK / 4) + (uint64_t)i, stream);
     for (int w = 0; w < 4; w++) word[w][i] = b.word[w];
   }
   for (int i = 0; i < CHUNK / 4; i++)
@@ -189,7 +167,8 @@ int64_t moe_rng_permute(uint64_t seed, uint64_t stream, int64_t n, int64_t index
   do {
     uint64_t left = x >> half, right = x & mask;
     for (uint64_t round = 0; round < ROUNDS; round++) {
-      uint64_t next = left ^ (philox(seed, right | (round + 1) << 32, stream).word[0] & mask);
+      uint64_t next =
+          left ^ (moe_philox_draw(seed, right | (round + 1) << 32, stream).word[0] & mask);
       left = right;
       right = next;
     }

@@ -60,6 +60,7 @@ static void print_memory(const moe_engine *e, const int64_t *bytes, int fullest,
   }
   fprintf(out, "\n");
   for (int i = 0; i < MOE_MEM_PURPOSES; i++) {
+    if (i == MOE_MEM_CACHE) continue; /* generation's */
     fprintf(out, "  %-32s %12s\n", moe_memory_purpose_text((moe_memory_purpose)i),
             moe_text_bytes(text, (double)bytes[i]));
   }

@@ -80,6 +80,12 @@ static void cpu_mark(moe_device *dev, moe_mark *out) {
   out->seconds = moe_clock_s();
 }
 
+static moe_status cpu_wait(moe_device *dev, const moe_mark *mark) {
+  (void)dev;
+  (void)mark;
+  return MOE_OK;
+}
+
 static double cpu_between(moe_device *dev, const moe_mark *from, const moe_mark *to) {
   (void)dev;
   return to->seconds - from->seconds;
@@ -116,6 +122,7 @@ static const moe_backend cpu_backend = {
     .download = cpu_move,
     .sync = cpu_sync,
     .mark = cpu_mark,
+    .wait = cpu_wait,
     .between = cpu_between,
     .forget = cpu_forget,
     .zero = moe_cpu_zero,
@@ -155,6 +162,7 @@ static const moe_backend cpu_backend = {
     .clip_scale = moe_cpu_clip_scale,
     .adamw = moe_cpu_adamw,
     .sample = moe_cpu_sample,
+    .advance = moe_cpu_advance,
 };
 
 /* "AMD EPYC, 2 threads". */

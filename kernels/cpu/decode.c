@@ -11,8 +11,8 @@
  *   4. weight of i: w_i = exp((logit_i - largest) / temperature) in f64, 1 where they are equal.
  *   5. top_p (1 or more: all): with W the sum of w over what stays, the shortest beginning of the
  *      order whose weight reaches top_p * W stays, at least one.
- *   6. draw: u = moe_rng_uniform_f64(seed, row_stream + row, index); with W' the sum of w over what
- *      stays, the first token in INDEX order whose running sum of w exceeds u * W'; if rounding
+ *   6. draw: u = moe_rng_uniform_f64(seed, streams[row], positions[row]); with W' the sum of w over
+ * what stays, the first token in INDEX order whose running sum of w exceeds u * W'; if rounding
  *      leaves none, the last that stays and has weight.
  *
  * Sums over what stays run in index order; a pass of a cut sums each of its 256 bins in index
@@ -125,13 +125,20 @@ static int64_t sample_row(const float *logit, int64_t count, moe_sample_args arg
 }
 
 moe_status moe_cpu_sample(moe_device *dev, moe_tensor logits, moe_sample_args args,
-                          uint64_t row_stream, uint64_t index, moe_tensor token) {
+                          moe_tensor streams, moe_tensor positions, moe_tensor token) {
   int64_t count = logits.shape[1];
   const float *logit = logits.data;
+  const uint32_t *stream = streams.data, *position = positions.data;
   int32_t *out = token.data;
 #pragma omp parallel for num_threads(moe_cpu_threads(dev))
   for (int64_t row = 0; row < logits.shape[0]; row++)
-    out[row] =
-        (int32_t)sample_row(logit + row * count, count, args, row_stream + (uint64_t)row, index);
+    out[row] = (int32_t)sample_row(logit + row * count, count, args, stream[row], position[row]);
+  return MOE_OK;
+}
+
+moe_status moe_cpu_advance(moe_device *dev, moe_tensor counts, moe_tensor by) {
+  (void)dev;
+  for (int64_t i = 0; i < counts.shape[0]; i++)
+    ((int32_t *)counts.data)[i] += ((const int32_t *)by.data)[i];
   return MOE_OK;
 }

@@ -80,7 +80,8 @@ moe_status moe_cuda_clip_scale(moe_device *dev, moe_tensor sum_squares, double m
 moe_status moe_cuda_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_tensor scale,
                           moe_tensor master, moe_tensor m, moe_tensor v, moe_tensor weight);
 moe_status moe_cuda_sample(moe_device *dev, moe_tensor logits, moe_sample_args args,
-                           uint64_t row_stream, uint64_t index, moe_tensor token);
+                           moe_tensor streams, moe_tensor positions, moe_tensor token);
+moe_status moe_cuda_advance(moe_device *dev, moe_tensor counts, moe_tensor by);
 
 #ifdef __cplusplus
 }

@@ -8,10 +8,10 @@
 #include <climits>
 #include <cmath>
 
-#include "core/base/rng.h"
+#include "core/base/philox.h"
 #include "kernels/cuda/common.cuh"
 
-constexpr int sample_threads = 1024, rows_at_once = 64;
+constexpr int sample_threads = 1024;
 
 typedef unsigned long long whole; /* what 64-bit atomics take */
 
@@ -22,7 +22,8 @@ struct sample_args {
   double temperature, top_p;
   int64_t top_k;
   int shift;
-  double uniform[rows_at_once]; /* each row's draw, made on the host */
+  uint64_t seed;
+  const uint32_t *streams, *positions; /* [rows] which draw is whose */
 };
 
 /* One row of logits and what is left of it, as this thread sees it. */
@@ -167,14 +168,15 @@ __global__ void __launch_bounds__(sample_threads)
     c.largest = c.value(token);
     if (p.top_k > 0 && p.top_k < p.count) cut_at(&c, (double)p.top_k, false);
     if (p.top_p < 1.0) cut_at(&c, p.top_p * ldexp((double)total_weight(c), -p.shift), true);
-    token = draw(c, p.uniform[blockIdx.x]);
+    token = draw(c, moe_philox_uniform_f64(p.seed, p.streams[blockIdx.x], p.positions[blockIdx.x]));
   }
   if (threadIdx.x == 0) p.token[blockIdx.x] = (int32_t)token;
 }
 
 moe_status moe_cuda_sample(moe_device *dev, moe_tensor logits, moe_sample_args args,
-                           uint64_t row_stream, uint64_t index, moe_tensor token) {
+                           moe_tensor streams, moe_tensor positions, moe_tensor token) {
   int64_t rows = logits.shape[0], count = logits.shape[1];
+  if (rows == 0) return MOE_OK;
   if (count > INT_MAX)
     return moe_fail(MOE_INVALID, "cuda: sample: a vocabulary of %lld is too large",
                     (long long)count);
@@ -185,14 +187,25 @@ moe_status moe_cuda_sample(moe_device *dev, moe_tensor logits, moe_sample_args a
   p.top_k = args.top_k;
   for (p.shift = 62; count >> (62 - p.shift) > 0; p.shift--) {
   }
-  for (int64_t row = 0; row < rows; row += rows_at_once) {
-    int64_t here = rows - row < rows_at_once ? rows - row : rows_at_once;
-    p.logits = cuda_data<float>(logits) + row * count;
-    p.token = cuda_data<int32_t>(token) + row;
-    for (int64_t i = 0; i < here; i++)
-      p.uniform[i] = moe_rng_uniform_f64(args.seed, row_stream + (uint64_t)(row + i), index);
-    sample_kernel<<<(unsigned)here, sample_threads, 0, cuda_of(dev)->stream>>>(p);
-    CUDA_LAUNCHED(dev);
-  }
+  p.logits = cuda_data<float>(logits);
+  p.token = cuda_data<int32_t>(token);
+  p.seed = args.seed;
+  p.streams = cuda_data<uint32_t>(streams);
+  p.positions = cuda_data<uint32_t>(positions);
+  sample_kernel<<<(unsigned)rows, sample_threads, 0, cuda_of(dev)->stream>>>(p);
+  CUDA_LAUNCHED(dev);
+  return MOE_OK;
+}
+
+__global__ void advance_kernel(int32_t *counts, const int32_t *by, int64_t n) {
+  stride(n, [=](int64_t i) { counts[i] += by[i]; });
+}
+
+moe_status moe_cuda_advance(moe_device *dev, moe_tensor counts, moe_tensor by) {
+  int64_t n = counts.shape[0];
+  if (n == 0) return MOE_OK;
+  advance_kernel<<<cuda_blocks(dev, n, 256), 256, 0, cuda_of(dev)->stream>>>(
+      cuda_data<int32_t>(counts), cuda_data<int32_t>(by), n);
+  CUDA_LAUNCHED(dev);
   return MOE_OK;
 }

@@ -123,11 +123,18 @@ static moe_status sync(moe_device *dev) {
 /* ---- time ---------------------------------------------------------------------------------- */
 
 static void mark(moe_device *dev, moe_mark *out) {
-  cudaEvent_t event = nullptr;
+  cudaEvent_t event = static_cast<cudaEvent_t>(out->event);
   use(dev);
-  if (cudaEventCreate(&event) != cudaSuccess) return;
+  if (event == nullptr && cudaEventCreate(&event) != cudaSuccess) return;
   cudaEventRecord(event, cuda_of(dev)->stream);
   out->event = event;
+}
+
+static moe_status wait_for(moe_device *dev, const moe_mark *mark) {
+  use(dev);
+  if (mark->event == nullptr) return sync(dev); /* no event was to be had */
+  CUDA_TRY(dev, cudaEventSynchronize(static_cast<cudaEvent_t>(mark->event)));
+  return MOE_OK;
 }
 
 static double between(moe_device *dev, const moe_mark *from, const moe_mark *to) {
@@ -267,6 +274,7 @@ static const moe_backend *table(void) {
   t.forget = forget;
 #define SLOT(name) t.name = moe_cuda_##name
   SLOT(zero), SLOT(copy), SLOT(add), SLOT(scale), SLOT(sum_squares);
+  t.wait = wait_for;
   SLOT(embed), SLOT(embed_backward);
   SLOT(rms_norm), SLOT(rms_norm_backward);
   SLOT(gemm);
@@ -279,7 +287,7 @@ static const moe_backend *table(void) {
   SLOT(expert_weight_grad), SLOT(expert_scratch);
   SLOT(cross_entropy);
   SLOT(clip_scale), SLOT(adamw);
-  SLOT(sample);
+  SLOT(sample), SLOT(advance);
 #undef SLOT
   return &t;
 }

@@ -195,7 +195,8 @@ static void make_moe(void) {
   X("adamw, 105 M", 30.0 * PARAMETERS, 0,                                                          \
     moe_adamw(dev, ADAMW, at(grad), at(scale), at(master), at(m), at(v), at(weight)))              \
   X("sample, 8 rows", 4.0 * 8 * V, 0,                                                              \
-    moe_sample(dev, at(sampled), (moe_sample_args){0.8f, 50, 0.9f, 1}, 0, 0, at(next)))
+    moe_sample(dev, at(sampled), (moe_sample_args){0.8f, 50, 0.9f, 1}, at(next), at(next),         \
+               at(next)))
 
 static int by_value(const void *p, const void *q) {
   double b = *(const double *)p, c = *(const double *)q;

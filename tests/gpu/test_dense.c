@@ -174,8 +174,10 @@ Test(gpu_sample, draws_the_same_tokens, .init = both_open, .fini = both_close) {
     int64_t rows = sizes[i][0], v = sizes[i][1];
     both logits = both_random("logits", MOE_F32, SHAPE(rows, v), 2.0);
     both token = both_output("token", MOE_I32, SHAPE(rows));
+    both streams = both_ints("streams", SHAPE(rows), 0, 1000);
+    both positions = both_ints("positions", SHAPE(rows), 0, 1 << 20);
     for (int n = 0; n < 5; n++) {
-      BOTH(moe_sample(dev, logits.t[s], list[n], 40, (uint64_t)n, token.t[s]));
+      BOTH(moe_sample(dev, logits.t[s], list[n], streams.t[s], positions.t[s], token.t[s]));
       AGREE(token, 0.0);
     }
   }

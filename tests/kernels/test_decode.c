@@ -7,14 +7,23 @@
 
 enum { DRAWS = 4000 };
 
+/* first, first + 1, ... */
+static op_tensor numbers_from(moe_device *dev, const char *name, int64_t n, int64_t first) {
+  int32_t *v = op_int32s(n);
+  for (int64_t i = 0; i < n; i++) v[i] = (int32_t)(first + i);
+  return op_ints(dev, name, OP_SHAPE(n), v);
+}
+
 /* Tokens of rows that all hold the same logits: row i draws from stream `stream + i`. */
 static const double *sample(moe_device *dev, const double *logits, int64_t v, int64_t rows,
-                            moe_sample_args args, uint64_t stream) {
+                            moe_sample_args args, int64_t stream) {
   double *all = op_doubles(rows * v);
   for (int64_t i = 0; i < rows * v; i++) all[i] = logits[i % v];
   op_tensor x = op_values(dev, "logits", MOE_F32, OP_SHAPE(rows, v), all);
   op_tensor token = op_output(dev, "token", MOE_I32, OP_SHAPE(rows));
-  op_ok(moe_sample(dev, x.t, args, stream, 5, token.t));
+  op_tensor streams = numbers_from(dev, "streams", rows, stream);
+  op_tensor positions = op_filled(dev, "positions", MOE_I32, OP_SHAPE(rows), 5.0);
+  op_ok(moe_sample(dev, x.t, args, streams.t, positions.t, token.t));
   op_read(&x);
   for (int64_t i = 0; i < rows * v; i++)
     op_require(x.v[i] == op_round(MOE_F32, all[i]) || isnan(all[i]), "logits are only read");
@@ -172,12 +181,15 @@ static void procedure(moe_device *dev) {
   x = op_values(dev, "logits", MOE_F32, OP_SHAPE(ROWS, V), x.v);
   const moe_sample_args list[] = {args(1.0f, 0, 1.0f), args(0.8f, 50, 0.9f), args(1.3f, 0, 0.95f),
                                   args(1.0f, 7, 1.0f)};
+  op_tensor streams = numbers_from(dev, "streams", ROWS, 300);
+  op_tensor positions = numbers_from(dev, "positions", ROWS, 11);
   for (int n = 0; n < 4; n++) {
     op_tensor token = op_output(dev, "token", MOE_I32, OP_SHAPE(ROWS));
-    op_ok(moe_sample(dev, x.t, list[n], 300, 11, token.t));
+    op_ok(moe_sample(dev, x.t, list[n], streams.t, positions.t, token.t));
     op_read(&token);
     for (int64_t row = 0; row < ROWS; row++) {
-      int64_t want = by_procedure(x.v + row * V, V, list[n], 300 + (uint64_t)row, 11);
+      int64_t want =
+          by_procedure(x.v + row * V, V, list[n], 300 + (uint64_t)row, 11 + (uint64_t)row);
       op_require(token.v[row] == (double)want, "row %lld, case %d: %g, not %lld", (long long)row, n,
                  token.v[row], (long long)want);
     }
@@ -192,9 +204,21 @@ static void batches(moe_device *dev) {
   const double *all = sample(dev, eight, 8, 6, args(1.0f, 0, 1.0f), 40);
   for (int i = 0; i < 6; i++) together[i] = all[i];
   for (int i = 0; i < 6; i++)
-    op_require(sample(dev, eight, 8, 1, args(1.0f, 0, 1.0f), 40 + (uint64_t)i)[0] == together[i],
+    op_require(sample(dev, eight, 8, 1, args(1.0f, 0, 1.0f), 40 + i)[0] == together[i],
                "row %d alone", i);
 }
 Test(decode, draws_the_same_alone_and_in_a_batch) {
   op_each_device(batches);
+}
+
+static void advance(moe_device *dev) {
+  const int32_t lengths[] = {0, 7, -3, 100000}, running[] = {1, 0, 5, 1};
+  const double after[] = {1, 7, 2, 100001};
+  op_tensor counts = op_ints(dev, "lengths", OP_SHAPE(4), lengths);
+  op_tensor by = op_ints(dev, "running", OP_SHAPE(4), running);
+  op_ok(moe_advance(dev, counts.t, by.t));
+  op_equal(counts, after);
+}
+Test(decode, advances_the_lengths_of_running_sequences) {
+  op_each_device(advance);
 }

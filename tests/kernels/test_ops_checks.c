@@ -142,10 +142,13 @@ static void ending(moe_device *dev) {
           moe_adamw(dev, args, f32_1d(3), f32_1d(1), x, x, x, none()));
   args.beta2 = 1.0;
   REFUSES("adamw: beta1 and beta2 must be in", moe_adamw(dev, args, x, f32_1d(1), x, x, x, none()));
-  REFUSES("sample: top_p must be in",
-          moe_sample(dev, logits, (moe_sample_args){1.0f, 0, 0.0f, 1}, 0, 0, i32_1d(2)));
-  REFUSES("sample: temperature must be",
-          moe_sample(dev, logits, (moe_sample_args){NAN, 0, 1.0f, 1}, 0, 0, i32_1d(2)));
+  REFUSES("sample: top_p must be in", moe_sample(dev, logits, (moe_sample_args){1.0f, 0, 0.0f, 1},
+                                                 i32_1d(2), i32_1d(2), i32_1d(2)));
+  REFUSES("sample: temperature must be", moe_sample(dev, logits, (moe_sample_args){NAN, 0, 1.0f, 1},
+                                                    i32_1d(2), i32_1d(2), i32_1d(2)));
+  REFUSES("sample: streams", moe_sample(dev, logits, (moe_sample_args){1.0f, 0, 1.0f, 1}, i32_1d(3),
+                                        i32_1d(2), i32_1d(2)));
+  REFUSES("advance: by", moe_advance(dev, i32_1d(3), i32_1d(2)));
 }
 
 Test(ops_checks, elementwise_operations_refuse_wrong_operands) {
