@@ -194,7 +194,7 @@ static moe_status take_shape(cursor *c, moe_gguf_tensor *t) {
 
 static moe_status take_tensor(cursor *c, moe_gguf_tensor *t) {
   const char *text = NULL;
-  int64_t length, at = c->at;
+  int64_t length = 0, at = c->at;
   uint32_t type = 0;
   MOE_TRY(take_text(c, &text, &length, "a tensor name's length"));
   if (length < 1 || length >= MOE_GGUF_NAME)

@@ -1,0 +1,335 @@
+/* Comparing checkpoints and weights.
+ *
+ * The tensors of a checkpoint are sorted by role and name, so two checkpoints are compared by one
+ * walk along both lists; each tensor is read once, in equal pieces of both, whatever slices and
+ * files they lie in. */
+#include "checkpoint/diff.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "checkpoint/tensors.h"
+#include "core/base/log.h"
+#include "data/progress.h"
+
+enum {
+  PART = 1 << 20, /* elements compared at a time */
+  SHOWN = 6       /* tensors listed per role unless all are asked for */
+};
+
+/* ---- one tensor */
+
+typedef struct {
+  bool same_bits;
+  int64_t not_finite;       /* elements of which one side is no number, and the bits differ */
+  double largest, relative; /* |a - b|, and that as a share of the larger of |a|, |b| */
+  double aa, bb, ab, dd;    /* sums of a a, b b, a b, (a - b)(a - b) */
+} difference;
+
+static void add_values(difference *d, const float *a, const float *b, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    double x = (double)a[i], y = (double)b[i], gap = fabs(x - y);
+    if (!isfinite(gap)) {
+      d->not_finite += memcmp(&a[i], &b[i], sizeof *a) != 0;
+      continue;
+    }
+    d->aa += x * x;
+    d->bb += y * y;
+    d->ab += x * y;
+    d->dd += gap * gap;
+    if (gap > d->largest) d->largest = gap;
+    if (gap > 0.0) d->relative = fmax(d->relative, gap / fmax(fabs(x), fabs(y)));
+  }
+}
+
+static bool is_equal(const difference *d, double tolerance) {
+  if (d->same_bits || tolerance <= 0.0) return d->same_bits;
+  return d->not_finite == 0 && sqrt(d->dd) <= tolerance * sqrt(d->aa);
+}
+
+static void print_difference(FILE *out, const char *name, const char *types, const difference *d) {
+  if (!out) return;
+  double length = sqrt(d->aa) * sqrt(d->bb);
+  fprintf(out, "    %s%s  largest %.3g, relative %.3g, norm %.3g of %.3g, cosine %.9f", name, types,
+          d->largest, d->relative, sqrt(d->dd), sqrt(d->aa), length > 0.0 ? d->ab / length : 0.0);
+  if (d->not_finite > 0) fprintf(out, ", %" PRId64 " not finite", d->not_finite);
+  fputc('\n', out);
+}
+
+/* ---- checkpoints */
+
+typedef struct {
+  const moe_diff_options *options;
+  moe_tensors *from[2];
+  const moe_manifest *manifest[2];
+  char *raw[2]; /* PART elements of the widest type */
+  float *values[2];
+  moe_progress progress;
+  int64_t done, total;                    /* elements */
+  int64_t equal, unequal, missing, shown; /* of the role */
+  bool differ;
+} comparison;
+
+static bool is_float(moe_dtype t) {
+  return t == MOE_F32 || t == MOE_BF16 || t == MOE_F16;
+}
+
+static moe_status read_parts(comparison *c, moe_tensor_reader r[2], const moe_slice *s[2],
+                             difference *d) {
+  int64_t total = moe_slice_total(s[0]);
+  bool same_type = s[0]->dtype == s[1]->dtype;
+  d->same_bits = same_type;
+  for (int64_t at = 0; at < total; at += PART) {
+    int64_t n = total - at < PART ? total - at : PART;
+    if (c->options->stop && *c->options->stop)
+      return moe_fail(MOE_STOPPED, "stopped on request: nothing was changed");
+    for (int i = 0; i < 2; i++) MOE_TRY(moe_tensor_reader_next(&r[i], n, c->raw[i]));
+    c->done += n * moe_dtype_size(s[0]->dtype);
+    moe_progress_show(&c->progress, c->done, c->total, "");
+    if (same_type && memcmp(c->raw[0], c->raw[1], (size_t)(n * moe_dtype_size(s[0]->dtype))) != 0)
+      d->same_bits = false;
+    if (!is_float(s[0]->dtype) || !is_float(s[1]->dtype)) continue;
+    for (int i = 0; i < 2; i++) moe_convert(c->raw[i], s[i]->dtype, c->values[i], MOE_F32, n);
+    add_values(d, c->values[0], c->values[1], n);
+  }
+  return MOE_OK;
+}
+
+static moe_status compare_tensor(comparison *c, int64_t i, int64_t j) {
+  const moe_slice *s[2] = {&c->manifest[0]->slice[i], &c->manifest[1]->slice[j]};
+  char types[64] = "";
+  if (s[0]->dims != s[1]->dims || s[0]->shape[0] != s[1]->shape[0] ||
+      s[0]->shape[1] != s[1]->shape[1]) {
+    if (c->options->out && (c->options->all || c->shown++ < SHOWN))
+      fprintf(c->options->out,
+              "    %s  has another shape: [%" PRId64 ", %" PRId64 "] and [%" PRId64 ", %" PRId64
+              "]\n",
+              s[0]->name, s[0]->shape[0], s[0]->shape[1], s[1]->shape[0], s[1]->shape[1]);
+    c->unequal++;
+    return MOE_OK;
+  }
+  moe_tensor_reader r[2] = {{0}, {0}};
+  difference d = {0};
+  moe_status status = moe_tensor_reader_open(c->from[0], i, &r[0]);
+  if (status == MOE_OK) status = moe_tensor_reader_open(c->from[1], j, &r[1]);
+  if (status == MOE_OK) status = read_parts(c, r, s, &d);
+  for (int k = 0; k < 2; k++)
+    if (r[k].from) moe_tensor_reader_close(&r[k]);
+  if (status != MOE_OK) return status;
+  bool equal = is_equal(&d, c->options->tolerance);
+  *(equal ? &c->equal : &c->unequal) += 1;
+  if (s[0]->dtype != s[1]->dtype)
+    snprintf(types, sizeof types, " (%s, %s)", moe_dtype_name(s[0]->dtype),
+             moe_dtype_name(s[1]->dtype));
+  if (!equal && (c->options->all || c->shown++ < SHOWN))
+    print_difference(c->options->out, s[0]->name, types, &d);
+  return MOE_OK;
+}
+
+static void report_missing(comparison *c, const moe_slice *s, int side) {
+  c->missing++;
+  if (c->options->out && (c->options->all || c->shown++ < SHOWN))
+    fprintf(c->options->out, "    %s  is only in %s\n", s->name,
+            side == 0 ? "the first" : "the second");
+}
+
+/* Where a role's tensors begin and end in a manifest. */
+static void role_range(const moe_manifest *m, moe_role role, int64_t *begin, int64_t *end) {
+  for (*begin = 0; *begin < m->slices && m->slice[*begin].role < role;) ++*begin;
+  for (*end = *begin; *end < m->slices && m->slice[*end].role == role;) ++*end;
+}
+
+static void print_role(const comparison *c, moe_role role) {
+  FILE *out = c->options->out;
+  int64_t listed = c->options->all ? 0 : c->shown - SHOWN;
+  if (!out || c->equal + c->unequal + c->missing == 0) return;
+  if (listed > 0) fprintf(out, "    ... and %" PRId64 " more: --all lists them\n", listed);
+  fprintf(out, "  %-7s %" PRId64 " tensors equal, %" PRId64 " differ, %" PRId64 " only in one\n",
+          moe_role_name(role), c->equal, c->unequal, c->missing);
+}
+
+static moe_status compare_role(comparison *c, moe_role role) {
+  const moe_manifest *const *m = c->manifest;
+  int64_t i, j, i_end, j_end;
+  role_range(m[0], role, &i, &i_end);
+  role_range(m[1], role, &j, &j_end);
+  c->equal = c->unequal = c->missing = c->shown = 0;
+  while (i < i_end || j < j_end) {
+    int order = i == i_end ? 1 : j == j_end ? -1 : strcmp(m[0]->slice[i].name, m[1]->slice[j].name);
+    if (order < 0) report_missing(c, &m[0]->slice[i], 0);
+    if (order > 0) report_missing(c, &m[1]->slice[j], 1);
+    if (order == 0) MOE_TRY(compare_tensor(c, i, j));
+    if (order <= 0) i = moe_tensors_end(c->from[0], i);
+    if (order >= 0) j = moe_tensors_end(c->from[1], j);
+  }
+  c->differ = c->differ || c->unequal > 0 || c->missing > 0;
+  print_role(c, role);
+  return MOE_OK;
+}
+
+/* ---- states and settings */
+
+static void compare_state(comparison *c) {
+  const moe_run_state *a = &c->manifest[0]->state, *b = &c->manifest[1]->state;
+  const struct {
+    const char *name;
+    uint64_t a, b;
+  } fields[] = {
+      {"step", (uint64_t)a->step, (uint64_t)b->step},
+      {"tokens", (uint64_t)a->tokens, (uint64_t)b->tokens},
+      {"samples", (uint64_t)a->samples, (uint64_t)b->samples},
+      {"seed", a->seed, b->seed},
+      {"data fingerprint", a->data_fingerprint, b->data_fingerprint},
+  };
+  for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
+    if (fields[i].a == fields[i].b) continue;
+    c->differ = true;
+    if (c->options->out)
+      fprintf(c->options->out, "  %s: %" PRIu64 ", %" PRIu64 "\n", fields[i].name, fields[i].a,
+              fields[i].b);
+  }
+  size_t bias = (size_t)a->router_bias_count * sizeof *a->router_bias;
+  if (a->router_bias_count == b->router_bias_count &&
+      (bias == 0 || memcmp(a->router_bias, b->router_bias, bias) == 0))
+    return;
+  c->differ = true;
+  if (c->options->out) fprintf(c->options->out, "  the router's selection bias differs\n");
+}
+
+static moe_status read_config(const moe_run_state *s, moe_config **config, char **text) {
+  *text = NULL;
+  *config = malloc(sizeof **config);
+  if (!*config) return moe_fail(MOE_NO_MEMORY, "no memory for a configuration");
+  moe_config_defaults(*config);
+  MOE_TRY(
+      moe_config_parse(*config, s->config, (int64_t)strlen(s->config), "a saved configuration"));
+  MOE_TRY(moe_config_resolve(*config, 0));
+  *text = moe_config_text(*config);
+  return *text ? MOE_OK : moe_fail(MOE_NO_MEMORY, "no memory for a configuration");
+}
+
+/* Both texts come from one table: line i of one is line i of the other. */
+static void print_settings(FILE *out, char *a, char *b) {
+  char section[64] = "", *x_rest, *y_rest;
+  char *x = strtok_r(a, "\n", &x_rest), *y = strtok_r(b, "\n", &y_rest);
+  for (; x && y; x = strtok_r(NULL, "\n", &x_rest), y = strtok_r(NULL, "\n", &y_rest)) {
+    if (*x == '[') snprintf(section, sizeof section, "%.*s", (int)strcspn(x + 1, "]"), x + 1);
+    if (strcmp(x, y) == 0) continue;
+    const char *value = strchr(y, '=');
+    fprintf(out, "  %s.%s, %s\n", section, x, value ? value + (value[1] == ' ' ? 2 : 1) : "");
+  }
+}
+
+static moe_status compare_settings(comparison *c) {
+  const moe_run_state *s[2] = {&c->manifest[0]->state, &c->manifest[1]->state};
+  moe_config *config[2] = {NULL, NULL};
+  char *text[2] = {NULL, NULL}, *unused = NULL;
+  size_t size = 0;
+  moe_status status = MOE_OK;
+  if (!s[0]->config || !s[1]->config || !s[0]->config[0] || !s[1]->config[0]) return MOE_OK;
+  for (int i = 0; i < 2 && status == MOE_OK; i++) status = read_config(s[i], &config[i], &text[i]);
+  FILE *nowhere = status == MOE_OK ? open_memstream(&unused, &size) : NULL;
+  if (nowhere) {
+    c->differ = c->differ || moe_config_diff_for_resume(config[0], config[1], nowhere) > 0;
+    fclose(nowhere);
+    if (c->options->out) print_settings(c->options->out, text[0], text[1]);
+  }
+  free(unused);
+  for (int i = 0; i < 2; i++) {
+    free(config[i]);
+    free(text[i]);
+  }
+  return status == MOE_USAGE ? MOE_DAMAGED : status;
+}
+
+static moe_status compare_all(comparison *c) {
+  for (int i = 0; i < 2; i++) {
+    c->manifest[i] = moe_tensors_manifest(c->from[i]);
+    c->raw[i] = malloc(PART * 8);
+    c->values[i] = malloc(PART * sizeof *c->values[i]);
+    if (!c->raw[i] || !c->values[i]) return moe_fail(MOE_NO_MEMORY, "no memory to compare");
+  }
+  for (int64_t i = 0; i < c->manifest[0]->slices; i++)
+    c->total += moe_slice_bytes(&c->manifest[0]->slice[i]);
+  compare_state(c);
+  MOE_TRY(compare_settings(c));
+  moe_status status = MOE_OK;
+  moe_progress_start(&c->progress, "comparing");
+  for (int role = 0; role < MOE_ROLES && status == MOE_OK; role++)
+    status = compare_role(c, (moe_role)role);
+  moe_progress_end(&c->progress);
+  return status;
+}
+
+moe_status moe_diff_checkpoints(const char *a, const char *b, const moe_diff_options *options,
+                                bool *differ) {
+  comparison c = {.options = options};
+  moe_status status = moe_tensors_open(a, &c.from[0]);
+  if (status == MOE_OK) status = moe_tensors_open(b, &c.from[1]);
+  if (status == MOE_OK) status = compare_all(&c);
+  for (int i = 0; i < 2; i++) {
+    moe_tensors_close(c.from[i]);
+    free(c.raw[i]);
+    free(c.values[i]);
+  }
+  *differ = c.differ;
+  return status;
+}
+
+/* ---- weights */
+
+static moe_status compare_param(moe_weights *const w[2], int index, comparison *c, difference *d) {
+  const moe_param *p = &w[0]->params.list[index];
+  d->same_bits = true;
+  for (int64_t at = 0; at < p->count; at += PART) {
+    int64_t n = p->count - at < PART ? p->count - at : PART;
+    if (c->options->stop && *c->options->stop)
+      return moe_fail(MOE_STOPPED, "stopped on request: nothing was changed");
+    for (int i = 0; i < 2; i++) MOE_TRY(moe_weights_read(w[i], p, at, n, c->values[i]));
+    if (memcmp(c->values[0], c->values[1], (size_t)n * sizeof(float)) != 0) d->same_bits = false;
+    add_values(d, c->values[0], c->values[1], n);
+    c->done += n * (int64_t)sizeof(float);
+    moe_progress_show(&c->progress, c->done, c->total, "");
+  }
+  return MOE_OK;
+}
+
+static moe_status compare_params(moe_weights *const w[2], comparison *c) {
+  FILE *out = c->options->out;
+  for (int i = 0; i < w[0]->params.count; i++) {
+    difference d = {0};
+    MOE_TRY(compare_param(w, i, c, &d));
+    bool equal = is_equal(&d, c->options->tolerance);
+    *(equal ? &c->equal : &c->unequal) += 1;
+    if (!equal && (c->options->all || c->shown++ < SHOWN))
+      print_difference(out, w[0]->params.list[i].name, "", &d);
+  }
+  c->differ = c->unequal > 0;
+  print_role(c, MOE_ROLE_PARAM);
+  return MOE_OK;
+}
+
+moe_status moe_diff_weights(moe_weights *a, moe_weights *b, const moe_diff_options *options,
+                            bool *differ) {
+  moe_weights *const w[2] = {a, b};
+  comparison c = {.options = options,
+                  .total = moe_dims_parameters(&a->dims) * (int64_t)sizeof(float)};
+  if (memcmp(&a->dims, &b->dims, sizeof a->dims) != 0)
+    return moe_fail(MOE_USAGE, "%s, %s: models of different sizes: moe-convert inspect shows them",
+                    a->name, b->name);
+  for (int i = 0; i < 2; i++) c.values[i] = malloc(PART * sizeof *c.values[i]);
+  moe_status status =
+      c.values[0] && c.values[1] ? MOE_OK : moe_fail(MOE_NO_MEMORY, "no memory to compare");
+  if (options->out &&
+      fabs(moe_weights_theta(a) - moe_weights_theta(b)) > 1e-6 * moe_weights_theta(a))
+    fprintf(options->out, "  rotary base: %.9g, %.9g\n", moe_weights_theta(a),
+            moe_weights_theta(b));
+  moe_progress_start(&c.progress, "comparing");
+  if (status == MOE_OK) status = compare_params(w, &c);
+  moe_progress_end(&c.progress);
+  for (int i = 0; i < 2; i++) free(c.values[i]);
+  *differ = c.differ;
+  return status;
+}

@@ -1,0 +1,299 @@
+/* moe-convert: checkpoints for inference and back, and looking into them. The options are one
+ * table: it drives the parser, --help and the check that an option belongs to the command. */
+#include <errno.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "checkpoint/audit.h"
+#include "checkpoint/diff.h"
+#include "checkpoint/inspect.h"
+#include "checkpoint/reshard.h"
+#include "core/base/log.h"
+#include "launch/program.h"
+
+enum {
+  EXPORT_HF = 1,
+  EXPORT_GGUF = 2,
+  IMPORT_HF = 4,
+  RESHARD = 8,
+  INSPECT = 16,
+  VERIFY = 32,
+  DIFF = 64,
+  EXPORT = EXPORT_HF | EXPORT_GGUF,
+  WRITES = EXPORT | IMPORT_HF | RESHARD,
+  ANY = 127
+};
+
+/* id, name, argument (NULL: none), commands, help */
+#define OPTIONS(X)                                                                                \
+  X(OUTPUT, "output", "PATH", WRITES, "the folder, file or run to make")                          \
+  X(RANKS, "ranks", "N", RESHARD, "files to write, as N ranks would (1)")                         \
+  X(VALUES, "no-values", NULL, INSPECT, "do not read the data: no norms")                         \
+  X(TENSORS, "tensors", NULL, INSPECT, "list every tensor")                                       \
+  X(CONFIG, "config", NULL, INSPECT, "print the run's configuration")                             \
+  X(ALL, "all", NULL, VERIFY | DIFF, "verify: all checkpoints of a run; diff: all tensors")       \
+  X(TOLERANCE, "tolerance", "R", DIFF, "equal: |a - b| is at most R |a| over a tensor (0: bits)") \
+  X(HELP, "help", NULL, ANY, "print this")                                                        \
+  X(VERSION, "version", NULL, ANY, "print the version")
+
+enum { /* above every character, and so above getopt's '?' */
+       OPTION_FIRST = 256,
+       OPTION_BEFORE = OPTION_FIRST - 1,
+#define X(id, name, argument, commands, help) OPTION_##id,
+       OPTIONS(X)
+#undef X
+           OPTION_END
+};
+
+static const struct {
+  const char *name, *argument;
+  int commands;
+  const char *help;
+} option_table[] = {
+#define X(id, name, argument, commands, help) {name, argument, commands, help},
+    OPTIONS(X)
+#undef X
+};
+
+static const struct {
+  const char *name;
+  int command, arguments;
+  const char *usage, *help;
+} command_table[] = {
+    {"reshard", RESHARD, 1, "RUN|STEP --output NEWRUN --ranks N",
+     "rewrite a checkpoint, optimizer state and all, as the files of N ranks"},
+    {"inspect", INSPECT, 1, "RUN|STEP", "print what a checkpoint holds, norms and experts' spread"},
+    {"verify", VERIFY, 1, "RUN|STEP", "check that a checkpoint is complete, and every hash"},
+    {"diff", DIFF, 2, "A B", "compare tensor by tensor; exit code 1 when they differ"},
+};
+enum { COMMANDS = sizeof command_table / sizeof command_table[0] };
+
+typedef struct {
+  int command, index; /* 0, and of command_table */
+  const char *arguments[2];
+  int argument_count;
+  const char *output;
+  int64_t ranks;
+  double tolerance;
+  bool all, no_values, tensors, config, help, version;
+  bool differ; /* diff's answer */
+} request;
+
+static volatile sig_atomic_t stop_asked;
+
+static void ask_to_stop(int number) {
+  (void)number;
+  stop_asked = 1;
+}
+
+/* ---- help ---- */
+
+static void print_help(int command) {
+  printf("Usage: moe-convert COMMAND [options] PATH...\n\n");
+  for (int i = 0; i < COMMANDS; i++)
+    if (!command || command == command_table[i].command)
+      printf("  %-12s %s\n  %-12s %s\n", command_table[i].name, command_table[i].usage, "",
+             command_table[i].help);
+  printf("\n");
+  for (size_t i = 0; i < sizeof option_table / sizeof option_table[0]; i++) {
+    if (command && !(option_table[i].commands & command)) continue;
+    char name[64];
+    const char *argument = option_table[i].argument;
+    snprintf(name, sizeof name, "--%s%s%s", option_table[i].name, argument ? " " : "",
+             argument ? argument : "");
+    printf("  %-22s %s\n", name, option_table[i].help);
+  }
+  printf("\nRUN is a run's folder: its newest checkpoint that verifies is taken. STEP is a\n"
+         "checkpoint, RUN/checkpoints/step-N.\n"
+         "Exit codes: 0 done, 1 failed (diff: they differ), 2 bad usage, 3 damaged input file.\n");
+}
+
+/* ---- the command line ---- */
+
+static moe_status parse_int(const char *name, const char *text, int64_t low, int64_t high,
+                            int64_t *out) {
+  char *end;
+  errno = 0;
+  long long value = strtoll(text, &end, 10);
+  if (end == text || *end || errno || value < low || value > high)
+    return moe_fail(MOE_USAGE, "not a number from %" PRId64 " to %" PRId64 ": --%s %s: see --help",
+                    low, high, name, text);
+  *out = value;
+  return MOE_OK;
+}
+
+static moe_status parse_real(const char *name, const char *text, double low, double high,
+                             double *out) {
+  char *end;
+  double value = strtod(text, &end);
+  if (end == text || *end || !(value >= low && value <= high))
+    return moe_fail(MOE_USAGE, "not a number from %g to %g: --%s %s: see --help", low, high, name,
+                    text);
+  *out = value;
+  return MOE_OK;
+}
+
+static moe_status set_option(request *r, int id, const char *text) {
+  const char *name = option_table[id - OPTION_FIRST].name;
+  switch (id) {
+  case OPTION_OUTPUT:
+    r->output = text;
+    break;
+  case OPTION_RANKS:
+    return parse_int(name, text, 1, 4096, &r->ranks);
+  case OPTION_VALUES:
+    r->no_values = true;
+    break;
+  case OPTION_TENSORS:
+    r->tensors = true;
+    break;
+  case OPTION_CONFIG:
+    r->config = true;
+    break;
+  case OPTION_ALL:
+    r->all = true;
+    break;
+  case OPTION_TOLERANCE:
+    return parse_real(name, text, 0.0, 1.0, &r->tolerance);
+  case OPTION_HELP:
+    r->help = true;
+    break;
+  case OPTION_VERSION:
+    r->version = true;
+    break;
+  default:
+    return moe_fail(MOE_INVALID, "option %d is not handled", id);
+  }
+  return MOE_OK;
+}
+
+static moe_status find_command(request *r, const char *name) {
+  for (int i = 0; i < COMMANDS; i++) {
+    if (strcmp(command_table[i].name, name) != 0) continue;
+    r->command = command_table[i].command;
+    r->index = i;
+    return MOE_OK;
+  }
+  return moe_fail(MOE_USAGE, "unknown command: %s: see moe-convert --help", name);
+}
+
+/* Before the command only --help and --version make sense. */
+static moe_status parse(int argc, char **argv, request *r) {
+  struct option options[OPTION_END - OPTION_FIRST + 1] = {{0}};
+  for (int i = 0; i < OPTION_END - OPTION_FIRST; i++)
+    options[i] = (struct option){option_table[i].name, option_table[i].argument != NULL, NULL,
+                                 OPTION_FIRST + i};
+  if (argc > 1 && argv[1][0] != '-') {
+    MOE_TRY(find_command(r, argv[1]));
+    argv++;
+    argc--;
+  }
+  const char *command = r->command ? command_table[r->index].name : "";
+  opterr = 0;
+  for (int id; (id = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+    if (id < OPTION_FIRST)
+      return moe_fail(MOE_USAGE, "unknown or incomplete option: %s: see moe-convert --help",
+                      argv[optind - 1]);
+    int commands = option_table[id - OPTION_FIRST].commands;
+    if (commands != ANY && !(commands & r->command))
+      return moe_fail(MOE_USAGE, "--%s is no option of this command: %s: see moe-convert %s --help",
+                      option_table[id - OPTION_FIRST].name, r->command ? command : "none", command);
+    MOE_TRY(set_option(r, id, optarg));
+  }
+  for (; optind < argc; r->argument_count++)
+    if (r->argument_count < 2)
+      r->arguments[r->argument_count] = argv[optind++];
+    else
+      return moe_fail(MOE_USAGE, "one path too many: %s: see moe-convert %s --help", argv[optind],
+                      command);
+  return MOE_OK;
+}
+
+static moe_status check(const request *r) {
+  if (!r->command) return moe_fail(MOE_USAGE, "no command: see moe-convert --help");
+  const char *name = command_table[r->index].name, *usage = command_table[r->index].usage;
+  if (r->argument_count != command_table[r->index].arguments)
+    return moe_fail(MOE_USAGE, "%d paths: %s: usage: moe-convert %s %s", r->argument_count, name,
+                    name, usage);
+  if ((r->command & WRITES) && !r->output)
+    return moe_fail(MOE_USAGE, "no output: %s: usage: moe-convert %s %s", name, name, usage);
+  return MOE_OK;
+}
+
+/* ---- the commands ---- */
+
+static moe_status reshard(const request *r, moe_comm *world) {
+  char path[MOE_PATH];
+  MOE_TRY(moe_audit_choose(r->arguments[0], true, &stop_asked, path));
+  return moe_reshard(world, path, r->output, (int)r->ranks, &stop_asked);
+}
+
+static moe_status inspect(const request *r) {
+  char path[MOE_PATH];
+  const moe_inspect_options options = {
+      .values = !r->no_values, .tensors = r->tensors, .config = r->config, .stop = &stop_asked};
+  MOE_TRY(moe_audit_choose(r->arguments[0], false, &stop_asked, path));
+  return moe_inspect_checkpoint(path, &options, stdout);
+}
+
+static moe_status diff(request *r) {
+  char a[MOE_PATH], b[MOE_PATH];
+  const moe_diff_options options = {
+      .tolerance = r->tolerance, .all = r->all, .stop = &stop_asked, .out = stdout};
+  MOE_TRY(moe_audit_choose(r->arguments[0], false, &stop_asked, a));
+  MOE_TRY(moe_audit_choose(r->arguments[1], false, &stop_asked, b));
+  MOE_TRY(moe_diff_checkpoints(a, b, &options, &r->differ));
+  printf("%s and %s %s\n", a, b, r->differ ? "differ" : "are equal");
+  return MOE_OK;
+}
+
+static moe_status run_command(request *r, moe_comm *world) {
+  switch (r->command) {
+  case RESHARD:
+    return reshard(r, world);
+  case INSPECT:
+    return inspect(r);
+  case VERIFY:
+    return moe_audit(r->arguments[0], r->all, &stop_asked, stdout);
+  default:
+    return diff(r);
+  }
+}
+
+static moe_status execute(int argc, char **argv, moe_comm *world, request *r) {
+  MOE_TRY(parse(argc, argv, r));
+  if (r->help) print_help(r->command);
+  if (r->version) printf("moe-convert %s\n", MOE_VERSION);
+  if (r->help || r->version) return MOE_OK;
+  MOE_TRY(check(r));
+  if (moe_comm_size(world) > 1)
+    return moe_fail(MOE_USAGE,
+                    "started on %d ranks: moe-convert is one process, whatever ranks "
+                    "wrote the checkpoint: start it without mpirun",
+                    moe_comm_size(world));
+  MOE_TRY(run_command(r, world));
+  if (fflush(stdout) != 0)
+    return moe_fail(MOE_IO, "cannot write: standard output: %s", strerror(errno));
+  return MOE_OK;
+}
+
+static bool checkpoints_differ;
+
+static moe_status body(int argc, char **argv, moe_comm *world) {
+  struct sigaction action = {.sa_handler = ask_to_stop};
+  sigaction(SIGINT, &action, NULL);
+  sigaction(SIGTERM, &action, NULL);
+  request r = {.ranks = 1};
+  moe_status status = execute(argc, argv, world, &r);
+  checkpoints_differ = r.differ;
+  return status == MOE_STOPPED ? MOE_FAILED : status; /* nothing to go on with: just not done */
+}
+
+int main(int argc, char **argv) {
+  int code = moe_program_run("moe-convert", argc, argv, body);
+  return code == 0 && checkpoints_differ ? 1 : code;
+}
