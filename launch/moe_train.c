@@ -7,6 +7,7 @@
 #include "core/base/log.h"
 #include "core/train/engine.h"
 #include "core/train/preflight.h"
+#include "core/train/save_plan.h"
 #include "core/train/trainer.h"
 #include "launch/program.h"
 
@@ -121,7 +122,10 @@ static moe_status dry_run(const command *cmd, moe_device *dev, int rank) {
   moe_status status = moe_engine_create(&cmd->config, dev, true, true, &engine);
   if (status != MOE_OK) return status;
   if (rank == 0) printf("\n");
+  moe_save_plan saving;
   status = moe_engine_print_plan(&engine, stdout);
+  if (status == MOE_OK) status = moe_save_plan_make(&engine, &saving);
+  if (status == MOE_OK && rank == 0) moe_save_plan_print(&saving, stdout);
   moe_engine_destroy(&engine);
   return status;
 }

@@ -112,6 +112,15 @@ SECTION(checkpoint, "What is saved and when. Saves go to <run.dir>/checkpoints."
 INT(checkpoint, interval, 1000, 0, 1LL << 40, "steps between saves; 0: only at the end")
 INT(checkpoint, keep, 2, 2, 1 << 20,
     "complete checkpoints kept; older ones are deleted after a new one verifies")
+INT(checkpoint, keep_every, 0, 0, 1LL << 40,
+    "checkpoints of steps that are a multiple of this are kept for ever; 0: none")
+REAL(checkpoint, keep_hours, 0.0, 0.0, 1e6, "checkpoints younger than this are kept, too; 0: none")
+ENUM(checkpoint, async, 0, "auto|on|off",
+     "training goes on while a save is written, from a copy in host memory: with what memory there "
+     "is; only with all it takes (else an error); never")
+REAL(checkpoint, snapshot_gib, 0.0, 0.0, 1e6,
+     "host memory of one rank for that copy; less than a rank's part makes training wait for the "
+     "disk while the rest is written; 0: a rank's part")
 BOOL(checkpoint, save_final, true, "save after the last step")
 END_SECTION(checkpoint)
 

@@ -94,8 +94,8 @@ static moe_status pieces_to_load(moe_engine *e, bool moments, piece_list *out) {
   return MOE_OK;
 }
 
-moe_status moe_run_save(moe_engine *e, int64_t step, int64_t tokens, int64_t samples,
-                        uint64_t data_fingerprint, int64_t *bytes, double *seconds) {
+moe_status moe_run_save(moe_engine *e, moe_saver *saver, int64_t step, int64_t tokens,
+                        int64_t samples, uint64_t data_fingerprint) {
   float *bias = moe_model_router_bias(e->model);
   moe_run_state state = {.step = step,
                          .tokens = tokens,
@@ -112,10 +112,7 @@ moe_status moe_run_save(moe_engine *e, int64_t step, int64_t tokens, int64_t sam
   moe_status status = state.config ? pieces_to_save(e, &pieces)
                                    : moe_fail(MOE_NO_MEMORY, "out of memory: configuration text");
   status = moe_agree(e->world, status);
-  if (status == MOE_OK) {
-    status = moe_checkpoint_save(e->world, e->dev, e->config.run.dir, &state, pieces.list,
-                                 pieces.count, (int)e->config.checkpoint.keep, bytes, seconds);
-  }
+  if (status == MOE_OK) status = moe_saver_begin(saver, &state, pieces.list, pieces.count);
   free(pieces.list);
   free(state.config);
   return status;

@@ -2,7 +2,7 @@
 #ifndef MOE_CORE_TRAIN_RUN_STATE_H
 #define MOE_CORE_TRAIN_RUN_STATE_H
 
-#include "checkpoint/checkpoint.h"
+#include "checkpoint/saver.h"
 #include "core/train/engine.h"
 
 #ifdef __cplusplus
@@ -12,9 +12,10 @@ extern "C" {
 /* Bytes of weights, masters and moments in one checkpoint. */
 int64_t moe_run_state_bytes(const moe_config *config);
 
-/* Collective. Save after `step` steps to config.run.dir. `samples`: global samples consumed. */
-moe_status moe_run_save(moe_engine *e, int64_t step, int64_t tokens, int64_t samples,
-                        uint64_t data_fingerprint, int64_t *bytes, double *seconds);
+/* Collective. Begin to save the state after `step` steps. `samples`: global samples consumed.
+ * Errors and what follows: moe_saver_begin. */
+moe_status moe_run_save(moe_engine *e, moe_saver *saver, int64_t step, int64_t tokens,
+                        int64_t samples, uint64_t data_fingerprint);
 
 /* Collective. Load weights and, when training, optimizer state from the checkpoint at `path`;
  * `state` is its moe_run_state. MOE_USAGE when its configuration contradicts this run's, listing

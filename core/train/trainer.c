@@ -10,15 +10,19 @@
 
 #include "core/base/log.h"
 #include "core/base/process_memory.h"
+#include "core/base/progress.h"
 #include "core/train/matrix_rate.h"
 #include "core/train/metrics.h"
 #include "core/train/run_state.h"
+#include "core/train/save_plan.h"
 #include "core/train/schedule.h"
 #include "core/train/stop_signal.h"
 
 typedef struct {
   moe_engine engine;
   moe_run_lock *lock;
+  moe_saver *saver;
+  moe_save_plan save_plan;
   moe_loader *loader, *valid;
   moe_metrics *metrics;
   moe_schedule schedule;
@@ -29,6 +33,63 @@ typedef struct {
   int nonfinite_in_a_row;
   moe_step_record record;
 } trainer;
+
+/* ---- saving */
+
+static void report_saved(trainer *t, const moe_saved *saved) {
+  char size[MOE_TEXT], rate[MOE_TEXT], held[64] = "";
+  if (t->save_plan.memory > 0)
+    snprintf(held, sizeof held, ", training held for %.2f s", saved->held_s);
+  moe_info("checkpoint of step %" PRId64 " saved: %s in %.1f s (%s/s)%s", saved->step,
+           moe_text_bytes(size, (double)saved->bytes), saved->seconds,
+           moe_text_bytes(rate, (double)saved->bytes / fmax(saved->seconds, 1e-9)), held);
+  t->saved_step = saved->step;
+}
+
+/* Bring a save forward, with `wait` to its end, and say what became of it. A failed save is a
+ * warning: the last checkpoint is intact, and the next save tries again. */
+static moe_status go_on_saving(trainer *t, bool wait) {
+  moe_saved saved;
+  if (wait && moe_saver_busy(t->saver)) moe_progress_enter(MOE_PHASE_SAVE, t->step);
+  MOE_TRY(moe_saver_poll(t->saver, wait, &saved));
+  if (!saved.news) return MOE_OK;
+  if (saved.status == MOE_OK)
+    report_saved(t, &saved);
+  else if (moe_comm_rank(t->engine.world) == 0)
+    moe_warn("checkpoint of step %" PRId64 " was not saved: %s; training goes on", saved.step,
+             saved.message);
+  return MOE_OK;
+}
+
+static moe_status begin_save(trainer *t) {
+  moe_engine *e = &t->engine;
+  int64_t samples = t->step_tokens / e->config.data.sequence_length * t->step;
+  MOE_TRY(go_on_saving(t, true)); /* one at a time */
+  moe_progress_enter(MOE_PHASE_SAVE, t->step);
+  return moe_run_save(e, t->saver, t->step, t->tokens, samples, moe_loader_fingerprint(t->loader));
+}
+
+static moe_status save_or_warn(trainer *t) {
+  if (begin_save(t) == MOE_OK) return go_on_saving(t, false);
+  if (moe_comm_rank(t->engine.world) == 0) {
+    moe_warn("checkpoint of step %" PRId64 " was not saved: %s; training goes on", t->step,
+             moe_error_message());
+  }
+  moe_error_clear();
+  return MOE_OK;
+}
+
+/* Save this step, to the end; here a failure is an error. */
+static moe_status save_now(trainer *t) {
+  moe_saved saved;
+  MOE_TRY(go_on_saving(t, true));
+  if (t->saved_step == t->step) return MOE_OK;
+  MOE_TRY(begin_save(t));
+  MOE_TRY(moe_saver_poll(t->saver, true, &saved));
+  if (saved.status != MOE_OK) return moe_fail(saved.status, "%s", saved.message);
+  report_saved(t, &saved);
+  return MOE_OK;
+}
 
 /* ---- one step
  * ------------------------------------------------------------------------------------ */
@@ -106,6 +167,7 @@ static moe_status train_step(trainer *t) {
   MOE_TRY(record_step(t, &result, lr, moe_clock_s() - start));
   int64_t limit = t->engine.config.train.nonfinite_limit;
   if (t->nonfinite_in_a_row < limit) return MOE_OK;
+  MOE_TRY(go_on_saving(t, true));
   return moe_fail(MOE_DIVERGED,
                   "training diverged: the gradient was not finite in %" PRId64
                   " steps in a row, up to step %" PRId64
@@ -115,30 +177,6 @@ static moe_status train_step(trainer *t) {
 
 /* ---- between steps
  * -------------------------------------------------------------------------------- */
-
-static moe_status save(trainer *t) {
-  moe_engine *e = &t->engine;
-  int64_t bytes = 0, samples = t->step_tokens / e->config.data.sequence_length * t->step;
-  double seconds = 0.0;
-  MOE_TRY(moe_run_save(e, t->step, t->tokens, samples, moe_loader_fingerprint(t->loader), &bytes,
-                       &seconds));
-  char size[MOE_TEXT], rate[MOE_TEXT];
-  moe_info("checkpoint of step %" PRId64 " saved: %s in %.1f s (%s/s)", t->step,
-           moe_text_bytes(size, (double)bytes), seconds,
-           moe_text_bytes(rate, (double)bytes / (seconds > 0.0 ? seconds : 1.0)));
-  t->saved_step = t->step;
-  return MOE_OK;
-}
-
-/* A failed save is a warning: the last checkpoint is intact, and the next save tries again. */
-static void save_or_warn(trainer *t) {
-  if (save(t) == MOE_OK) return;
-  if (moe_comm_rank(t->engine.world) == 0) {
-    moe_warn("checkpoint of step %" PRId64 " was not saved: %s; training goes on", t->step,
-             moe_error_message());
-  }
-  moe_error_clear();
-}
 
 static moe_status evaluate(trainer *t) {
   moe_engine *e = &t->engine;
@@ -169,21 +207,27 @@ static moe_status between_steps(trainer *t) {
   MOE_TRY(moe_comm_host_all_reduce_i64(t->engine.world, &stop, 1, MOE_MAX));
   if (due(t->step, c->train.eval_interval)) MOE_TRY(evaluate(t));
   if (stop) {
-    MOE_TRY(save(t));
+    MOE_TRY(save_now(t));
     return moe_fail(MOE_STOPPED,
                     "stopped on request after step %" PRId64 " of %" PRId64
                     ": saved: run the same command again to go on",
                     t->step, c->train.steps);
   }
   /* Not while the gradient is non-finite: the state worth keeping is the one before. */
-  if (due(t->step, c->checkpoint.interval) && t->nonfinite_in_a_row == 0) save_or_warn(t);
-  return MOE_OK;
+  if (due(t->step, c->checkpoint.interval) && t->nonfinite_in_a_row == 0) return save_or_warn(t);
+  return go_on_saving(t, false);
+}
+
+/* Bytes of the device the model lives on: a host also holds the copies that saves are made from. */
+static int64_t planned_bytes(const trainer *t) {
+  const moe_engine *e = &t->engine;
+  return moe_engine_planned_bytes(e) + (moe_device_is_host(e->dev) ? t->save_plan.memory : 0);
 }
 
 /* The plan beside what the process came to hold. */
 static moe_status report_memory(trainer *t) {
   moe_engine *e = &t->engine;
-  int64_t bytes[2] = {moe_process_peak(), moe_engine_planned_bytes(e)};
+  int64_t bytes[2] = {moe_process_peak(), planned_bytes(t)};
   char peak[MOE_TEXT], planned[MOE_TEXT];
   if (!moe_device_is_host(e->dev)) return MOE_OK;
   MOE_TRY(moe_comm_host_all_reduce_i64(e->world, bytes, 2, MOE_MAX));
@@ -202,7 +246,7 @@ static moe_status run(trainer *t) {
     if (status == MOE_STOPPED || status == MOE_DIVERGED) return status;
     if (status != MOE_OK) moe_abort(status);
   }
-  if (c->checkpoint.save_final && t->saved_step != t->step) MOE_TRY(save(t));
+  MOE_TRY(c->checkpoint.save_final ? save_now(t) : go_on_saving(t, true));
   return report_memory(t);
 }
 
@@ -258,16 +302,26 @@ static moe_status peak_rate(trainer *t, double *tflops) {
   return moe_matrix_rate(e->dev, 1024, MOE_F32, tflops);
 }
 
+static moe_status set_up_saving(trainer *t) {
+  moe_engine *e = &t->engine;
+  const moe_config *c = &e->config;
+  moe_keep keep = {(int)c->checkpoint.keep, c->checkpoint.keep_every, c->checkpoint.keep_hours};
+  MOE_TRY(moe_save_plan_make(e, &t->save_plan));
+  if (moe_comm_rank(e->world) == 0) moe_save_plan_print(&t->save_plan, stderr);
+  return moe_saver_create(e->world, e->dev, c->run.dir, keep, t->save_plan.memory, &t->saver);
+}
+
 static moe_status set_up(trainer *t, const char *resume) {
   moe_engine *e = &t->engine;
   t->dims = moe_dims_of(&e->config);
   t->schedule = moe_schedule_of(&e->config);
   MOE_TRY(moe_run_lock_take(e->world, e->config.run.dir, &t->lock));
+  MOE_TRY(set_up_saving(t));
   MOE_TRY(moe_agree(e->world, open_data(t)));
   MOE_TRY(moe_agree(e->world, start_state(t, resume)));
   MOE_TRY(moe_agree(e->world, write_config(t)));
   MOE_TRY(moe_agree(e->world, moe_loader_seek(t->loader, t->step)));
-  int64_t memory = moe_engine_planned_bytes(e);
+  int64_t memory = planned_bytes(t);
   MOE_TRY(moe_comm_host_all_reduce_i64(e->world, &memory, 1, MOE_MAX));
   t->record.memory_bytes = memory;
   t->step_tokens = e->config.train.micro_batch * e->accumulation * moe_comm_size(e->world) *
@@ -290,6 +344,7 @@ moe_status moe_train(const moe_config *config, moe_device *dev, const char *resu
   MOE_TRY_OR(status, done, set_up(&t, resume));
   MOE_TRY_OR(status, done, run(&t));
 done:
+  moe_saver_destroy(t.saver);
   moe_metrics_destroy(t.metrics);
   moe_loader_destroy(t.valid);
   moe_loader_destroy(t.loader);

@@ -13,7 +13,7 @@ make_corpus() {
     n = 20 + int(rand() * 60); line = ""
     for (j = 0; j < n; j++) line = line substr("the cat sat on a mat and ran away ", (i + j) % 30 + 1, 4)
     print line } }' >"$1.txt"
-  "$bin/moe-data" tokenize --input "$1.txt" --tokenizer bytes --output "$1" >"$1.log" 2>&1 ||
+  "$bin/moe-data" tokenize --input "$1.txt" --tokenizer bytes --split-documents lines --output "$1" >"$1.log" 2>&1 ||
     violation "no corpus: $(cat "$1.log")"
 }
 
