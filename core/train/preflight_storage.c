@@ -10,15 +10,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
-#include <sys/statvfs.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "checkpoint/commit.h"
+#include "checkpoint/checkpoint.h"
 #include "checkpoint/files.h"
 #include "core/base/log.h"
 #include "core/train/preflight_checks.h"
-#include "core/train/run_state.h"
+#include "core/train/run_dir.h"
 
 enum { PATIENCE_S = 15, TOKEN = 64 }; /* NFS shows a new file after some seconds */
 
@@ -149,33 +148,24 @@ done:
   return status;
 }
 
-/* Checkpoints that are there take the place of some that must fit; the newest and the one being
- * written exist at once, hence keep + 1. */
 moe_status moe_preflight_space(moe_preflight_job *p) {
-  struct statvfs disk;
-  char folder[MOE_PATH], need[MOE_TEXT], have[MOE_TEXT], each[MOE_TEXT];
-  int64_t *steps = NULL, there = 0;
+  moe_run_disk d;
+  char need[MOE_TEXT], have[MOE_TEXT], each[MOE_TEXT];
   if (moe_comm_rank(p->world) != 0) return MOE_OK;
   MOE_TRY(moe_files_make_folders(p->config->run.dir));
-  MOE_TRY(moe_commit_folder(p->config->run.dir, folder));
-  MOE_TRY(moe_commit_list(folder, &steps, &there));
-  free(steps);
-  if (statvfs(p->config->run.dir, &disk) != 0)
-    return moe_fail(MOE_IO, "%s: statvfs: %s", p->config->run.dir, strerror(errno));
-  int64_t keep = p->config->checkpoint.keep, bytes = moe_run_state_bytes(p->config);
-  int64_t more = there < keep ? keep + 1 - there : 1;
-  double room = (double)disk.f_bavail * (double)disk.f_frsize;
-  moe_text_bytes(have, room);
-  moe_text_bytes(need, (double)more * (double)bytes);
-  moe_text_bytes(each, (double)bytes);
-  if (room < (double)more * (double)bytes) {
+  MOE_TRY(moe_run_disk_of(p->config, &d));
+  double all = (double)d.more * (double)d.each;
+  moe_text_bytes(have, (double)d.free);
+  moe_text_bytes(need, all);
+  moe_text_bytes(each, (double)d.each);
+  if ((double)d.free < all) {
     return moe_fail(MOE_FAILED,
                     "%s has %s free and %" PRId64
                     " more checkpoints of %s need %s: free some, lower "
                     "checkpoint.keep, or choose another run.dir",
-                    p->config->run.dir, have, more, each, need);
+                    p->config->run.dir, have, d.more, each, need);
   }
   snprintf(p->detail, sizeof p->detail, "%s free, %s needed: %" PRId64 " checkpoint%s of %s", have,
-           need, more, more > 1 ? "s" : "", each);
+           need, d.more, d.more > 1 ? "s" : "", each);
   return MOE_OK;
 }
