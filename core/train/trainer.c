@@ -1,7 +1,6 @@
 /* The main job: steps, evaluation, checkpoints. */
 #include "core/train/trainer.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
@@ -13,10 +12,17 @@
 #include "core/base/progress.h"
 #include "core/train/matrix_rate.h"
 #include "core/train/metrics.h"
+#include "core/train/run_dir.h"
 #include "core/train/run_state.h"
 #include "core/train/save_plan.h"
 #include "core/train/schedule.h"
 #include "core/train/stop_signal.h"
+#include "parallel/watchdog.h"
+
+/* Bytes per second of a save before one has been measured. */
+static const double SLOW_DISK = 500e6;
+
+typedef enum { STOP_NO, STOP_CLOCK, STOP_SIGNAL } stop_reason;
 
 typedef struct {
   moe_engine engine;
@@ -31,6 +37,8 @@ typedef struct {
   int64_t tokens, step_tokens;
   int64_t saved_step; /* of the last checkpoint */
   int nonfinite_in_a_row;
+  moe_wall_clock clock;
+  stop_reason stop;
   moe_step_record record;
 } trainer;
 
@@ -44,6 +52,7 @@ static void report_saved(trainer *t, const moe_saved *saved) {
            moe_text_bytes(size, (double)saved->bytes), saved->seconds,
            moe_text_bytes(rate, (double)saved->bytes / fmax(saved->seconds, 1e-9)), held);
   t->saved_step = saved->step;
+  moe_wall_clock_saved(&t->clock, saved->seconds);
 }
 
 /* Bring a save forward, with `wait` to its end, and say what became of it. A failed save is a
@@ -157,6 +166,7 @@ static moe_status train_step(trainer *t) {
   double start = moe_clock_s();
   double lr = moe_schedule_lr(&t->schedule, t->step + 1);
   moe_step_result result;
+  moe_progress_enter(MOE_PHASE_STEP, t->step + 1);
   memset(t->record.part_seconds, 0, sizeof t->record.part_seconds);
   MOE_TRY(micro_batches(t));
   MOE_TRY(moe_engine_finish_step(&t->engine, lr, t->step + 1, &result));
@@ -178,12 +188,24 @@ static moe_status train_step(trainer *t) {
 /* ---- between steps
  * -------------------------------------------------------------------------------- */
 
+/* What any rank was asked for, or the clock of any says, all do. */
+static moe_status agree_to_stop(trainer *t, bool clock_is_up) {
+  int64_t reason = moe_stop_requested() ? STOP_SIGNAL : clock_is_up ? STOP_CLOCK : t->stop;
+  MOE_TRY(moe_comm_host_all_reduce_i64(t->engine.world, &reason, 1, MOE_MAX));
+  t->stop = (stop_reason)reason;
+  return MOE_OK;
+}
+
+/* Asked to stop, it is left without a record: a run that goes on has others. */
 static moe_status evaluate(trainer *t) {
   moe_engine *e = &t->engine;
   double start = moe_clock_s(), sums[2] = {0.0, 0.0};
+  moe_progress_enter(MOE_PHASE_EVALUATION, t->step);
   MOE_TRY(moe_loader_seek(t->valid, 0));
   for (int64_t i = 0; i < e->config.train.eval_batches; i++) {
     moe_batch batch;
+    MOE_TRY(agree_to_stop(t, false));
+    if (t->stop) return MOE_OK;
     MOE_TRY(moe_loader_next(t->valid, &batch));
     MOE_TRY(moe_model_evaluate(e->model, &batch, sums));
   }
@@ -201,20 +223,25 @@ static bool due(int64_t step, int64_t interval) {
   return interval > 0 && step % interval == 0;
 }
 
+static moe_status stop_here(trainer *t) {
+  MOE_TRY(save_now(t));
+  return moe_fail(MOE_STOPPED,
+                  "stopped %s after step %" PRId64 " of %" PRId64
+                  ": %s: run the same command again to go on",
+                  t->stop == STOP_SIGNAL ? "on request" : "by run.wall_clock_limit", t->step,
+                  t->engine.config.train.steps, t->step > 0 ? "saved" : "nothing to save yet");
+}
+
 static moe_status between_steps(trainer *t) {
   const moe_config *c = &t->engine.config;
-  int64_t stop = moe_stop_requested();
-  MOE_TRY(moe_comm_host_all_reduce_i64(t->engine.world, &stop, 1, MOE_MAX));
-  if (due(t->step, c->train.eval_interval)) MOE_TRY(evaluate(t));
-  if (stop) {
-    MOE_TRY(save_now(t));
-    return moe_fail(MOE_STOPPED,
-                    "stopped on request after step %" PRId64 " of %" PRId64
-                    ": saved: run the same command again to go on",
-                    t->step, c->train.steps);
-  }
+  MOE_TRY(agree_to_stop(t, moe_wall_clock_is_up(&t->clock)));
+  if (!t->stop && due(t->step, c->train.eval_interval)) MOE_TRY(evaluate(t));
   /* Not while the gradient is non-finite: the state worth keeping is the one before. */
-  if (due(t->step, c->checkpoint.interval) && t->nonfinite_in_a_row == 0) return save_or_warn(t);
+  if (!t->stop && due(t->step, c->checkpoint.interval) && t->nonfinite_in_a_row == 0) {
+    MOE_TRY(save_or_warn(t));
+    MOE_TRY(agree_to_stop(t, false)); /* a step later would need a save of its own */
+  }
+  if (t->stop && t->step < c->train.steps) return stop_here(t); /* done is better than stopped */
   return go_on_saving(t, false);
 }
 
@@ -240,6 +267,8 @@ static moe_status report_memory(trainer *t) {
  * ends the whole job. What all ranks know (stopped, diverged) is returned. */
 static moe_status run(trainer *t) {
   const moe_config *c = &t->engine.config;
+  MOE_TRY(agree_to_stop(t, false)); /* the clock grants every run a step */
+  if (t->stop && t->step < c->train.steps) return stop_here(t);
   while (t->step < c->train.steps) {
     moe_status status = train_step(t);
     if (status == MOE_OK) status = between_steps(t);
@@ -253,14 +282,16 @@ static moe_status run(trainer *t) {
 /* ---- set-up
  * --------------------------------------------------------------------------------------- */
 
-static moe_status write_config(const trainer *t) {
-  char path[MOE_CONFIG_TEXT + 32];
-  if (moe_comm_rank(t->engine.world) != 0) return MOE_OK;
-  snprintf(path, sizeof path, "%s/config.ini", t->engine.config.run.dir);
-  FILE *f = fopen(path, "w");
-  if (f) moe_config_print(&t->engine.config, f);
-  if (f && fclose(f) == 0) return MOE_OK;
-  return moe_fail(MOE_IO, "cannot write: %s: %s", path, strerror(errno));
+/* The run's folder, once it is known where the run begins. */
+static moe_status prepare_folder(trainer *t, const char *from) {
+  const moe_config *c = &t->engine.config;
+  moe_status status = MOE_OK;
+  if (moe_comm_rank(t->engine.world) == 0) {
+    status = moe_run_dir_check_disk(c);
+    if (status == MOE_OK) status = moe_run_dir_write_config(c);
+  }
+  MOE_TRY(moe_agree(t->engine.world, status));
+  return moe_run_dir_record_start(&t->engine, t->step, from);
 }
 
 /* Continue from the checkpoint `resume` names, or draw initial weights. */
@@ -269,6 +300,7 @@ static moe_status start_state(trainer *t, const char *resume) {
   char path[MOE_PATH];
   MOE_TRY(moe_checkpoint_find(e->world, e->config.run.dir, resume, path));
   if (!path[0]) {
+    MOE_TRY(prepare_folder(t, path));
     moe_info("new run: initial weights from seed %" PRId64, e->config.train.seed);
     return moe_optimizer_init_weights(e->optimizer, (uint64_t)e->config.train.seed);
   }
@@ -277,6 +309,7 @@ static moe_status start_state(trainer *t, const char *resume) {
   t->step = t->saved_step = state.step;
   t->tokens = state.tokens;
   moe_status status = moe_run_restore(e, path, &state);
+  if (status == MOE_OK) status = prepare_folder(t, path);
   if (status == MOE_OK && state.data_fingerprint != moe_loader_fingerprint(t->loader)) {
     moe_warn("the token files are not those of the checkpoint: samples may repeat or be skipped");
   }
@@ -319,13 +352,14 @@ static moe_status set_up(trainer *t, const char *resume) {
   MOE_TRY(set_up_saving(t));
   MOE_TRY(moe_agree(e->world, open_data(t)));
   MOE_TRY(moe_agree(e->world, start_state(t, resume)));
-  MOE_TRY(moe_agree(e->world, write_config(t)));
   MOE_TRY(moe_agree(e->world, moe_loader_seek(t->loader, t->step)));
   int64_t memory = planned_bytes(t);
   MOE_TRY(moe_comm_host_all_reduce_i64(e->world, &memory, 1, MOE_MAX));
   t->record.memory_bytes = memory;
   t->step_tokens = e->config.train.micro_batch * e->accumulation * moe_comm_size(e->world) *
                    e->config.data.sequence_length;
+  t->clock = moe_wall_clock_start(60.0 * e->config.run.wall_clock_limit,
+                                  (double)moe_run_state_bytes(&e->config) / SLOW_DISK);
   double peak = 0.0;
   MOE_TRY(moe_agree(e->world, peak_rate(t, &peak)));
   moe_status status =
@@ -334,21 +368,40 @@ static moe_status set_up(trainer *t, const char *resume) {
   return moe_agree(e->world, status);
 }
 
+/* From here on a rank that hangs ends the job. */
+static moe_status watch(const moe_config *config, moe_watchdog **out) {
+  double limit_s[MOE_PHASES];
+  limit_s[MOE_PHASE_START] = limit_s[MOE_PHASE_END] = (double)config->run.watchdog_start_s;
+  limit_s[MOE_PHASE_STEP] = (double)config->run.watchdog_step_s;
+  limit_s[MOE_PHASE_SAVE] = (double)config->run.watchdog_save_s;
+  limit_s[MOE_PHASE_EVALUATION] = (double)config->run.watchdog_evaluation_s;
+  moe_comm *world;
+  MOE_TRY(moe_comm_world(NULL, &world));
+  moe_status status = moe_watchdog_create(world, limit_s, out);
+  moe_comm_destroy(world);
+  return status;
+}
+
 moe_status moe_train(const moe_config *config, moe_device *dev, const char *resume) {
   trainer t;
+  moe_watchdog *watchdog = NULL;
+  moe_status status;
   memset(&t, 0, sizeof t);
   moe_stop_listen();
-  MOE_TRY(moe_engine_create(config, dev, true, false, &t.engine));
-  moe_status status;
+  moe_progress_enter(MOE_PHASE_START, 0);
+  MOE_TRY_OR(status, done, watch(config, &watchdog));
+  MOE_TRY_OR(status, done, moe_engine_create(config, dev, true, false, &t.engine));
   MOE_TRY_OR(status, done, moe_engine_print_plan(&t.engine, stderr));
   MOE_TRY_OR(status, done, set_up(&t, resume));
   MOE_TRY_OR(status, done, run(&t));
 done:
+  moe_progress_enter(MOE_PHASE_END, t.step);
   moe_saver_destroy(t.saver);
   moe_metrics_destroy(t.metrics);
   moe_loader_destroy(t.valid);
   moe_loader_destroy(t.loader);
   moe_run_lock_release(t.lock);
   moe_engine_destroy(&t.engine);
+  moe_watchdog_destroy(watchdog);
   return status;
 }
