@@ -5,6 +5,7 @@
 #ifndef MOE_KERNELS_BACKEND_H
 #define MOE_KERNELS_BACKEND_H
 
+#include "kernels/lanes.h"
 #include "kernels/ops.h"
 
 #ifdef __cplusplus
@@ -24,15 +25,20 @@ typedef struct moe_backend {
   moe_status (*upload)(moe_device *dev, void *to, const void *from, int64_t bytes);
   moe_status (*download)(moe_device *dev, void *to, const void *from, int64_t bytes);
   moe_status (*sync)(moe_device *dev);
-  /* Remember when the stream gets here (profile.h); seconds between two marks, after a sync. */
+  /* Lanes (lanes.h); NULL where work is done when its call returns. */
+  void (*use_lane)(moe_device *dev, moe_lane lane);
+  moe_status (*wait_lane)(moe_device *dev, moe_lane other);
+  moe_status (*set_fence)(moe_device *dev);
+  moe_status (*wait_fence)(moe_device *dev);
+  /* Remember when the stream gets here (device.h); seconds between two marks, after a sync. */
   void (*mark)(moe_device *dev, moe_mark *out);
+  moe_status (*wait)(moe_device *dev, const moe_mark *mark);
   double (*between)(moe_device *dev, const moe_mark *from, const moe_mark *to);
   void (*forget)(moe_device *dev, moe_mark *mark);
 
   /* Graphs (device.h); NULL where there are none. end takes the recording off the stream even when
    * it fails, and sets *out only when it succeeds. */
   moe_status (*graph_begin)(moe_device *dev);
-  moe_status (*wait)(moe_device *dev, const moe_mark *mark);
   moe_status (*graph_end)(moe_device *dev, moe_graph **out);
   moe_status (*graph_launch)(moe_device *dev, moe_graph *graph);
   void (*graph_destroy)(moe_device *dev, moe_graph *graph);
@@ -118,6 +124,7 @@ struct moe_device {
   char name[128];
   void *scratch;
   int64_t scratch_bytes;
+  moe_lane lane;     /* where operations go now */
   const char *label; /* what runs now, for messages */
   int64_t label_layer;
   bool recording;              /* a graph: see device.h */

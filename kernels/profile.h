@@ -2,7 +2,8 @@
  * (moe_device_label). For benchmarks: off, it costs nothing.
  *
  * Between start and stop the device's table is replaced by one that marks the stream before and
- * after every operation; on a GPU the marks are events, so nothing waits until stop. What a graph
+ * after every operation; on a GPU the marks are events, so nothing waits until stop. Of other lanes
+ * only the time that MAIN waits for them is seen (lanes.h). What a graph
  * records is not timed; its launch is, as one operation. */
 #ifndef MOE_KERNELS_PROFILE_H
 #define MOE_KERNELS_PROFILE_H

@@ -158,6 +158,28 @@ static moe_status check_device(const moe_comm *c) {
   moe_profile_end((c)->dev);                   \
   return status
 
+/* ---- memory that travels ------------------------------------------------------------------- */
+
+static bool own_memory(const moe_comm *c) {
+  return c->size > 1 && c->backend->alloc;
+}
+
+void *moe_comm_alloc(moe_comm *c, int64_t bytes) {
+  return own_memory(c) ? c->backend->alloc(c, bytes) : moe_device_alloc(c->dev, bytes);
+}
+
+moe_status moe_comm_share(moe_comm *c, void *data, int64_t bytes) {
+  return own_memory(c) ? c->backend->share(c, data, bytes) : MOE_OK;
+}
+
+void moe_comm_free(moe_comm *c, void *data) {
+  if (!data) return;
+  if (own_memory(c))
+    c->backend->free(c, data);
+  else
+    moe_device_free(c->dev, data);
+}
+
 /* ---- data calls ---------------------------------------------------------------------------- */
 
 static moe_tensor flat(moe_tensor t) {
@@ -255,6 +277,19 @@ moe_status moe_comm_all_to_all(moe_comm *c, moe_tensor send, const int64_t *send
     return copy_bits(c, moe_tensor_rows(recv, recv_at[0], recv_rows[0]),
                      moe_tensor_rows(send, send_at[0], send_rows[0]));
   TRANSPORT(c, all_to_all, (c, send, send_rows, send_at, recv, recv_rows, recv_at));
+}
+
+moe_status moe_comm_exchange_chunks(moe_comm *c, moe_tensor x, moe_tensor out) {
+  if (x.dtype != out.dtype || moe_tensor_count(x) != moe_tensor_count(out) ||
+      moe_tensor_count(x) % c->size != 0)
+    return moe_fail(MOE_INVALID,
+                    "moe_comm_exchange_chunks: %lld %s cannot become %lld %s in %d "
+                    "equal chunks",
+                    (long long)moe_tensor_count(x), moe_dtype_name(x.dtype),
+                    (long long)moe_tensor_count(out), moe_dtype_name(out.dtype), c->size);
+  if (c->size == 1) return copy_bits(c, out, x);
+  if (moe_tensor_count(x) == 0) return MOE_OK;
+  TRANSPORT(c, exchange_chunks, (c, x, out));
 }
 
 moe_status moe_comm_broadcast(moe_comm *c, moe_tensor x, int root) {

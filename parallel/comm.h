@@ -31,6 +31,14 @@ int moe_comm_size(const moe_comm *c);
 int moe_comm_local_rank(void);
 int moe_comm_local_size(void);
 
+/* Memory for tensors that travel between the ranks of a group, zeroed; NULL when there is not
+ * enough. Local. Then, once, collective: make it known to the others. Where NCCL can (one node,
+ * NVLink, the same size on every rank) the copy engines then carry what moves between such tensors,
+ * at equal offsets on all ranks, and no multiprocessor is taken from the kernels beside. */
+void *moe_comm_alloc(moe_comm *c, int64_t bytes);
+moe_status moe_comm_share(moe_comm *c, void *data, int64_t bytes);
+void moe_comm_free(moe_comm *c, void *data);
+
 /* x = reduction of all ranks' x, in place. f32, f64, i32; SUM also of bf16 and f16 (summed in f32).
  */
 moe_status moe_comm_all_reduce(moe_comm *c, moe_tensor x, moe_reduce_op op);
@@ -48,6 +56,8 @@ moe_status moe_comm_reduce_scatter_to(moe_comm *c, moe_tensor x, moe_tensor out)
 moe_status moe_comm_all_to_all(moe_comm *c, moe_tensor send, const int64_t *send_rows,
                                const int64_t *send_at, moe_tensor recv, const int64_t *recv_rows,
                                const int64_t *recv_at);
+/* Chunk r of x [size * n] goes to rank r, whose chunk `rank` of out it becomes. Same shapes. */
+moe_status moe_comm_exchange_chunks(moe_comm *c, moe_tensor x, moe_tensor out);
 moe_status moe_comm_broadcast(moe_comm *c, moe_tensor x, int root);
 
 /* Host values, over MPI whatever the device. */

@@ -31,7 +31,12 @@ typedef struct {
   moe_status (*all_to_all)(moe_comm *c, moe_tensor send, const int64_t *send_rows,
                            const int64_t *send_at, moe_tensor recv, const int64_t *recv_rows,
                            const int64_t *recv_at);
+  moe_status (*exchange_chunks)(moe_comm *c, moe_tensor x, moe_tensor out);
   moe_status (*broadcast)(moe_comm *c, moe_tensor x, int root);
+  /* NULL: the device's own memory will do */
+  void *(*alloc)(moe_comm *c, int64_t bytes);
+  moe_status (*share)(moe_comm *c, void *data, int64_t bytes);
+  void (*free)(moe_comm *c, void *data);
 } moe_comm_backend;
 
 struct moe_comm {

@@ -210,6 +210,15 @@ static moe_status mpi_all_to_all(moe_comm *c, moe_tensor send, const int64_t *se
   return moe_mpi_check(code, "MPI_Alltoallv");
 }
 
+static moe_status mpi_exchange_chunks(moe_comm *c, moe_tensor x, moe_tensor out) {
+  MPI_Datatype type;
+  int64_t chunk = moe_tensor_bytes(x) / c->size;
+  MOE_TRY(block_type(chunk, chunk, &type));
+  int code = MPI_Alltoall(x.data, 1, type, out.data, 1, type, c->mpi);
+  MPI_Type_free(&type);
+  return moe_mpi_check(code, "MPI_Alltoall");
+}
+
 static moe_status mpi_broadcast(moe_comm *c, moe_tensor x, int root) {
   return moe_mpi_broadcast(c, x.data, moe_tensor_bytes(x), root);
 }
@@ -222,5 +231,6 @@ const moe_comm_backend moe_comm_mpi_backend = {
     .reduce_scatter = mpi_reduce_scatter,
     .all_gather = mpi_all_gather,
     .all_to_all = mpi_all_to_all,
+    .exchange_chunks = mpi_exchange_chunks,
     .broadcast = mpi_broadcast,
 };

@@ -1,7 +1,11 @@
 /* The NCCL transport: collectives on device memory, queued on the device's stream.
  *
  * A group's NCCL communicator is made over its MPI one: rank 0 draws the id and broadcasts it.
- * Calls do not wait; a transport error that NCCL notices later is reported by the next call. */
+ * Calls do not wait; a transport error that NCCL notices later is reported by the next call.
+ *
+ * Memory that moe_comm_share announced is a symmetric window. Between windows NCCL 2.28 and later
+ * lets the copy engines carry all-gathers and equal all-to-alls (CTA policy "zero"), so that the
+ * persistent expert kernels beside them keep every multiprocessor. */
 #ifdef MOE_WITH_NCCL
 #include <cuda_runtime_api.h>
 #include <nccl.h>
@@ -17,8 +21,17 @@ static moe_status nccl_check(ncclResult_t result, const char *call) {
 }
 #define NCCL_TRY(call) MOE_TRY(nccl_check((call), #call))
 
+#define BY_COPY_ENGINES (NCCL_VERSION_CODE >= NCCL_VERSION(2, 28, 0))
+
+typedef struct {
+  ncclComm_t comm;
+#if BY_COPY_ENGINES
+  ncclWindow_t window; /* of the shared memory; NULL without */
+#endif
+} nccl_state;
+
 static ncclComm_t comm_of(const moe_comm *c) {
-  return c->state;
+  return ((const nccl_state *)c->state)->comm;
 }
 
 static cudaStream_t stream_of(const moe_comm *c) {
@@ -34,7 +47,6 @@ static moe_status check_async(const moe_comm *c) {
 
 static moe_status nccl_open(moe_comm *c) {
   ncclUniqueId id;
-  ncclComm_t comm = NULL;
   moe_status status = MOE_OK;
   setenv("NCCL_NVLS_ENABLE", "0", 0); /* NVLink multicast: forbidden on some hosts */
   if (c->rank == 0) status = nccl_check(ncclGetUniqueId(&id), "ncclGetUniqueId");
@@ -42,14 +54,66 @@ static moe_status nccl_open(moe_comm *c) {
   MOE_TRY(moe_comm_host_broadcast(c, &id, (int64_t)sizeof id, 0));
   if (cudaSetDevice(moe_cuda_ordinal(c->dev)) != cudaSuccess)
     return moe_fail(MOE_FAILED, "cuda: cannot select GPU %d", moe_cuda_ordinal(c->dev));
-  NCCL_TRY(ncclCommInitRank(&comm, c->size, id, c->rank));
-  c->state = comm;
+  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+#if BY_COPY_ENGINES
+  config.CTAPolicy = NCCL_CTA_POLICY_ZERO;
+#endif
+  nccl_state *state = calloc(1, sizeof *state);
+  if (!state) return moe_fail(MOE_NO_MEMORY, "out of memory: making a group of ranks");
+  c->state = state;
+  NCCL_TRY(ncclCommInitRankConfig(&state->comm, c->size, id, c->rank, &config));
   return MOE_OK;
 }
 
+/* ---- memory that travels ------------------------------------------------------------------- */
+
+static void *nccl_alloc(moe_comm *c, int64_t bytes) {
+  void *data = NULL;
+  cudaStream_t stream = stream_of(c);
+  if (cudaSetDevice(moe_cuda_ordinal(c->dev)) != cudaSuccess) return NULL;
+  if (ncclMemAlloc(&data, (size_t)(bytes > 0 ? bytes : 1)) != ncclSuccess) return NULL;
+  if (cudaMemsetAsync(data, 0, (size_t)bytes, stream) == cudaSuccess &&
+      cudaStreamSynchronize(stream) == cudaSuccess)
+    return data;
+  ncclMemFree(data);
+  return NULL;
+}
+
+static void withdraw(nccl_state *s) {
+#if BY_COPY_ENGINES
+  if (s->window) ncclCommWindowDeregister(s->comm, s->window);
+  s->window = NULL;
+#else
+  (void)s;
+#endif
+}
+
+static void nccl_free(moe_comm *c, void *data) {
+  withdraw(c->state);
+  ncclMemFree(data);
+}
+
 static void nccl_close(moe_comm *c) {
-  if (c->state) ncclCommDestroy(comm_of(c));
+  nccl_state *s = c->state;
+  if (!s) return;
+  withdraw(s);
+  if (s->comm) ncclCommDestroy(s->comm);
+  free(s);
   c->state = NULL;
+}
+
+static moe_status nccl_share(moe_comm *c, void *data, int64_t bytes) {
+#if BY_COPY_ENGINES
+  nccl_state *s = c->state;
+  int64_t range[2] = {bytes, -bytes}; /* windows must be of one size: smallest and largest */
+  MOE_TRY(moe_comm_host_all_reduce_i64(c, range, 2, MOE_MIN));
+  if (range[0] != -range[1]) return MOE_OK;
+  NCCL_TRY(
+      ncclCommWindowRegister(s->comm, data, (size_t)bytes, &s->window, NCCL_WIN_COLL_SYMMETRIC));
+#else
+  (void)c, (void)data, (void)bytes;
+#endif
+  return MOE_OK;
 }
 
 static ncclDataType_t type_of(moe_dtype t) {
@@ -116,6 +180,30 @@ static moe_status nccl_all_to_all(moe_comm *c, moe_tensor send, const int64_t *s
   return status != MOE_OK ? status : ended;
 }
 
+static moe_status nccl_exchange_chunks(moe_comm *c, moe_tensor x, moe_tensor out) {
+  size_t chunk = (size_t)(moe_tensor_bytes(x) / c->size);
+  MOE_TRY(check_async(c));
+#if BY_COPY_ENGINES
+  NCCL_TRY(ncclAlltoAll(x.data, out.data, chunk, ncclInt8, comm_of(c), stream_of(c)));
+  return MOE_OK;
+#else
+  NCCL_TRY(ncclGroupStart());
+  moe_status status = MOE_OK;
+  for (int r = 0; r < c->size && status == MOE_OK; r++) {
+    size_t at = (size_t)r * chunk;
+    status = nccl_check(
+        ncclSend((const char *)x.data + at, chunk, ncclInt8, r, comm_of(c), stream_of(c)),
+        "ncclSend");
+    if (status == MOE_OK)
+      status =
+          nccl_check(ncclRecv((char *)out.data + at, chunk, ncclInt8, r, comm_of(c), stream_of(c)),
+                     "ncclRecv");
+  }
+  moe_status ended = nccl_check(ncclGroupEnd(), "ncclGroupEnd");
+  return status != MOE_OK ? status : ended;
+#endif
+}
+
 static moe_status nccl_broadcast(moe_comm *c, moe_tensor x, int root) {
   MOE_TRY(check_async(c));
   NCCL_TRY(ncclBroadcast(x.data, x.data, (size_t)moe_tensor_bytes(x), ncclInt8, root, comm_of(c),
@@ -131,7 +219,11 @@ const moe_comm_backend moe_comm_nccl_backend = {
     .reduce_scatter = nccl_reduce_scatter,
     .all_gather = nccl_all_gather,
     .all_to_all = nccl_all_to_all,
+    .exchange_chunks = nccl_exchange_chunks,
     .broadcast = nccl_broadcast,
+    .alloc = nccl_alloc,
+    .share = nccl_share,
+    .free = nccl_free,
 };
 #else
 typedef int moe_comm_nccl_not_built;

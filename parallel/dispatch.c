@@ -2,15 +2,18 @@
  *
  * Everything that travels goes one of two directions, `carry_out` (tokens to rows) or `carry_back`
  * (rows summed to tokens), forward and backward alike; the exchanges differ only there. The
- * all-gather exchange never waits for the device. The all-to-all one must know its row counts on
- * the host: it waits once per layer, in moe_dispatch_send, and keeps its index tensors in the route
- * so that the way back and the gradients need no planning. */
+ * all-gather exchange never waits for the device. Its way back is not a reduce-scatter but an
+ * exchange of chunks and a sum by the receiver: as many bytes, float32 sums in a fixed order, and
+ * no multiprocessor is needed to carry them. The all-to-all one must know its row counts on the
+ * host: it waits once per layer, in moe_dispatch_send, and keeps its index tensors in the route so
+ * that the way back and the gradients need no planning. */
 #include "parallel/dispatch.h"
 
 #include <stdlib.h>
 
 #include "core/base/config.h"
 #include "core/base/log.h"
+#include "kernels/lanes.h"
 #include "kernels/ops.h"
 #include "parallel/dispatch_plan.h"
 
@@ -22,6 +25,10 @@ struct moe_dispatcher {
   moe_dispatch_shape shape;
   exchange_kind exchange;
   double seconds, bytes; /* cost since it was last asked for */
+  /* all-gather, device: what comes back from every rank, and where each token's parts of it lie */
+  moe_tensor parts;     /* act [ep T, D] */
+  moe_tensor part_slot; /* i32 [T, ep] of parts, for part_tokens tokens */
+  int64_t part_tokens;
   /* all-to-all, device: what is sent, or comes back; M = min(ep, K) */
   moe_tensor rows;        /* act [T M, D] */
   moe_tensor row_gates;   /* f32 [T M, K] */
@@ -85,6 +92,12 @@ static moe_status take_alltoall(moe_dispatcher *d, moe_arena *device) {
   return MOE_OK;
 }
 
+static void take_allgather(moe_dispatcher *d, moe_arena *device) {
+  int64_t ep = d->mesh->ep, t = d->shape.tokens;
+  d->parts = moe_arena_tensor_2d(device, d->shape.dtype, ep * t, d->shape.hidden);
+  d->part_slot = moe_arena_tensor_2d(device, MOE_I32, t, ep);
+}
+
 moe_status moe_dispatcher_create(moe_device *dev, const moe_mesh *mesh, moe_dispatch_shape shape,
                                  moe_memory *memory, moe_dispatcher **out) {
   *out = NULL;
@@ -95,6 +108,7 @@ moe_status moe_dispatcher_create(moe_device *dev, const moe_mesh *mesh, moe_disp
   d->mesh = mesh;
   d->shape = shape;
   d->exchange = choose_exchange(mesh, shape);
+  if (d->exchange == EXCHANGE_ALLGATHER) take_allgather(d, &memory->arena[MOE_MEM_EXCHANGE]);
   if (d->exchange == EXCHANGE_ALLTOALL) {
     moe_status status = take_alltoall(d, &memory->arena[MOE_MEM_EXCHANGE]);
     if (status != MOE_OK) {
@@ -148,6 +162,24 @@ const char *moe_dispatch_exchange_name(const moe_dispatcher *d) {
   return names[d->exchange];
 }
 
+/* ---- the exchange lane --------------------------------------------------------------------- */
+
+/* What is queued until leave_lane runs beside what MAIN is given next. */
+static moe_status enter_lane(moe_dispatcher *d) {
+  if (d->exchange == EXCHANGE_NONE) return MOE_OK;
+  moe_device_use_lane(d->dev, MOE_LANE_EXCHANGE);
+  return moe_device_wait_lane(d->dev, MOE_LANE_MAIN);
+}
+
+static moe_status leave_lane(moe_dispatcher *d, moe_status status) {
+  moe_device_use_lane(d->dev, MOE_LANE_MAIN);
+  return status;
+}
+
+moe_status moe_dispatch_wait(moe_dispatcher *d) {
+  return d->exchange == EXCHANGE_NONE ? MOE_OK : moe_device_wait_lane(d->dev, MOE_LANE_EXCHANGE);
+}
+
 /* ---- exchanges, with their cost ------------------------------------------------------------ */
 
 static int64_t width_bytes(moe_tensor t) {
@@ -168,12 +200,32 @@ static moe_status gather(moe_dispatcher *d, moe_tensor x, moe_tensor out) {
   return MOE_OK;
 }
 
+/* Where token t's part from rank r lies among the parts: row r * tokens + t. */
+static moe_status place_parts(moe_dispatcher *d, int64_t tokens) {
+  int64_t ep = d->mesh->ep;
+  if (d->part_tokens == tokens) return MOE_OK;
+  int32_t *slot = malloc((size_t)(tokens * ep) * sizeof *slot);
+  if (!slot)
+    return moe_fail(MOE_NO_MEMORY, "out of memory: places of %lld rows", (long long)(tokens * ep));
+  for (int64_t i = 0; i < tokens * ep; i++) slot[i] = (int32_t)(i % ep * tokens + i / ep);
+  moe_status status =
+      moe_device_upload(d->dev, d->part_slot.data, slot, tokens * ep * (int64_t)sizeof *slot);
+  if (status == MOE_OK) status = moe_device_sync(d->dev);
+  free(slot);
+  d->part_tokens = tokens;
+  return status;
+}
+
+/* out [t, width] = the sum over ranks of chunk `rank` of their x [ep t, width]. */
 static moe_status scatter_sum(moe_dispatcher *d, moe_tensor x, moe_tensor out) {
+  int64_t rows = x.shape[0], tokens = out.shape[0];
+  moe_tensor parts = moe_tensor_2d(d->parts.data, x.dtype, rows, x.shape[1]);
+  MOE_TRY(place_parts(d, tokens));
   double start = moe_clock_s();
-  MOE_TRY(moe_comm_reduce_scatter_to(d->mesh->experts, x, out));
+  MOE_TRY(moe_comm_exchange_chunks(d->mesh->experts, x, parts));
   d->seconds += moe_clock_s() - start;
   d->bytes += (double)((d->mesh->ep - 1) * moe_tensor_bytes(out));
-  return MOE_OK;
+  return moe_combine_rows(d->dev, parts, moe_tensor_rows(d->part_slot, 0, tokens), 0, 0, out);
 }
 
 /* Sent rows to the experts' ranks. */
@@ -240,7 +292,8 @@ static moe_status carry_back(moe_dispatcher *d, const moe_route *r, moe_tensor r
 static moe_status carry_gates_back(moe_dispatcher *d, const moe_route *r, moe_tensor row_dgates,
                                    moe_tensor dgates) {
   if (d->exchange == EXCHANGE_NONE) return copy_unless_same(d->dev, dgates, row_dgates);
-  if (d->exchange == EXCHANGE_ALLGATHER) return scatter_sum(d, row_dgates, dgates);
+  if (d->exchange == EXCHANGE_ALLGATHER)
+    return moe_comm_reduce_scatter_to(d->mesh->experts, row_dgates, dgates);
   int64_t sent = rows_sent(d, r);
   moe_tensor buffer = moe_tensor_rows(d->row_gates, 0, sent);
   MOE_TRY(send_rows_back(d, r, row_dgates, buffer));
@@ -263,9 +316,10 @@ static moe_status send_allgather(moe_dispatcher *d, moe_tensor x, moe_tensor exp
                                  moe_tensor gates, moe_route *r) {
   moe_range own = d->mesh->owned;
   set_rows(r, x.shape[0] * d->mesh->ep);
+  if (!r->x_is_sent) MOE_TRY(carry_out(d, r, x, r->x));
+  r->x_is_sent = false;
   MOE_TRY(gather(d, experts, r->experts));
   MOE_TRY(gather(d, gates, r->gates));
-  MOE_TRY(carry_out(d, r, x, r->x));
   return moe_localize_experts(d->dev, r->experts, r->gates, own.begin, moe_range_size(own));
 }
 
@@ -339,6 +393,18 @@ static moe_status check_sides(const moe_dispatcher *d, const moe_route *r, moe_t
   return check_2d("the rows' tensor", rows, s->dtype, r->rows, s->hidden);
 }
 
+moe_status moe_dispatch_send_early(moe_dispatcher *d, moe_tensor x, moe_route *route) {
+  const moe_dispatch_shape *s = &d->shape;
+  if (d->exchange != EXCHANGE_ALLGATHER) return MOE_OK;
+  int64_t t = x.shape[0] < s->tokens ? x.shape[0] : s->tokens;
+  MOE_TRY(check_2d("x", x, s->dtype, t, s->hidden));
+  set_rows(route, t * d->mesh->ep);
+  MOE_TRY(enter_lane(d));
+  moe_status status = leave_lane(d, carry_out(d, route, x, route->x));
+  route->x_is_sent = status == MOE_OK;
+  return status;
+}
+
 moe_status moe_dispatch_send(moe_dispatcher *d, moe_tensor x, moe_tensor experts, moe_tensor gates,
                              moe_route *route) {
   const moe_dispatch_shape *s = &d->shape;
@@ -347,8 +413,11 @@ moe_status moe_dispatch_send(moe_dispatcher *d, moe_tensor x, moe_tensor experts
   MOE_TRY(check_2d("experts", experts, MOE_I32, t, s->top_k));
   MOE_TRY(check_2d("gates", gates, MOE_F32, t, s->top_k));
   route->tokens = t;
-  if (d->exchange == EXCHANGE_ALLTOALL) return send_alltoall(d, x, experts, gates, route);
-  if (d->exchange == EXCHANGE_ALLGATHER) return send_allgather(d, x, experts, gates, route);
+  MOE_TRY(enter_lane(d));
+  if (d->exchange == EXCHANGE_ALLTOALL)
+    return leave_lane(d, send_alltoall(d, x, experts, gates, route));
+  if (d->exchange == EXCHANGE_ALLGATHER)
+    return leave_lane(d, send_allgather(d, x, experts, gates, route));
   route->rows = t;
   route->x = x;
   route->experts = experts;
@@ -359,13 +428,15 @@ moe_status moe_dispatch_send(moe_dispatcher *d, moe_tensor x, moe_tensor experts
 moe_status moe_dispatch_return(moe_dispatcher *d, const moe_route *route, moe_tensor rows,
                                moe_tensor out) {
   MOE_TRY(check_sides(d, route, out, rows));
-  return carry_back(d, route, rows, out);
+  MOE_TRY(enter_lane(d));
+  return leave_lane(d, carry_back(d, route, rows, out));
 }
 
 moe_status moe_dispatch_send_grad(moe_dispatcher *d, const moe_route *route, moe_tensor dout,
                                   moe_tensor rows) {
   MOE_TRY(check_sides(d, route, dout, rows));
-  return carry_out(d, route, dout, rows);
+  MOE_TRY(enter_lane(d));
+  return leave_lane(d, carry_out(d, route, dout, rows));
 }
 
 moe_status moe_dispatch_return_grad(moe_dispatcher *d, const moe_route *route, moe_tensor rows,
@@ -373,6 +444,8 @@ moe_status moe_dispatch_return_grad(moe_dispatcher *d, const moe_route *route, m
   MOE_TRY(check_sides(d, route, dx, rows));
   MOE_TRY(check_2d("row_dgates", row_dgates, MOE_F32, route->rows, d->shape.top_k));
   MOE_TRY(check_2d("dgates", dgates, MOE_F32, route->tokens, d->shape.top_k));
-  MOE_TRY(carry_back(d, route, rows, dx));
-  return carry_gates_back(d, route, row_dgates, dgates);
+  MOE_TRY(enter_lane(d));
+  moe_status status = carry_gates_back(d, route, row_dgates, dgates);
+  if (status == MOE_OK) status = carry_back(d, route, rows, dx);
+  return leave_lane(d, status);
 }

@@ -9,6 +9,10 @@
  *                all-to-all is expected to send under 90 % of its rows (uniform routing,
  *                dispatch_plan.h).
  *
+ * Exchanges run on the device's exchange lane (kernels/lanes.h): every call below starts what it
+ * names, and moe_dispatch_wait must follow before results are used or sources are written. Work
+ * queued between the two hides the exchange. Their memory is best of moe_comm_alloc.
+ *
  * With ep = 1 nothing moves: a route's tensors ARE the caller's x, experts and gates, which must
  * therefore stay as they are until the backward pass is done. Otherwise they are copies.
  *
@@ -39,6 +43,7 @@ typedef struct {
   moe_tensor x;       /* [R, D] received rows */
   /* private: the batch's tokens, memory for the most rows, and the way back */
   int64_t tokens;
+  bool x_is_sent;
   moe_tensor experts_room, gates_room, x_room;
   moe_tensor sent_token; /* all-to-all: i32 [T * min(ep, K)] token of each sent row */
   moe_tensor slot;       /* i32 [T, min(ep, K)] the sent rows of each token, or -1 */
@@ -64,7 +69,13 @@ int64_t moe_dispatch_max_rows(const moe_dispatcher *d);
 /* "all-to-all", "all-gather" or "none", for logs. */
 const char *moe_dispatch_exchange_name(const moe_dispatcher *d);
 
-/* All collective over the expert group. experts i32 [T, K] global numbers (-1: dropped). A batch
+/* What is started since runs on from here: results are there for what is queued next. Local. */
+moe_status moe_dispatch_wait(moe_dispatcher *d);
+
+/* All collective over the expert group. Optional, before send: start carrying x [T, D] while its
+ * experts are not known yet. Does nothing when the exchange is not an all-gather. */
+moe_status moe_dispatch_send_early(moe_dispatcher *d, moe_tensor x, moe_route *route);
+/* experts i32 [T, K] global numbers (-1: dropped). A batch
  * may have fewer than T tokens; by all-gather it has the same number on every rank. */
 moe_status moe_dispatch_send(moe_dispatcher *d, moe_tensor x, moe_tensor experts, moe_tensor gates,
                              moe_route *route);
@@ -79,7 +90,8 @@ moe_status moe_dispatch_send_grad(moe_dispatcher *d, const moe_route *route, moe
  * which is 0 where route->experts is -1. A dropped assignment's dgate is 0. */
 moe_status moe_dispatch_return_grad(moe_dispatcher *d, const moe_route *route, moe_tensor rows,
                                     moe_tensor row_dgates, moe_tensor dx, moe_tensor dgates);
-/* Seconds spent in exchanges, and bytes sent to other ranks, since the last call. */
+/* Seconds the host spent in exchanges (on a CPU: all they take), and bytes sent to other ranks,
+ * since the last call. */
 void moe_dispatch_cost(moe_dispatcher *d, double *seconds, double *bytes);
 
 #ifdef __cplusplus

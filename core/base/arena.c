@@ -15,7 +15,7 @@ void moe_memory_measure(moe_memory *m) {
 moe_status moe_memory_commit(moe_memory *m, void *(*alloc)(void *, int64_t), void *context) {
   for (int i = 0; i < MOE_MEM_PURPOSES; i++) {
     moe_arena *a = &m->arena[i];
-    if (a->used > 0) {
+    if (a->used > 0 && a->base == NULL) {
       const char *purpose = moe_memory_purpose_text((moe_memory_purpose)i);
       a->base = alloc(context, a->used);
       if (a->base == NULL)

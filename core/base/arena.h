@@ -48,8 +48,8 @@ typedef struct {
 enum { MOE_ARENA_ALIGN = 256 };
 
 void moe_memory_measure(moe_memory *m);
-/* alloc(context, bytes) returns zeroed memory or NULL. Local. MOE_NO_MEMORY names the purpose and
- * the bytes. */
+/* alloc(context, bytes) returns zeroed memory or NULL; it is not asked for an arena whose base the
+ * caller has set. Local. MOE_NO_MEMORY names the purpose and the bytes. */
 moe_status moe_memory_commit(moe_memory *m, void *(*alloc)(void *, int64_t), void *context);
 int64_t moe_memory_total(const moe_memory *m);
 const char *moe_memory_purpose_text(moe_memory_purpose purpose);

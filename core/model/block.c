@@ -9,7 +9,15 @@
 
 #include "kernels/ops.h"
 
-moe_status moe_stash_create(moe_block_env *env, moe_arena *arena, moe_stash *out) {
+/* Memory for what travels between ranks, if anything does. */
+static moe_arena *travelling(const moe_block_env *env, moe_memory *memory,
+                             moe_memory_purpose else_) {
+  return &memory->arena[env->mesh->ep > 1 ? MOE_MEM_EXCHANGE : else_];
+}
+
+moe_status moe_stash_create(moe_block_env *env, moe_memory *memory, moe_stash *out) {
+  moe_arena *arena = &memory->arena[MOE_MEM_STASH];
+  moe_arena *shared = travelling(env, memory, MOE_MEM_STASH);
   const moe_dims *d = &env->dims;
   int64_t t = env->tokens, hidden = d->hidden;
   int64_t qkv = (d->heads + 2 * d->kv_heads) * d->head_dim;
@@ -23,7 +31,7 @@ moe_status moe_stash_create(moe_block_env *env, moe_arena *arena, moe_stash *out
   moe_tensor lse = moe_arena_tensor_1d(arena, MOE_F32, t * d->heads);
   out->lse = moe_tensor_3d(lse.data, MOE_F32, env->batch, d->heads, env->seq);
   out->mid = moe_arena_tensor_2d(arena, env->dtype, t, hidden);
-  out->h2 = moe_arena_tensor_2d(arena, env->dtype, t, hidden);
+  out->h2 = moe_arena_tensor_2d(shared, env->dtype, t, hidden);
   out->rstd2 = moe_arena_tensor_1d(arena, MOE_F32, t);
   out->probs = moe_arena_tensor_2d(arena, MOE_F32, t, d->experts);
   out->router_lse = moe_arena_tensor_1d(arena, MOE_F32, t);
@@ -32,7 +40,7 @@ moe_status moe_stash_create(moe_block_env *env, moe_arena *arena, moe_stash *out
   out->offsets = moe_arena_tensor_1d(arena, MOE_I32, owned + 1);
   out->pair = moe_arena_tensor_1d(arena, MOE_I32, moe_block_most_rows(env));
   out->slot = moe_arena_tensor_2d(arena, MOE_I32, rows, d->top_k);
-  return moe_route_create(env->dispatcher, arena, &out->route);
+  return moe_route_create(env->dispatcher, shared, &out->route);
 }
 
 void moe_stash_destroy(moe_stash *s) {
@@ -50,11 +58,12 @@ void moe_work_create(moe_block_env *env, moe_memory *memory, bool training) {
   const moe_dims *d = &env->dims;
   moe_work *w = &env->work;
   moe_arena *arena = &memory->arena[MOE_MEM_WORK];
+  moe_arena *shared = travelling(env, memory, MOE_MEM_WORK);
   moe_dtype act = env->dtype;
   int64_t t = env->tokens, c = env->round_rows, rows = moe_dispatch_max_rows(env->dispatcher);
   int64_t owned = moe_range_size(env->mesh->owned);
   w->delta = moe_arena_tensor_2d(arena, act, t, d->hidden);
-  w->rows = moe_arena_tensor_2d(arena, act, rows, d->hidden);
+  w->rows = moe_arena_tensor_2d(shared, act, rows, d->hidden);
   w->window = moe_arena_tensor_1d(arena, MOE_I32, owned + 1);
   w->xs = moe_arena_tensor_2d(arena, act, c, d->hidden);
   w->ys = moe_arena_tensor_2d(arena, act, c, d->hidden);
@@ -64,13 +73,14 @@ void moe_work_create(moe_block_env *env, moe_memory *memory, bool training) {
   if (rounds) w->gu_again = moe_arena_tensor_2d(arena, act, c, 2 * d->ffn);
   if (!training) return;
   int64_t qkv = (d->heads + 2 * d->kv_heads) * d->head_dim;
-  w->dx = moe_arena_tensor_2d(arena, act, t, d->hidden);
+  w->dx = moe_arena_tensor_2d(shared, act, t, d->hidden);
+  w->dxs = moe_arena_tensor_2d(arena, act, c, d->hidden);
   w->dh = moe_arena_tensor_2d(arena, act, t, d->hidden);
   w->dattended = moe_arena_tensor_2d(arena, act, t, d->heads * d->head_dim);
   w->dqkv = moe_arena_tensor_2d(arena, act, t, qkv);
   w->dgates = moe_arena_tensor_2d(arena, MOE_F32, t, d->top_k);
   w->dlogits = moe_arena_tensor_2d(arena, MOE_F32, t, d->experts);
-  w->drows = moe_arena_tensor_2d(arena, act, rows, d->hidden);
+  w->drows = moe_arena_tensor_2d(shared, act, rows, d->hidden);
   w->row_dgates = moe_arena_tensor_2d(arena, MOE_F32, rows, d->top_k);
   w->sorted_dgates = moe_arena_tensor_1d(arena, MOE_F32, c);
   int64_t stats = env->groups * (2 * d->experts + 1);
@@ -102,6 +112,7 @@ moe_status moe_block_forward(moe_block_env *env, moe_block *b, moe_tensor x_in,
 static moe_status recompute(moe_block_env *env, moe_block *b) {
   moe_stash *s = b->stash;
   double eps = env->config->model.norm_eps;
+  MOE_TRY(moe_experts_backward_end(env)); /* its inputs lie where this writes */
   moe_device_label(env->dev, "block recomputed", b->index);
   MOE_TRY(moe_rms_norm(env->dev, b->x, moe_tensor_none(), b->w.norm1, eps, b->x, s->h1, s->rstd1));
   return forward_from_x(env, b, env->work.stats_again);

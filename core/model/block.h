@@ -23,6 +23,7 @@ typedef struct {
   moe_tensor experts, gates;    /* [T, K] */
   moe_route route;
   moe_tensor offsets;    /* i32 [e + 1] of the sorted rows */
+  int64_t sorted_rows;   /* how many those are, or the most there can be */
   moe_tensor pair, slot; /* i32 [P], [R, K] */
 } moe_stash;
 
@@ -37,11 +38,17 @@ typedef struct {
   moe_tensor drows;           /* [R, D] gradients received */
   moe_tensor row_dgates;      /* f32 [R, K] */
   moe_tensor window;          /* i32 [e + 1] */
-  moe_tensor xs, ys, a;       /* [C, D], [C, D], [C, F] sorted rows */
+  moe_tensor xs, ys, dxs, a;  /* [C, D], [C, D], [C, D], [C, F] sorted rows */
   moe_tensor gu_again; /* [C, 2F] of rounds after the first; absent when one round holds all */
   moe_tensor sorted_gates, sorted_dgates; /* f32 [C] */
   moe_tensor stats_again;                 /* where a recomputed router writes its statistics */
 } moe_work;
+
+/* Expert weight gradients not yet computed: they cover the next exchange. */
+typedef struct {
+  moe_tensor left, right, dw; /* ops.h, moe_expert_weight_grad; left absent: none is due */
+  int accumulate;
+} moe_due_grad;
 
 typedef struct {
   moe_dims dims;
@@ -56,7 +63,9 @@ typedef struct {
   int64_t pad;        /* expert segments are padded to this */
   moe_dtype dtype;
   moe_work work;
-  moe_tensor rope_table;                               /* f32 [S, d] */
+  moe_due_grad due;
+  int32_t *rows_host;    /* [1], pinned: rows on their way to the host */
+  moe_tensor rope_table; /* f32 [S, d] */
   moe_tensor tokens_in, targets, positions, doc_start; /* i32 [T]; doc_start absent without masks */
 } moe_block_env;
 
@@ -76,7 +85,7 @@ typedef struct {
 /* The most sorted rows any routing can need. */
 int64_t moe_block_most_rows(const moe_block_env *env);
 /* Room for a stash (without gu) and for the shared buffers. Local. */
-moe_status moe_stash_create(moe_block_env *env, moe_arena *arena, moe_stash *out);
+moe_status moe_stash_create(moe_block_env *env, moe_memory *memory, moe_stash *out);
 void moe_stash_destroy(moe_stash *s);
 void moe_work_create(moe_block_env *env, moe_memory *memory, bool training);
 
@@ -95,6 +104,8 @@ moe_status moe_attention_backward_pass(moe_block_env *env, moe_block *b); /* dx 
 moe_status moe_experts_forward(moe_block_env *env, moe_block *b, moe_tensor stats);
 moe_status moe_experts_backward(moe_block_env *env, moe_block *b, float aux_scale,
                                 float z_scale); /* dx -> dh (of h2) */
+/* The weight gradients that the last moe_experts_backward left. */
+moe_status moe_experts_backward_end(moe_block_env *env);
 
 #ifdef __cplusplus
 }

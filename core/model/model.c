@@ -95,6 +95,8 @@ moe_status moe_model_backward(moe_model *m) {
     m->blocks[l].accumulate = m->micros_done > 0;
     MOE_TRY(moe_block_backward(env, &m->blocks[l], m->aux_scale, m->z_scale));
   }
+  moe_device_label(env->dev, "experts backward", 0);
+  MOE_TRY(moe_experts_backward_end(env));
   m->micros_done++;
   moe_device_label(env->dev, "embedding backward", -1);
   return moe_embed_backward(env->dev, env->tokens_in, env->work.dx, m->dembed);

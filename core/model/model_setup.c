@@ -51,7 +51,7 @@ static moe_status create_blocks(moe_model *m, moe_memory *memory) {
     bool share = b->recompute == MOE_RECOMPUTE_BLOCK;
     if (!share || !shared) {
       b->stash = &m->stashes[m->stash_count++];
-      MOE_TRY(moe_stash_create(env, arena, b->stash));
+      MOE_TRY(moe_stash_create(env, memory, b->stash));
       if (share) shared = b->stash;
     } else {
       b->stash = shared;
@@ -180,7 +180,9 @@ static moe_status create(moe_model *m, moe_memory *memory) {
   create_scratch(m, memory);
   if (measuring(memory)) return MOE_OK;
   m->stats_host = moe_device_alloc_host(env->dev, moe_tensor_bytes(m->stats));
-  if (!m->stats_host) return moe_fail(MOE_NO_MEMORY, "out of memory: router statistics");
+  env->rows_host = moe_device_alloc_host(env->dev, (int64_t)sizeof *env->rows_host);
+  if (!m->stats_host || !env->rows_host)
+    return moe_fail(MOE_NO_MEMORY, "out of memory: router statistics");
   return upload_rope_table(m);
 }
 
@@ -203,6 +205,7 @@ moe_status moe_model_create(const moe_model_options *options, moe_memory *memory
 void moe_model_destroy(moe_model *m) {
   if (!m) return;
   if (m->stats_host) moe_device_free_host(m->env.dev, m->stats_host);
+  if (m->env.rows_host) moe_device_free_host(m->env.dev, m->env.rows_host);
   for (int i = 0; i < m->stash_count; i++) moe_stash_destroy(&m->stashes[i]);
   moe_dispatcher_destroy(m->env.dispatcher);
   moe_params_destroy(&m->params);

@@ -129,6 +129,17 @@ static moe_status measure_program(moe_engine *e) {
   return MOE_OK;
 }
 
+/* The arenas, and what travels between ranks where the others can reach it. Collective. */
+static moe_status take_memory(moe_engine *e) {
+  moe_arena *travelling = &e->memory.arena[MOE_MEM_EXCHANGE];
+  int64_t bytes = travelling->used;
+  if (bytes > 0) travelling->base = moe_comm_alloc(e->mesh.experts, bytes);
+  moe_status status = moe_memory_commit(&e->memory, moe_device_alloc, e->dev);
+  MOE_TRY(moe_agree(e->world, status));
+  if (bytes == 0) return MOE_OK;
+  return moe_agree(e->world, moe_comm_share(e->mesh.experts, travelling->base, bytes));
+}
+
 /* Host memory is only promised until it is written: have it now, not in the middle of a step. */
 static void touch_memory(moe_engine *e) {
   for (int i = 0; i < MOE_MEM_PURPOSES && moe_device_is_host(e->dev); i++) {
@@ -147,8 +158,7 @@ static moe_status create(moe_engine *e, bool training, bool plan_only) {
   MOE_TRY(measure_program(e));
   MOE_TRY(plan(e, training));
   if (plan_only) return MOE_OK;
-  moe_status status = moe_memory_commit(&e->memory, moe_device_alloc, e->dev);
-  MOE_TRY(moe_agree(e->world, status));
+  MOE_TRY(take_memory(e));
   touch_memory(e);
   return moe_agree(e->world, set_up(e, training));
 }
@@ -166,7 +176,10 @@ moe_status moe_engine_create(const moe_config *config, moe_device *dev, bool tra
 void moe_engine_destroy(moe_engine *e) {
   tear_down(e);
   for (int i = 0; i < MOE_MEM_PURPOSES; i++) {
-    if (e->memory.arena[i].base) moe_device_free(e->dev, e->memory.arena[i].base);
+    if (i == MOE_MEM_EXCHANGE)
+      moe_comm_free(e->mesh.experts, e->memory.arena[i].base);
+    else
+      moe_device_free(e->dev, e->memory.arena[i].base);
   }
   moe_mesh_destroy(&e->mesh);
   moe_comm_destroy(e->world);

@@ -105,6 +105,22 @@ template <> __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
+/* ---- hardware approximations ---------------------------------------------------------------- */
+
+/* 2^x to about 22 bits; 0 for -infinity, NaN for NaN. */
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/* 1 / x to about 23 bits; 0 for infinity, NaN for NaN. */
+__device__ __forceinline__ float inverse_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /* ---- wide accesses ------------------------------------------------------------------------- */
 
 /* N elements as they lie in memory, moved 16 bytes at a time where N allows. */
@@ -242,6 +258,15 @@ moe_status cuda_matmul(moe_device *dev, moe_gemm_form form, int64_t m, int64_t n
 moe_status cuda_matmul_own(moe_device *dev, moe_gemm_form form, int64_t m, int64_t n, int64_t k,
                            cuda_matrix a, cuda_matrix b, float beta, cuda_matrix c);
 void cuda_plans_destroy(cuda_plans *plans);
+
+/* lanes.cu */
+moe_status cuda_lanes_create(moe_device *dev);
+void cuda_lanes_wait(cuda_state *s);
+void cuda_lanes_destroy(cuda_state *s);
+void cuda_use_lane(moe_device *dev, moe_lane lane);
+moe_status cuda_wait_lane(moe_device *dev, moe_lane other);
+moe_status cuda_set_fence(moe_device *dev);
+moe_status cuda_wait_fence(moe_device *dev);
 
 /* experts.cu: must be told when device memory that may hold expert offsets is written. */
 void cuda_offsets_changed(moe_device *dev, const void *data, int64_t bytes);

@@ -1,7 +1,7 @@
-/* The CUDA device: one stream, one cuBLASLt handle, memory that is planned once.
+/* The CUDA device: a stream per lane, one cuBLASLt handle, memory that is planned once.
  *
- * Everything runs on one stream in order, so operations need no waits between them; whoever wants
- * overlap (exchange, loader) makes its own stream and events. The workspace of cuBLASLt and the
+ * A lane's operations run in order, so they need no waits between them; lanes.cu has the waits
+ * between lanes. The workspace of cuBLASLt and the
  * buffer for partial sums are allocated here, so no operation allocates. Memory is plain
  * cudaMalloc: managed memory would page. */
 #include <cstdlib>
@@ -187,7 +187,7 @@ static void close_device(moe_device *dev) {
   cuda_state *s = cuda_of(dev);
   if (s == nullptr) return;
   use(dev);
-  if (s->stream != nullptr) cudaStreamSynchronize(s->stream);
+  cuda_lanes_wait(s);
 #ifdef MOE_WITH_CUDNN
   cuda_cudnn_close(dev);
 #endif
@@ -196,7 +196,7 @@ static void close_device(moe_device *dev) {
   if (s->blas != nullptr) cublasLtDestroy(s->blas);
   cudaFree(s->workspace);
   cudaFree(s->partial);
-  if (s->stream != nullptr) cudaStreamDestroy(s->stream);
+  cuda_lanes_destroy(s);
   free(s);
   dev->state = nullptr;
 }
@@ -219,7 +219,7 @@ static moe_status acquire(moe_device *dev) {
   cuda_state *s = cuda_of(dev);
   CUDA_TRY(dev, cudaSetDevice(s->ordinal));
   MOE_TRY(describe(dev));
-  CUDA_TRY(dev, cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking));
+  MOE_TRY(cuda_lanes_create(dev));
   s->workspace_bytes = WORKSPACE;
   s->partial_bytes = PARTIAL;
   CUDA_TRY(dev, cudaMalloc(&s->workspace, WORKSPACE));
@@ -269,12 +269,16 @@ static const moe_backend *table(void) {
   t.upload = upload;
   t.download = download;
   t.sync = sync;
+  t.use_lane = cuda_use_lane;
+  t.wait_lane = cuda_wait_lane;
+  t.set_fence = cuda_set_fence;
+  t.wait_fence = cuda_wait_fence;
   t.mark = mark;
+  t.wait = wait_for;
   t.between = between;
   t.forget = forget;
 #define SLOT(name) t.name = moe_cuda_##name
   SLOT(zero), SLOT(copy), SLOT(add), SLOT(scale), SLOT(sum_squares);
-  t.wait = wait_for;
   SLOT(embed), SLOT(embed_backward);
   SLOT(rms_norm), SLOT(rms_norm_backward);
   SLOT(gemm);

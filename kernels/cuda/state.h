@@ -17,7 +17,9 @@ struct cuda_state {
   int sms;        /* multiprocessors */
   int arch;       /* 90 for compute capability 9.0 */
   int max_shared; /* bytes of shared memory one block may ask for */
-  cudaStream_t stream;
+  cudaStream_t stream;          /* of the current lane: where everything is queued */
+  cudaStream_t lane[MOE_LANES]; /* lanes.cu */
+  cudaEvent_t passed[MOE_LANES], fence;
   cublasLtHandle_t blas;
   void *workspace; /* cuBLASLt's */
   size_t workspace_bytes;

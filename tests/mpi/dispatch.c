@@ -243,13 +243,16 @@ static void forward(job *j, routing kind, int layer, const batch *b) {
   moe_route *r = &j->route[layer];
   double seconds, bytes;
   moe_dispatch_cost(j->dispatcher, &seconds, &bytes);
+  if (layer % 2 == 1) OK(moe_dispatch_send_early(j->dispatcher, b->x, r));
   OK(moe_dispatch_send(j->dispatcher, b->x, b->experts, b->gates, r));
+  OK(moe_dispatch_wait(j->dispatcher));
   check_received(j, r, kind, layer);
   check_cost(j, b);
 
   moe_tensor rows = moe_tensor_rows(j->rows, 0, r->rows), out = poisoned(j->dtype, b->tokens, D);
   run_experts(j, r, rows);
   OK(moe_dispatch_return(j->dispatcher, r, rows, out));
+  OK(moe_dispatch_wait(j->dispatcher));
   for (int64_t i = 0; i < b->tokens * D; i++) {
     double y = 0.0;
     for (int64_t k = 0; k < K; k++) {
@@ -267,8 +270,10 @@ static void backward(job *j, int layer, const batch *b) {
   moe_tensor row_dgates = moe_tensor_rows(j->row_dgates, 0, r->rows);
   moe_tensor dx = poisoned(j->dtype, b->tokens, D), dgates = poisoned(MOE_F32, b->tokens, K);
   OK(moe_dispatch_send_grad(j->dispatcher, r, b->dout, drows));
+  OK(moe_dispatch_wait(j->dispatcher));
   run_experts_backward(j, r, drows, row_dgates);
   OK(moe_dispatch_return_grad(j->dispatcher, r, drows, row_dgates, dx, dgates));
+  OK(moe_dispatch_wait(j->dispatcher));
   for (int64_t t = 0; t < b->tokens; t++) {
     double dx_factor = 0.0;
     for (int64_t k = 0; k < K; k++) {

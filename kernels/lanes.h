@@ -1,0 +1,38 @@
+/* Lanes: queues of one device that run beside each other, so that copies between ranks hide behind
+ * arithmetic. Operations go to the current lane, which is MAIN unless someone changed it for a few
+ * calls. On a CPU all lanes are one: work is done when its call returns.
+ *
+ *   moe_lane before = moe_device_use_lane(dev, MOE_LANE_EXCHANGE);
+ *   MOE_TRY(moe_device_wait_lane(dev, MOE_LANE_MAIN));       what it needs is there
+ *   ...queue the exchange...
+ *   moe_device_use_lane(dev, before);
+ *   ...queue work that covers it...
+ *   MOE_TRY(moe_device_wait_lane(dev, MOE_LANE_EXCHANGE));   before the result is used
+ *
+ * Operations that need scratch memory or partial sums (products, attention, reductions) belong on
+ * MAIN: there is one such buffer. All calls are local. */
+#ifndef MOE_KERNELS_LANES_H
+#define MOE_KERNELS_LANES_H
+
+#include "kernels/device.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { MOE_LANE_MAIN, MOE_LANE_EXCHANGE, MOE_LANE_UPDATE, MOE_LANES } moe_lane;
+
+/* What is queued from now on goes to `lane`. Returns the one it went to before. */
+moe_lane moe_device_use_lane(moe_device *dev, moe_lane lane);
+/* What is queued on the current lane from now on starts after what is on `other` by now. */
+moe_status moe_device_wait_lane(moe_device *dev, moe_lane other);
+
+/* A fence: the host waits for what was on the current lane when it was set, while work queued since
+ * goes on. A device has one, for one waiter at a time. */
+moe_status moe_device_set_fence(moe_device *dev);
+moe_status moe_device_wait_fence(moe_device *dev);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
