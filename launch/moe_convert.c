@@ -10,6 +10,7 @@
 
 #include "checkpoint/audit.h"
 #include "checkpoint/diff.h"
+#include "checkpoint/gguf_export.h"
 #include "checkpoint/inspect.h"
 #include "checkpoint/reshard.h"
 #include "core/base/log.h"
@@ -31,6 +32,13 @@ enum {
 /* id, name, argument (NULL: none), commands, help */
 #define OPTIONS(X)                                                                                \
   X(OUTPUT, "output", "PATH", WRITES, "the folder, file or run to make")                          \
+  X(DTYPE, "dtype", "TYPE", EXPORT, "bf16, fp16, fp32; GGUF: q8_0 too (the run's compute type)")  \
+  X(ALPHA, "alpha", "X", EXPORT, "NTK factor for longer contexts, folded into the rotary base")   \
+  X(TOKENIZER, "tokenizer", "MODEL", EXPORT, "SentencePiece .model, bytes or none (the run's)")   \
+  X(VOCAB, "vocab", "KIND", EXPORT_GGUF, "llama.cpp's tokenizer: auto, llama, t5 or none")        \
+  X(NAME, "name", "TEXT", EXPORT_GGUF, "the model's name in the file (the run's folder)")         \
+  X(NO_BIAS, "drop-router-bias", NULL, EXPORT, "export without the router's selection bias")      \
+  X(OVERWRITE, "overwrite", NULL, EXPORT, "replace the output when it exists")                    \
   X(RANKS, "ranks", "N", RESHARD, "files to write, as N ranks would (1)")                         \
   X(VALUES, "no-values", NULL, INSPECT, "do not read the data: no norms")                         \
   X(TENSORS, "tensors", NULL, INSPECT, "list every tensor")                                       \
@@ -64,6 +72,8 @@ static const struct {
   int command, arguments;
   const char *usage, *help;
 } command_table[] = {
+    {"export-gguf", EXPORT_GGUF, 1, "RUN|STEP --output FILE.gguf",
+     "one file for llama.cpp, proven against the checkpoint"},
     {"reshard", RESHARD, 1, "RUN|STEP --output NEWRUN --ranks N",
      "rewrite a checkpoint, optimizer state and all, as the files of N ranks"},
     {"inspect", INSPECT, 1, "RUN|STEP", "print what a checkpoint holds, norms and experts' spread"},
@@ -77,6 +87,8 @@ typedef struct {
   const char *arguments[2];
   int argument_count;
   const char *output;
+  moe_gguf_options export;
+  int dtype; /* index into dtypes */
   int64_t ranks;
   double tolerance;
   bool all, no_values, tensors, config, help, version;
@@ -137,11 +149,66 @@ static moe_status parse_real(const char *name, const char *text, double low, dou
   return MOE_OK;
 }
 
+/* The place of `text` in a list of choices that ends in NULL. */
+static moe_status parse_choice(const char *name, const char *text, const char *const *choices,
+                               int *out) {
+  for (int i = 0; choices[i]; i++) {
+    if (strcmp(choices[i], text) != 0) continue;
+    *out = i;
+    return MOE_OK;
+  }
+  return moe_fail(MOE_USAGE, "unknown choice: --%s %s: see --help", name, text);
+}
+
+/* What --dtype may be, and what the two kinds of export call it. */
+static const struct {
+  const char *name;
+  int dtype, ggml;
+} dtypes[] = {
+    {"run", MOE_EXPORT_RUN_DTYPE, MOE_GGUF_RUN_TYPE},
+    {"bf16", MOE_BF16, MOE_GGML_BF16},
+    {"fp16", MOE_F16, MOE_GGML_F16},
+    {"fp32", MOE_F32, MOE_GGML_F32},
+    {"q8_0", -2, MOE_GGML_Q8_0},
+};
+
+static moe_status parse_dtype(const request *r, const char *text, int *out) {
+  for (int i = 1; i < (int)(sizeof dtypes / sizeof dtypes[0]); i++) {
+    if (strcmp(dtypes[i].name, text) != 0 || (dtypes[i].dtype < -1 && r->command != EXPORT_GGUF))
+      continue;
+    *out = i;
+    return MOE_OK;
+  }
+  return moe_fail(MOE_USAGE, "unknown choice: --dtype %s: see --help", text);
+}
+
 static moe_status set_option(request *r, int id, const char *text) {
+  static const char *const vocabs[] = {"auto", "llama", "t5", "none", NULL};
+  int choice = 0;
   const char *name = option_table[id - OPTION_FIRST].name;
   switch (id) {
   case OPTION_OUTPUT:
     r->output = text;
+    break;
+  case OPTION_DTYPE:
+    return parse_dtype(r, text, &r->dtype);
+  case OPTION_ALPHA:
+    return parse_real(name, text, 0.01, 1e6, &r->export.common.alpha);
+  case OPTION_TOKENIZER:
+    r->export.common.tokenizer = text;
+    break;
+  case OPTION_VOCAB:
+    MOE_TRY(parse_choice(name, text, vocabs, &choice));
+    r->export.vocab = (moe_gguf_vocab)choice;
+    break;
+  case OPTION_NAME:
+    r->export.name = text;
+    break;
+  case OPTION_NO_BIAS:
+    r->export.common.drop_router_bias = true;
+    break;
+  case OPTION_OVERWRITE:
+    r->export.common.overwrite = true;
     break;
   case OPTION_RANKS:
     return parse_int(name, text, 1, 4096, &r->ranks);
@@ -226,6 +293,17 @@ static moe_status check(const request *r) {
 
 /* ---- the commands ---- */
 
+static moe_status export_gguf(const request *r) {
+  char path[MOE_PATH];
+  moe_gguf_options options = r->export;
+  MOE_TRY(moe_audit_choose(r->arguments[0], true, &stop_asked, path));
+  options.common.checkpoint = path;
+  options.common.out = r->output;
+  options.common.stop = &stop_asked;
+  options.type = dtypes[r->dtype].ggml;
+  return moe_export_gguf(&options);
+}
+
 static moe_status reshard(const request *r, moe_comm *world) {
   char path[MOE_PATH];
   MOE_TRY(moe_audit_choose(r->arguments[0], true, &stop_asked, path));
@@ -253,6 +331,8 @@ static moe_status diff(request *r) {
 
 static moe_status run_command(request *r, moe_comm *world) {
   switch (r->command) {
+  case EXPORT_GGUF:
+    return export_gguf(r);
   case RESHARD:
     return reshard(r, world);
   case INSPECT:

@@ -1,0 +1,309 @@
+/* Exporting to GGUF: describe everything, stream the tensors, read the file back and prove it.
+ *
+ * The file's tensors are those of the parameter table, row by row and layer by layer; the experts
+ * of a layer are one tensor, written one after the other. */
+#include "checkpoint/gguf_export.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <libgen.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "checkpoint/files.h"
+#include "checkpoint/run_tokenizer.h"
+#include "core/base/log.h"
+#include "data/progress.h"
+
+#define KEY(name) "llama." name
+enum { PART = 1 << 20 }; /* elements written at a time, at least one row */
+
+typedef struct {
+  const moe_gguf_options *options;
+  moe_weights *original; /* with the export's alpha */
+  moe_ggml_type type;
+  int64_t context;
+  int64_t not_whole; /* matrices whose rows are not whole blocks of `type` */
+  moe_gguf_writer *writer;
+  char temporary[MOE_PATH + 32];
+  /* one tensor's elements on their way */
+  float *values, *exchanged;
+  char *raw;
+  moe_progress progress;
+  int64_t done, total; /* bytes of data */
+} export;
+
+/* ---- keys */
+
+/* llama.cpp's numbers for what most of a file is: LLAMA_FTYPE. */
+static uint32_t file_type(moe_ggml_type type) {
+  switch (type) {
+  case MOE_GGML_F16:
+    return 1;
+  case MOE_GGML_Q8_0:
+    return 7;
+  case MOE_GGML_BF16:
+    return 32;
+  default:
+    return 0;
+  }
+}
+
+/* The run's folder, RUN/checkpoints/step-N, names the model. */
+static void put_name(export *e) {
+  char path[MOE_PATH] = "", *folder = NULL;
+  if (e->options->name) {
+    moe_gguf_put_string(e->writer, "general.name", e->options->name);
+    return;
+  }
+  folder = realpath(e->options->common.checkpoint, NULL);
+  snprintf(path, sizeof path, "%s", folder ? folder : "");
+  free(folder);
+  for (int up = 0; up < 2; up++) {
+    char *slash = strrchr(path, '/');
+    if (slash) *slash = 0;
+  }
+  moe_gguf_put_string(e->writer, "general.name", path[0] ? basename(path) : "moe-train");
+}
+
+static void put_model(export *e) {
+  const moe_dims *d = &e->original->dims;
+  moe_gguf_writer *w = e->writer;
+  const struct {
+    const char *key;
+    int64_t value;
+  } sizes[] = {
+      {KEY("vocab_size"), d->vocab},
+      {KEY("context_length"), e->context},
+      {KEY("embedding_length"), d->hidden},
+      {KEY("block_count"), d->layers},
+      {KEY("feed_forward_length"), d->ffn},
+      {KEY("attention.head_count"), d->heads},
+      {KEY("attention.head_count_kv"), d->kv_heads},
+      {KEY("attention.key_length"), d->head_dim},
+      {KEY("attention.value_length"), d->head_dim},
+      {KEY("rope.dimension_count"), d->head_dim},
+      {KEY("expert_count"), d->experts},
+      {KEY("expert_used_count"), d->top_k},
+  };
+  moe_gguf_put_string(w, "general.architecture", "llama");
+  moe_gguf_put_string(w, "general.type", "model");
+  put_name(e);
+  moe_gguf_put_u32(w, "general.alignment", MOE_GGUF_ALIGNMENT);
+  moe_gguf_put_u32(w, "general.quantization_version", 2);
+  moe_gguf_put_u32(w, "general.file_type", file_type(e->type));
+  for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++)
+    moe_gguf_put_u32(w, sizes[i].key, (uint32_t)sizes[i].value);
+  moe_gguf_put_f32(w, KEY("rope.freq_base"), (float)moe_weights_theta(e->original));
+  moe_gguf_put_f32(w, KEY("attention.layer_norm_rms_epsilon"), (float)e->original->norm_eps);
+}
+
+static moe_status put_tokenizer(export *e) {
+  char name[MOE_PATH];
+  moe_tokenizer *t = NULL;
+  MOE_TRY(moe_run_tokenizer(e->options->common.checkpoint, e->original->config,
+                            e->options->common.tokenizer, name));
+  if (name[0] && e->options->vocab != MOE_GGUF_VOCAB_NONE) MOE_TRY(moe_tokenizer_open(name, &t));
+  if (!t) moe_info("the file gets no tokenizer: it takes and gives token ids");
+  moe_status status = moe_gguf_put_vocab(e->writer, t, e->original->dims.vocab, e->options->vocab);
+  moe_tokenizer_close(t);
+  return status;
+}
+
+/* ---- tensors */
+
+/* Call `each` for the parameters in the order of the file. */
+static moe_status walk(export *e, moe_status (*each)(export *e, const moe_param *p)) {
+  const moe_dims *d = &e->original->dims;
+  const moe_params *params = &e->original->params;
+  for (const moe_param_row *row = moe_param_table(); row->name; row++) {
+    bool per_layer = strstr(row->name, "{L}") != NULL,
+         per_expert = strstr(row->name, "{E}") != NULL;
+    for (int64_t l = per_layer ? 0 : -1; l < (per_layer ? d->layers : 0); l++)
+      for (int64_t x = per_expert ? 0 : -1; x < (per_expert ? d->experts : 0); x++)
+        MOE_TRY(each(e, moe_params_at(params, row->name, l, x)));
+  }
+  return MOE_OK;
+}
+
+static moe_status put_tensor(export *e, const moe_param *p) {
+  char name[MOE_GGUF_TENSOR_NAME];
+  moe_ggml_type type = moe_gguf_param_type(p, e->type);
+  e->total += moe_ggml_bytes(type, p->count);
+  if (p->expert > 0) return MOE_OK; /* described with the first */
+  const int64_t ne[3] = {p->shape[p->dims - 1], p->shape[0], e->original->dims.experts};
+  moe_gguf_put_tensor(e->writer, moe_gguf_param_name(p, name), type, p->expert == 0 ? 3 : p->dims,
+                      ne);
+  bool matrix = p->row->pool != MOE_POOL_GAIN && p->row->pool != MOE_POOL_ROUTER;
+  if (matrix && type != e->type) e->not_whole++;
+  return MOE_OK;
+}
+
+/* Our row order to the file's, in one head: pair (j, j + d/2) to (2j, 2j + 1). */
+static const float *exchange_rows(export *e, int64_t rows, int64_t columns) {
+  for (int64_t j = 0; j < rows; j++) {
+    int64_t to = j < rows / 2 ? 2 * j : 2 * (j - rows / 2) + 1;
+    memcpy(e->exchanged + to * columns, e->values + j * columns, (size_t)columns * sizeof(float));
+  }
+  return e->exchanged;
+}
+
+/* Rows written at a time: a head where they are exchanged. */
+static int64_t rows_at_once(const export *e, const moe_param *p) {
+  int64_t columns = p->shape[p->dims - 1];
+  if (moe_gguf_rotary_heads(p, &e->original->dims) > 0) return e->original->dims.head_dim;
+  return columns < PART ? PART / columns : 1;
+}
+
+static moe_status write_param(export *e, const moe_param *p) {
+  const volatile sig_atomic_t *stop = e->options->common.stop;
+  int64_t columns = p->shape[p->dims - 1], rows = p->count / columns, step = rows_at_once(e, p);
+  bool exchanged = moe_gguf_rotary_heads(p, &e->original->dims) > 0;
+  moe_ggml_type type = moe_gguf_param_type(p, e->type);
+  for (int64_t row = 0; row < rows; row += step) {
+    int64_t n = rows - row < step ? rows - row : step;
+    if (stop && *stop) return moe_fail(MOE_STOPPED, "stopped on request: nothing was kept");
+    MOE_TRY(moe_weights_read(e->original, p, row * columns, n * columns, e->values));
+    const float *values = exchanged ? exchange_rows(e, n, columns) : e->values;
+    moe_ggml_encode(type, values, n * columns, e->raw);
+    MOE_TRY(moe_gguf_writer_append(e->writer, e->raw, moe_ggml_bytes(type, n * columns)));
+    e->done += moe_ggml_bytes(type, n * columns);
+    moe_progress_show(&e->progress, e->done, e->total, "");
+  }
+  return MOE_OK;
+}
+
+static moe_status take_buffers(export *e) {
+  int64_t most = 0;
+  for (int i = 0; i < e->original->params.count; i++) {
+    const moe_param *p = &e->original->params.list[i];
+    int64_t columns = p->shape[p->dims - 1], n = rows_at_once(e, p) * columns;
+    if (n > p->count) n = p->count;
+    if (n > most) most = n;
+  }
+  e->values = malloc((size_t)most * sizeof(float));
+  e->exchanged = malloc((size_t)most * sizeof(float));
+  e->raw = malloc((size_t)most * sizeof(float));
+  if (e->values && e->exchanged && e->raw) return MOE_OK;
+  return moe_fail(MOE_NO_MEMORY, "no memory for %" PRId64 " elements at a time", most);
+}
+
+/* ---- the file */
+
+static moe_status write_file(export *e) {
+  char bytes[MOE_TEXT], time[MOE_TEXT];
+  MOE_TRY(moe_gguf_writer_create(&e->writer));
+  put_model(e);
+  MOE_TRY(put_tokenizer(e));
+  MOE_TRY(walk(e, put_tensor));
+  if (e->not_whole > 0)
+    moe_info("%" PRId64 " matrices are kept as F16: their rows are not whole blocks of %s",
+             e->not_whole, moe_ggml_name(e->type));
+  MOE_TRY(take_buffers(e));
+  MOE_TRY(moe_gguf_writer_open(e->writer, e->temporary));
+  moe_progress_start(&e->progress, "writing");
+  moe_status status = walk(e, write_param);
+  if (status == MOE_OK) status = moe_gguf_writer_finish(e->writer);
+  double seconds = moe_progress_end(&e->progress);
+  if (status == MOE_OK)
+    moe_info("written: %s, %s in %s (%.2f GB/s)", moe_ggml_name(e->type),
+             moe_text_bytes(bytes, (double)moe_gguf_writer_size(e->writer)),
+             moe_text_seconds(time, seconds),
+             1e-9 * (double)moe_gguf_writer_size(e->writer) / (seconds + 1e-9));
+  return status;
+}
+
+static moe_status prove(export *e) {
+  moe_weights *expected = NULL, *written = NULL;
+  moe_proof_report report;
+  moe_status status = moe_weights_as_stored(e->original, e->type, &expected);
+  if (status == MOE_OK) status = moe_weights_open_gguf(e->temporary, &written);
+  const moe_proof_options proof = {.original = e->original,
+                                   .expected = expected,
+                                   .written = written,
+                                   .rounding_tolerance =
+                                       e->type == MOE_GGML_Q8_0 ? MOE_GGUF_Q8_0_TOLERANCE : 0.0,
+                                   .stop = e->options->common.stop};
+  if (status == MOE_OK) status = moe_proof(&proof, &report);
+  if (status == MOE_OK) moe_proof_print(&report);
+  moe_weights_close(written);
+  moe_weights_close(expected);
+  return status;
+}
+
+static moe_status put_in_place(const export *e) {
+  const char *out = e->options->common.out;
+  char folder[MOE_PATH];
+  if (rename(e->temporary, out) != 0)
+    return moe_fail(MOE_IO, "%s: cannot rename to it: %s", out, strerror(errno));
+  snprintf(folder, sizeof folder, "%s", out);
+  return moe_files_sync_folder(dirname(folder));
+}
+
+/* ---- before anything is written */
+
+static moe_status check_output(export *e) {
+  const char *out = e->options->common.out;
+  struct stat st;
+  if (snprintf(e->temporary, sizeof e->temporary, "%s.tmp-%ld", out, (long)getpid()) >= MOE_PATH)
+    return moe_fail(MOE_USAGE, "%.60s...: the path is too long", out);
+  if (lstat(out, &st) != 0) return MOE_OK;
+  if (!S_ISREG(st.st_mode))
+    return moe_fail(MOE_USAGE, "%s: is in the way: a file is to be made there", out);
+  if (e->options->common.overwrite) return MOE_OK;
+  return moe_fail(MOE_USAGE, "output exists: %s: choose another --output, or --overwrite", out);
+}
+
+static moe_ggml_type run_type(const moe_weights *w) {
+  const moe_param *p = moe_params_find(&w->params, "model.embed_tokens.weight");
+  bool bf16 = w->config && strstr(w->config, "\ndtype = bf16");
+  bool f16 = w->config && strstr(w->config, "\ndtype = fp16");
+  moe_dtype kept = moe_weights_dtype(w, p);
+  if (bf16 || kept == MOE_BF16) return MOE_GGML_BF16;
+  return f16 || kept == MOE_F16 ? MOE_GGML_F16 : MOE_GGML_F32;
+}
+
+/* What the run has and the file cannot hold, or that it holds otherwise. */
+static moe_status settle(export *e) {
+  moe_weights *w = e->original;
+  double alpha = e->options->common.alpha;
+  e->type = e->options->type == MOE_GGUF_RUN_TYPE ? run_type(w) : (moe_ggml_type)e->options->type;
+  e->context = w->context > 0 ? w->context : 2048;
+  if (alpha > w->rope_alpha)
+    e->context = (int64_t)llround((double)e->context * alpha / w->rope_alpha);
+  if (alpha > 0.0) w->rope_alpha = alpha;
+  if (w->dims.head_dim < 4 && w->rope_alpha != 1.0)
+    return moe_fail(MOE_USAGE, "alpha %g: heads of 2 have no NTK scaling", w->rope_alpha);
+  if (w->router_bias && !e->options->common.drop_router_bias)
+    return moe_fail(MOE_USAGE,
+                    "%s: its router selects with a bias, which llama.cpp's llama models have no "
+                    "place for: tokens would go to other experts: --drop-router-bias accepts that",
+                    w->name);
+  free(w->router_bias);
+  w->router_bias = NULL;
+  w->router_bias_count = 0;
+  return MOE_OK;
+}
+
+moe_status moe_export_gguf(const moe_gguf_options *options) {
+  export e = {.options = options};
+  MOE_TRY(check_output(&e));
+  MOE_TRY(moe_weights_open_checkpoint(options->common.checkpoint, &e.original));
+  moe_status status = settle(&e);
+  if (status == MOE_OK) status = write_file(&e);
+  if (status == MOE_OK) status = prove(&e);
+  if (status == MOE_OK) status = put_in_place(&e);
+  if (status == MOE_OK) moe_info("%s: done", options->common.out);
+  bool made = e.writer != NULL; /* a file of that name before it was not ours */
+  if (status != MOE_OK && made) unlink(e.temporary);
+  moe_gguf_writer_destroy(e.writer);
+  moe_weights_close(e.original);
+  free(e.values);
+  free(e.exchanged);
+  free(e.raw);
+  return status;
+}
