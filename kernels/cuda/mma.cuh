@@ -109,11 +109,4 @@ template <typename T> __device__ __forceinline__ uint32_t pack(float low, float 
   return *reinterpret_cast<uint32_t *>(pair);
 }
 
-/* 2^x to about 22 bits; 0 for -infinity, NaN for NaN. */
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 #endif

@@ -9,7 +9,7 @@
  * relative, for half precision. */
 template <typename T> __device__ __forceinline__ float sigmoid_for(float x) {
   if constexpr (sizeof(T) == 4) return 1.0f / (1.0f + expf(-x));
-  return __fdividef(1.0f, 1.0f + __expf(-x));
+  return inverse_fast(1.0f + exp2_fast(-1.44269504f * x)); /* log2 e */
 }
 
 template <typename T> __device__ __forceinline__ float swiglu(float gate, float g, float u) {
@@ -22,7 +22,7 @@ __device__ __forceinline__ float swiglu_backward(float gate, float da, float *g,
                                                  float *dgate) {
   float s = sigmoid_for<T>(*g), silu = *g * s, h = silu * *u, dh = gate * da;
   *dgate += da * h;
-  float dg = dh * *u * (s * (1.0f + *g * (1.0f - s)));
+  float dg = dh * *u * fmaf(silu, 1.0f - s, s); /* silu' = s (1 + g (1 - s)) */
   *u = dh * silu;
   *g = dg;
   return gate * h;
