@@ -8,6 +8,7 @@
 #include "core/train/engine.h"
 #include "core/train/preflight.h"
 #include "core/train/save_plan.h"
+#include "core/train/stop_signal.h"
 #include "core/train/trainer.h"
 #include "launch/program.h"
 
@@ -31,7 +32,8 @@ static const char help[] =
     "\n"
     "Settings: docs/config.md. TERM, INT or USR2 save at the next step boundary and stop.\n"
     "Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 damaged input file,\n"
-    "4 training diverged, 75 stopped on request after saving (run again to go on).\n";
+    "4 training diverged, 75 stopped on request after saving (run again to go on), 76 a rank\n"
+    "hung and was named.\n";
 
 enum { MAX_GETS = 16 };
 
@@ -136,6 +138,7 @@ static moe_status work(command *cmd, moe_comm *world) {
   int rank = moe_comm_rank(world);
   MOE_TRY(moe_config_resolve(&cmd->config, moe_comm_size(world)));
   MOE_TRY(check_run(cmd));
+  if (cmd->dry_run || cmd->preflight) moe_stop_unlisten();
   if (cmd->preflight) return moe_preflight(&cmd->config, world, stdout);
   MOE_TRY(moe_agree(world, moe_engine_open_device(&cmd->config, &dev)));
   if (!cmd->dry_run && rank == 0) moe_config_print(&cmd->config, stderr);
@@ -179,5 +182,6 @@ int main(int argc, char **argv) {
     moe_status status = print_settings(argc, argv);
     return status == MOE_OK ? 0 : moe_report(status);
   }
+  moe_stop_listen(); /* mpirun forwards signals from its first moment */
   return moe_program_run("moe-train", argc, argv, run);
 }
