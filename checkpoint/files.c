@@ -98,6 +98,19 @@ moe_status moe_files_write_new(const char *path, const void *data, int64_t lengt
   return status;
 }
 
+moe_status moe_files_print_new(const char *path, void (*print)(FILE *out, const void *context),
+                               const void *context) {
+  char *text = NULL;
+  size_t length = 0;
+  FILE *out = open_memstream(&text, &length);
+  if (out) print(out, context);
+  moe_status status = out && fclose(out) == 0
+                          ? moe_files_write_new(path, text, (int64_t)length)
+                          : moe_fail(MOE_NO_MEMORY, "%s: no memory to write it", path);
+  free(text);
+  return status;
+}
+
 moe_status moe_files_replace(const char *path, const void *data, int64_t length) {
   char temporary[PATH_MAX + 8];
   snprintf(temporary, sizeof temporary, "%s.tmp", path);

@@ -7,6 +7,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -19,6 +20,9 @@ moe_status moe_files_make_folder(const char *path);
 moe_status moe_files_sync_folder(const char *path);
 /* Write a new file and fsync it. On an error nothing is left. */
 moe_status moe_files_write_new(const char *path, const void *data, int64_t length);
+/* The same with what `print` writes to a stream. */
+moe_status moe_files_print_new(const char *path, void (*print)(FILE *out, const void *context),
+                               const void *context);
 /* Replace a file at once: PATH.tmp, fsync, rename, fsync of the folder. */
 moe_status moe_files_replace(const char *path, const void *data, int64_t length);
 /* Read a regular file (no link) of at most `limit` bytes; malloc'd, ended by an extra 0.

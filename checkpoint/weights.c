@@ -88,6 +88,7 @@ moe_status moe_weights_round(moe_weights *w, moe_dtype dtype, moe_weights **out)
   r->rope_base = w->rope_base;
   r->rope_alpha = w->rope_alpha;
   r->context = w->context;
+  r->compute = dtype;
   ((rounded *)r)->exact = w;
   ((rounded *)r)->dtype = dtype;
   moe_status status = moe_weights_list(r);

@@ -33,6 +33,8 @@ struct moe_weights {
   double norm_eps;
   double rope_base, rope_alpha; /* the base used is moe_weights_theta */
   int64_t context;              /* positions the model was trained for; 0: not known */
+  moe_dtype compute;            /* what the run computes in, or the file says to compute in */
+  double init_std, aux_coef;    /* of the run; 0: not known */
   int64_t router_bias_count;    /* L E, or 0 */
   float *router_bias;           /* [L, E] selection bias (ops.h, moe_router), or NULL */
   char *config;                 /* resolved INI text of the run, or NULL; malloc'd */

@@ -110,6 +110,9 @@ static moe_status describe(source *s) {
     w->rope_base = c->model.rope_base;
     w->rope_alpha = c->model.rope_alpha;
     w->context = c->model.context;
+    w->compute = moe_config_compute_dtype(c);
+    w->init_std = c->model.init_std;
+    w->aux_coef = c->train.aux_coef;
   }
   free(c);
   return status == MOE_USAGE ? MOE_DAMAGED : status; /* nobody wrote this text by hand */

@@ -106,3 +106,14 @@ void moe_convert(const void *from, moe_dtype from_type, void *to, moe_dtype to_t
       ((uint16_t *)to)[i] = to_type == MOE_BF16 ? moe_f32_to_bf16(x) : moe_f32_to_f16(x);
   }
 }
+
+bool moe_all_finite(const void *data, moe_dtype type, int64_t n) {
+  const uint32_t *wide = data;
+  const uint16_t *narrow = data;
+  uint16_t all_ones = type == MOE_BF16 ? 0x7f80 : 0x7c00; /* of the exponent */
+  bool finite = true;
+  for (int64_t i = 0; i < n; i++)
+    finite &= type == MOE_F32 ? (wide[i] & 0x7f800000u) != 0x7f800000u
+                              : (narrow[i] & all_ones) != all_ones;
+  return finite;
+}

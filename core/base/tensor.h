@@ -76,6 +76,8 @@ float moe_bf16_to_f32(uint16_t bits);
 uint16_t moe_f32_to_bf16(float value);
 float moe_f16_to_f32(uint16_t bits);
 uint16_t moe_f32_to_f16(float value);
+/* No NaN and no infinity among n elements of f32, bf16 or f16? */
+bool moe_all_finite(const void *data, moe_dtype type, int64_t n);
 /* n elements of f32, bf16 or f16 to another (or the same) of these types. */
 void moe_convert(const void *from, moe_dtype from_type, void *to, moe_dtype to_type, int64_t n);
 
