@@ -69,13 +69,13 @@ static moe_status find_at(moe_comm *world, const char *place, char path[MOE_PATH
   MOE_TRY(moe_comm_host_broadcast(world, &kind, sizeof kind, 0));
   if (kind == NOTHING || strlen(place) >= MOE_PATH)
     return moe_fail(MOE_USAGE,
-                    "--resume %.200s: there is no such folder: name a checkpoint "
+                    "%.200s: there is no such folder: name a checkpoint "
                     "(RUN/checkpoints/step-N) or a run's folder",
                     place);
   if (kind == RUN) {
     MOE_TRY(find_newest(world, place, path));
     if (!path[0])
-      return moe_fail(MOE_USAGE, "--resume %.200s: this run has no checkpoint yet", place);
+      return moe_fail(MOE_USAGE, "%.200s: this run has no checkpoint yet", place);
     return MOE_OK;
   }
   snprintf(path, MOE_PATH, "%s", place);

@@ -12,7 +12,7 @@ static moe_comm *world;
 static moe_device *dev;
 
 static void open_world(void) {
-  moe_device_options options = {.kind = MOE_DEVICE_CPU, .threads = 2};
+  moe_device_options options = {.kind = MOE_DEVICE_CPU, .threads = 1};
   GENERATE_OK(moe_comm_init(NULL, NULL));
   GENERATE_OK(moe_device_open(&options, &dev));
   GENERATE_OK(moe_comm_world(dev, &world));
