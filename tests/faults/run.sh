@@ -62,6 +62,7 @@ trap cleanup EXIT
 trap 'exit 130' INT TERM
 total_violations=0
 
+# shellcheck source=tests/faults/helpers.sh
 . "$here/helpers.sh"
 
 # row NAME TRIALS EXPECTED VIOLATIONS SECONDS
