@@ -1,7 +1,8 @@
 /* The NCCL transport: collectives on device memory, queued on the device's stream.
  *
  * A group's NCCL communicator is made over its MPI one: rank 0 draws the id and broadcasts it.
- * Calls do not wait; a transport error that NCCL notices later is reported by the next call.
+ * Calls do not wait; a transport error that NCCL notices later is reported by the next call, or by
+ * the watchdog's thread when there is none because the caller waits for the device.
  *
  * Memory that moe_comm_share announced is a symmetric window. Between windows NCCL 2.28 and later
  * lets the copy engines carry all-gathers and equal all-to-alls (CTA policy "zero"), so that the
@@ -13,6 +14,7 @@
 
 #include "kernels/cuda/cuda.h"
 #include "parallel/comm_backend.h"
+#include "parallel/guard.h"
 
 static moe_status nccl_check(ncclResult_t result, const char *call) {
   if (result == ncclSuccess || result == ncclInProgress) return MOE_OK;
@@ -45,6 +47,10 @@ static moe_status check_async(const moe_comm *c) {
   return nccl_check(result, "an earlier collective");
 }
 
+static moe_status check_guarded(void *comm) {
+  return check_async(comm);
+}
+
 static moe_status nccl_open(moe_comm *c) {
   ncclUniqueId id;
   moe_status status = MOE_OK;
@@ -62,7 +68,7 @@ static moe_status nccl_open(moe_comm *c) {
   if (!state) return moe_fail(MOE_NO_MEMORY, "out of memory: making a group of ranks");
   c->state = state;
   NCCL_TRY(ncclCommInitRankConfig(&state->comm, c->size, id, c->rank, &config));
-  return MOE_OK;
+  return moe_guard_add(check_guarded, c);
 }
 
 /* ---- memory that travels ------------------------------------------------------------------- */
@@ -96,6 +102,7 @@ static void nccl_free(moe_comm *c, void *data) {
 static void nccl_close(moe_comm *c) {
   nccl_state *s = c->state;
   if (!s) return;
+  moe_guard_remove(c);
   withdraw(s);
   if (s->comm) ncclCommDestroy(s->comm);
   free(s);
