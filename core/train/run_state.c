@@ -124,6 +124,10 @@ static moe_status check_config(const moe_engine *e, const char *path, const moe_
   moe_config_defaults(&saved);
   MOE_TRY(moe_config_parse(&saved, state->config, (int64_t)strlen(state->config), path));
   MOE_TRY(moe_config_resolve(&saved, 0));
+  if (state->samples == 0) { /* imported weights: no data was seen, so only the model is decided */
+    saved.data = e->config.data;
+    saved.train = e->config.train;
+  }
   char *text = NULL;
   size_t size = 0;
   FILE *out = open_memstream(&text, &size);

@@ -310,7 +310,8 @@ static moe_status start_state(trainer *t, const char *resume) {
   t->tokens = state.tokens;
   moe_status status = moe_run_restore(e, path, &state);
   if (status == MOE_OK) status = prepare_folder(t, path);
-  if (status == MOE_OK && state.data_fingerprint != moe_loader_fingerprint(t->loader)) {
+  if (status == MOE_OK && state.samples > 0 &&
+      state.data_fingerprint != moe_loader_fingerprint(t->loader)) {
     moe_warn("the token files are not those of the checkpoint: samples may repeat or be skipped");
   }
   moe_run_state_clear(&state);
