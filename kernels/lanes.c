@@ -1,6 +1,7 @@
 /* Lanes: the checked door to the backend's; a backend without them has one. */
 #include "kernels/lanes.h"
 
+#include "core/base/progress.h"
 #include "kernels/backend.h"
 #include "kernels/profile.h"
 
@@ -27,5 +28,9 @@ moe_status moe_device_set_fence(moe_device *dev) {
 }
 
 moe_status moe_device_wait_fence(moe_device *dev) {
-  return dev->backend->wait_fence ? dev->backend->wait_fence(dev) : MOE_OK;
+  if (!dev->backend->wait_fence) return MOE_OK;
+  moe_progress_wait("the device's work");
+  moe_status status = dev->backend->wait_fence(dev);
+  moe_progress_return();
+  return status;
 }
