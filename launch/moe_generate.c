@@ -46,10 +46,8 @@ static moe_status open_tokenizer(job *j) {
                                "--tokenizer MODEL, or --ids for token ids");
   moe_status status = moe_tokenizer_open(name, &j->tokenizer);
   if (status == MOE_IO) { /* not there: the command line's fault or the place it was given at */
-    char why[1024];
-    snprintf(why, sizeof why, "%s", moe_error_message());
     return moe_fail(MOE_USAGE, "%s: give --tokenizer MODEL, or start where the run was started",
-                    why);
+                    moe_error_message());
   }
   MOE_TRY(status);
   int64_t size = moe_tokenizer_vocab_size(j->tokenizer);
@@ -67,13 +65,14 @@ static moe_status prepare(job *j, bool show, moe_inference_options *o) {
   char limit[160];
   snprintf(limit, sizeof limit,
            "the model reaches %" PRId64 " (context %" PRId64
-           ", alpha %g): shorten it, or raise --context or --alpha",
-           j->limit, c->model.context, c->model.rope_alpha);
+           ", alpha %g): shorten it, or raise --%s",
+           j->limit, c->model.context, c->model.rope_alpha,
+           r->context > 0 && r->context < j->limit ? "context" : "alpha");
   int64_t wanted = r->window ? r->window : c->data.sequence_length, texts = r->batch;
   if (r->perplexity) {
     moe_status status = moe_token_file_open(r->perplexity, &j->file);
-    if (status != MOE_OK)
-      return status == MOE_IO ? moe_fail(MOE_USAGE, "%s", moe_error_message()) : status;
+    if (status == MOE_IO) return moe_fail(MOE_USAGE, "%s", moe_error_message());
+    MOE_TRY(status);
   } else {
     if (!r->ids) MOE_TRY(open_tokenizer(j));
     MOE_TRY(moe_texts_create(r, j->tokenizer, c->model.vocab_size, show, &j->texts));

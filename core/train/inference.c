@@ -24,10 +24,8 @@ static moe_status read_config(moe_inference *f) {
     status = moe_config_set(&f->config, machine[i]);
   if (status == MOE_OK) status = moe_config_resolve(&f->config, 0);
   if (status != MOE_USAGE) return status;
-  char why[MOE_CONFIG_TEXT];
-  snprintf(why, sizeof why, "%s", moe_error_message());
   return moe_fail(MOE_DAMAGED, "%s: its configuration is not valid: %s: use another checkpoint",
-                  f->path, why);
+                  f->path, moe_error_message());
 }
 
 /* The bias has to have a value for each expert of each layer. */

@@ -68,14 +68,18 @@ typedef struct {
   bool bias, eager;
 } small_options;
 
-/* All ranks of `world`. */
+/* Over all ranks of `world`; NULL: this process alone, without MPI. */
 static inline small_generator *small_open(moe_device *dev, moe_comm *world, small_options o) {
   small_generator *s = calloc(1, sizeof *s);
   small_config(&s->config, o.alpha > 0.0 ? o.alpha : 1.0);
   s->config.precision.dtype = o.precision;
   s->dev = dev;
   if (o.sample.top_p <= 0.0f) o.sample.top_p = 1.0f;
-  GENERATE_OK(moe_mesh_create(world, moe_comm_size(world), SMALL_EXPERTS, &s->mesh));
+  if (world)
+    GENERATE_OK(moe_mesh_create(world, moe_comm_size(world), SMALL_EXPERTS, &s->mesh));
+  else
+    s->mesh =
+        (moe_mesh){.ep = 1, .edp = 1, .owned = {0, SMALL_EXPERTS}, .num_experts = SMALL_EXPERTS};
   moe_generator_options options = {.config = &s->config,
                                    .dev = dev,
                                    .mesh = &s->mesh,
