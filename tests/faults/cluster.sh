@@ -12,7 +12,7 @@
 # A host is a network namespace, joined to the others and to this machine by a bridge. Where
 # namespaces are not permitted a host is only a name: its daemon runs here, with a folder of its
 # own, and Open MPI takes it for another machine all the same; `cut` then is `off`. DIR/kind says
-# which it is. Needs root for the namespaces.
+# which it is: `namespaces` (needs root) or `names` (also when MOE_CLUSTER_KIND asks for it).
 set -eu
 
 fail() {
@@ -40,35 +40,39 @@ add_network() { # HOSTS
   for ((i = 1; i <= $1; i++)); do add_host "$i" || return 1; done
 }
 
-# shellcheck disable=SC2015 # all of it or nothing
 up() { # HOSTS
   local i
   mkdir -p "$dir"
+  local btl=self,vader,tcp
   tag=moe$((BASHPID % 100000)) net=10.77.$((BASHPID % 250 + 1))
   echo "$tag" >"$dir/tag"
   for ((i = 1; i <= $1; i++)); do mkdir -p "$dir/h$i/tmp"; done
-  if add_network "$1" 2>"$dir/why"; then
+  if [ "${MOE_CLUSTER_KIND-}" != names ] && add_network "$1" 2>"$dir/why"; then
     echo namespaces >"$dir/kind"
   else
     remove_network
     echo names >"$dir/kind"
-    net=127.0.0
+    net=127.0.0 btl=self,tcp # names of shared memory would clash
   fi
+  # shellcheck disable=SC2016 # expanded when it runs
   printf '#!/bin/sh\nhost=$1\nshift\nexec %q rsh %q "$host" "$@"\n' "$self" "$dir" >"$dir/rsh"
   chmod +x "$dir/rsh"
   cat >"$dir/env" <<END
 export OMPI_MCA_plm_rsh_agent='$dir/rsh' OMPI_MCA_orte_keep_fqdn_hostnames=1
 export OMPI_MCA_oob_tcp_if_include=$net.0/24 OMPI_MCA_btl_tcp_if_include=$net.0/24
-export OMPI_MCA_btl=self,vader,tcp
+export OMPI_MCA_btl=$btl
 END
 }
 
+# Links first: connections that were cut keep a deleted namespace for a while.
 remove_network() {
-  local space
+  local space link
+  for link in /sys/class/net/"$tag" /sys/class/net/"$tag"-*; do
+    ip link delete "$(basename "$link")" 2>/dev/null || true
+  done
   for space in $(ip netns list 2>/dev/null | awk -v t="$tag-" 'index($1, t) == 1 { print $1 }'); do
     ip netns delete "$space" || true
   done
-  ip link delete "$tag" 2>/dev/null || true
 }
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -84,10 +88,15 @@ processes() { # HOST: what was started there carries the host's folder in its en
 }
 
 end_processes() { # HOST; again, for those that were being started
-  local list
+  local list number
   for _ in 1 2 3 4 5; do
     list=$(processes "$1")
     [ -n "$list" ] || return 0
+    # A machine's shared memory goes with it.
+    for number in $list; do
+      awk '$6 ~ /^.dev.shm.vader/ { print $6 }' "/proc/$number/maps" 2>/dev/null | sort -u |
+        xargs -r rm -f
+    done
     # shellcheck disable=SC2086
     kill -9 $list 2>/dev/null || true
     sleep 0.1
@@ -95,7 +104,7 @@ end_processes() { # HOST; again, for those that were being started
 }
 
 known() {
-  [ -d "$dir/$name" ] && [ -n "$name" ] || fail "no host $name in $dir"
+  if [ -z "$name" ] || [ ! -d "$dir/$name" ]; then fail "no host $name in $dir"; fi
   kind=$(cat "$dir/kind") tag=$(cat "$dir/tag")
 }
 
@@ -108,6 +117,7 @@ run_there() { # COMMAND...
   [ ! -e "$dir/$name/gone" ] || exit 255
   export MOE_HOST=$dir/$name TMPDIR=$dir/$name/tmp
   if [ "$kind" = names ]; then exec sh -c "$*"; fi
+  # shellcheck disable=SC2016
   exec ip netns exec "$tag-$name" unshare --uts \
     sh -c 'hostname "$1" && shift && exec sh -c "$*"' sh "$name" "$@"
 }
