@@ -17,13 +17,16 @@
 #include <sys/eventfd.h>
 #include <sys/random.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 enum { ADDRESSES = 8 };
 
 /* How to reach a rank, as it is exchanged. */
 typedef struct {
-  char host[64], boot[40]; /* equal boots and names: the same machine */
+  char host[64];
+  char boot[40]; /* with the network namespace: those who share a loopback */
+  uint64_t network;
   int32_t pid;
   uint16_t port; /* network order, as the addresses */
   int32_t count; /* of addresses */
@@ -78,14 +81,16 @@ static moe_status open_socket(moe_side_channel *s, card *mine) {
     return moe_fail(MOE_IO, "cannot open a UDP socket: %s", strerror(errno));
   gethostname(mine->host, sizeof mine->host - 1);
   read_boot(mine->boot, sizeof mine->boot);
+  struct stat space;
+  if (stat("/proc/self/ns/net", &space) == 0) mine->network = space.st_ino;
   mine->pid = (int32_t)getpid();
   mine->port = any.sin_port;
   list_addresses(mine);
   return MOE_OK;
 }
 
-static bool same_machine(const card *a, const card *b) {
-  return strcmp(a->host, b->host) == 0 && strcmp(a->boot, b->boot) == 0;
+static bool share_loopback(const card *a, const card *b) {
+  return strcmp(a->boot, b->boot) == 0 && a->network == b->network;
 }
 
 static moe_status set_up(moe_side_channel *s, moe_comm *world) {
@@ -103,7 +108,7 @@ static moe_status set_up(moe_side_channel *s, moe_comm *world) {
   MOE_TRY(moe_comm_host_broadcast(world, s->token, sizeof s->token, 0));
   MOE_TRY(moe_comm_host_all_gather(world, &mine, sizeof mine, s->cards));
   for (int r = 0; r < s->size; r++) {
-    if (!same_machine(&mine, &s->cards[r])) continue;
+    if (!share_loopback(&mine, &s->cards[r])) continue;
     s->cards[r].count = 1;
     s->cards[r].address[0] = htonl(INADDR_LOOPBACK);
   }
