@@ -7,13 +7,13 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <libgen.h>
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "checkpoint/export.h"
 #include "checkpoint/files.h"
 #include "checkpoint/run_tokenizer.h"
 #include "core/base/log.h"
@@ -159,6 +159,17 @@ static int64_t rows_at_once(const export *e, const moe_param *p) {
   return columns < PART ? PART / columns : 1;
 }
 
+/* Of what was encoded. (Q8_0's scales are too small to overflow unless a value did.) */
+static moe_status check_finite(const export *e, const moe_param *p, moe_ggml_type type, int64_t n) {
+  moe_dtype dtype = type == MOE_GGML_BF16 ? MOE_BF16 : type == MOE_GGML_F16 ? MOE_F16 : MOE_F32;
+  const void *data = type == MOE_GGML_Q8_0 ? (const void *)e->values : e->raw;
+  if (moe_all_finite(data, dtype, n)) return MOE_OK;
+  return moe_fail(MOE_FAILED,
+                  "%s: %s has a value that is not finite in %s: the run diverged, or needs a type "
+                  "of wider range",
+                  e->original->name, p->name, moe_ggml_name(type));
+}
+
 static moe_status write_param(export *e, const moe_param *p) {
   const volatile sig_atomic_t *stop = e->options->common.stop;
   int64_t columns = p->shape[p->dims - 1], rows = p->count / columns, step = rows_at_once(e, p);
@@ -170,6 +181,7 @@ static moe_status write_param(export *e, const moe_param *p) {
     MOE_TRY(moe_weights_read(e->original, p, row * columns, n * columns, e->values));
     const float *values = exchanged ? exchange_rows(e, n, columns) : e->values;
     moe_ggml_encode(type, values, n * columns, e->raw);
+    MOE_TRY(check_finite(e, p, type, n * columns));
     MOE_TRY(moe_gguf_writer_append(e->writer, e->raw, moe_ggml_bytes(type, n * columns)));
     e->done += moe_ggml_bytes(type, n * columns);
     moe_progress_show(&e->progress, e->done, e->total, "");
@@ -258,42 +270,19 @@ static moe_status check_output(export *e) {
   return moe_fail(MOE_USAGE, "output exists: %s: choose another --output, or --overwrite", out);
 }
 
-static moe_ggml_type run_type(const moe_weights *w) {
-  const moe_param *p = moe_params_find(&w->params, "model.embed_tokens.weight");
-  bool bf16 = w->config && strstr(w->config, "\ndtype = bf16");
-  bool f16 = w->config && strstr(w->config, "\ndtype = fp16");
-  moe_dtype kept = moe_weights_dtype(w, p);
-  if (bf16 || kept == MOE_BF16) return MOE_GGML_BF16;
-  return f16 || kept == MOE_F16 ? MOE_GGML_F16 : MOE_GGML_F32;
-}
-
-/* What the run has and the file cannot hold, or that it holds otherwise. */
-static moe_status settle(export *e) {
-  moe_weights *w = e->original;
-  double alpha = e->options->common.alpha;
-  e->type = e->options->type == MOE_GGUF_RUN_TYPE ? run_type(w) : (moe_ggml_type)e->options->type;
-  e->context = w->context > 0 ? w->context : 2048;
-  if (alpha > w->rope_alpha)
-    e->context = (int64_t)llround((double)e->context * alpha / w->rope_alpha);
-  if (alpha > 0.0) w->rope_alpha = alpha;
-  if (w->dims.head_dim < 4 && w->rope_alpha != 1.0)
-    return moe_fail(MOE_USAGE, "alpha %g: heads of 2 have no NTK scaling", w->rope_alpha);
-  if (w->router_bias && !e->options->common.drop_router_bias)
-    return moe_fail(MOE_USAGE,
-                    "%s: its router selects with a bias, which llama.cpp's llama models have no "
-                    "place for: tokens would go to other experts: --drop-router-bias accepts that",
-                    w->name);
-  free(w->router_bias);
-  w->router_bias = NULL;
-  w->router_bias_count = 0;
-  return MOE_OK;
+/* The file's type for matrices: the one asked for, else the run's compute type. */
+static moe_ggml_type matrix_type(const export *e) {
+  if (e->options->type != MOE_GGUF_RUN_TYPE) return (moe_ggml_type)e->options->type;
+  moe_dtype dtype = moe_export_dtype(&e->options->common, e->original);
+  return dtype == MOE_BF16 ? MOE_GGML_BF16 : dtype == MOE_F16 ? MOE_GGML_F16 : MOE_GGML_F32;
 }
 
 moe_status moe_export_gguf(const moe_gguf_options *options) {
   export e = {.options = options};
   MOE_TRY(check_output(&e));
   MOE_TRY(moe_weights_open_checkpoint(options->common.checkpoint, &e.original));
-  moe_status status = settle(&e);
+  moe_status status = moe_export_settle(&options->common, e.original, &e.context);
+  e.type = matrix_type(&e);
   if (status == MOE_OK) status = write_file(&e);
   if (status == MOE_OK) status = prove(&e);
   if (status == MOE_OK) status = put_in_place(&e);

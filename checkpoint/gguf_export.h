@@ -35,7 +35,7 @@ moe_status moe_gguf_put_vocab(moe_gguf_writer *w, const moe_tokenizer *t, int64_
 enum { MOE_GGUF_RUN_TYPE = -1 };
 
 typedef struct {
-  moe_export_options common; /* `dtype` is not used, `out` is the file */
+  moe_export_options common; /* `out` is the file; `dtype` MOE_EXPORT_RUN_DTYPE */
   int type;                  /* a moe_ggml_type for matrices; MOE_GGUF_RUN_TYPE: the compute type */
   moe_gguf_vocab vocab;
   const char *name; /* general.name; NULL: the run's folder */

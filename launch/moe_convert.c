@@ -7,9 +7,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "checkpoint/audit.h"
 #include "checkpoint/diff.h"
+#include "checkpoint/files.h"
 #include "checkpoint/gguf_export.h"
 #include "checkpoint/inspect.h"
 #include "checkpoint/reshard.h"
@@ -32,12 +34,15 @@ enum {
 /* id, name, argument (NULL: none), commands, help */
 #define OPTIONS(X)                                                                                \
   X(OUTPUT, "output", "PATH", WRITES, "the folder, file or run to make")                          \
-  X(DTYPE, "dtype", "TYPE", EXPORT, "bf16, fp16, fp32; GGUF: q8_0 too (the run's compute type)")  \
+  X(DTYPE, "dtype", "TYPE", EXPORT | IMPORT_HF,                                                   \
+    "bf16, fp16, fp32; GGUF: q8_0 too (the run's compute type)")                                  \
   X(ALPHA, "alpha", "X", EXPORT, "NTK factor for longer contexts, folded into the rotary base")   \
   X(TOKENIZER, "tokenizer", "MODEL", EXPORT, "SentencePiece .model, bytes or none (the run's)")   \
   X(VOCAB, "vocab", "KIND", EXPORT_GGUF, "llama.cpp's tokenizer: auto, llama, t5 or none")        \
   X(NAME, "name", "TEXT", EXPORT_GGUF, "the model's name in the file (the run's folder)")         \
   X(NO_BIAS, "drop-router-bias", NULL, EXPORT, "export without the router's selection bias")      \
+  X(SHARD, "shard-size", "BYTES", EXPORT_HF, "largest file; 5GB, 500MB, ... (5GB)")               \
+  X(STEP, "step", "N", IMPORT_HF, "number of the new checkpoint (0)")                             \
   X(OVERWRITE, "overwrite", NULL, EXPORT, "replace the output when it exists")                    \
   X(RANKS, "ranks", "N", RESHARD, "files to write, as N ranks would (1)")                         \
   X(VALUES, "no-values", NULL, INSPECT, "do not read the data: no norms")                         \
@@ -72,13 +77,18 @@ static const struct {
   int command, arguments;
   const char *usage, *help;
 } command_table[] = {
+    {"export-hf", EXPORT_HF, 1, "RUN|STEP --output FOLDER",
+     "a folder for transformers and vLLM (Mixtral), proven against the checkpoint"},
     {"export-gguf", EXPORT_GGUF, 1, "RUN|STEP --output FILE.gguf",
      "one file for llama.cpp, proven against the checkpoint"},
+    {"import-hf", IMPORT_HF, 1, "FOLDER --output RUN",
+     "a Mixtral-layout folder as a checkpoint that moe-train --resume goes on from"},
     {"reshard", RESHARD, 1, "RUN|STEP --output NEWRUN --ranks N",
      "rewrite a checkpoint, optimizer state and all, as the files of N ranks"},
     {"inspect", INSPECT, 1, "RUN|STEP", "print what a checkpoint holds, norms and experts' spread"},
     {"verify", VERIFY, 1, "RUN|STEP", "check that a checkpoint is complete, and every hash"},
-    {"diff", DIFF, 2, "A B", "compare tensor by tensor; exit code 1 when they differ"},
+    {"diff", DIFF, 2, "A B",
+     "compare tensor by tensor; exit code 1 when they differ; also with exports"},
 };
 enum { COMMANDS = sizeof command_table / sizeof command_table[0] };
 
@@ -89,7 +99,7 @@ typedef struct {
   const char *output;
   moe_gguf_options export;
   int dtype; /* index into dtypes */
-  int64_t ranks;
+  int64_t ranks, step;
   double tolerance;
   bool all, no_values, tensors, config, help, version;
   bool differ; /* diff's answer */
@@ -147,6 +157,20 @@ static moe_status parse_real(const char *name, const char *text, double low, dou
                     text);
   *out = value;
   return MOE_OK;
+}
+
+/* "5GB", "500MB", "4096": units of 1000, as others write file sizes. */
+static moe_status parse_bytes(const char *name, const char *text, int64_t *out) {
+  static const char *const units[] = {"", "KB", "MB", "GB", "TB", NULL};
+  char *end;
+  double value = strtod(text, &end), unit = 1.0;
+  for (int i = 0; units[i]; i++, unit *= 1000.0) {
+    if (end == text || strcmp(end, units[i]) != 0 || !(value * unit >= 1.0 && value * unit < 1e15))
+      continue;
+    *out = (int64_t)(value * unit);
+    return MOE_OK;
+  }
+  return moe_fail(MOE_USAGE, "not a size such as 5GB: --%s %s: see --help", name, text);
 }
 
 /* The place of `text` in a list of choices that ends in NULL. */
@@ -207,6 +231,10 @@ static moe_status set_option(request *r, int id, const char *text) {
   case OPTION_NO_BIAS:
     r->export.common.drop_router_bias = true;
     break;
+  case OPTION_SHARD:
+    return parse_bytes(name, text, &r->export.common.shard_bytes);
+  case OPTION_STEP:
+    return parse_int(name, text, 0, INT64_MAX / 2, &r->step);
   case OPTION_OVERWRITE:
     r->export.common.overwrite = true;
     break;
@@ -293,15 +321,25 @@ static moe_status check(const request *r) {
 
 /* ---- the commands ---- */
 
-static moe_status export_gguf(const request *r) {
+static moe_status export_weights(const request *r) {
   char path[MOE_PATH];
   moe_gguf_options options = r->export;
   MOE_TRY(moe_audit_choose(r->arguments[0], true, &stop_asked, path));
   options.common.checkpoint = path;
   options.common.out = r->output;
   options.common.stop = &stop_asked;
+  options.common.dtype = r->command == EXPORT_HF ? dtypes[r->dtype].dtype : MOE_EXPORT_RUN_DTYPE;
   options.type = dtypes[r->dtype].ggml;
-  return moe_export_gguf(&options);
+  return r->command == EXPORT_HF ? moe_export_hf(&options.common) : moe_export_gguf(&options);
+}
+
+static moe_status import(const request *r, moe_comm *world) {
+  const moe_import_options options = {.folder = r->arguments[0],
+                                      .run_dir = r->output,
+                                      .step = r->step,
+                                      .dtype = dtypes[r->dtype].dtype,
+                                      .stop = &stop_asked};
+  return moe_import_hf(world, &options);
 }
 
 static moe_status reshard(const request *r, moe_comm *world) {
@@ -318,21 +356,55 @@ static moe_status inspect(const request *r) {
   return moe_inspect_checkpoint(path, &options, stdout);
 }
 
+/* What a path of diff is: a run, a checkpoint, or an export. */
+static bool is_export(const char *path) {
+  char config[MOE_PATH + 16];
+  snprintf(config, sizeof config, "%.*s/config.json", MOE_PATH, path);
+  return access(config, F_OK) == 0 || (access(path, F_OK) == 0 && !moe_files_is_folder(path));
+}
+
+static moe_status open_weights(const char *path, moe_weights **out) {
+  char step[MOE_PATH];
+  *out = NULL;
+  if (is_export(path))
+    return moe_files_is_folder(path) ? moe_weights_open_hf(path, out)
+                                     : moe_weights_open_gguf(path, out);
+  MOE_TRY(moe_audit_choose(path, false, &stop_asked, step));
+  return moe_weights_open_checkpoint(step, out);
+}
+
+static moe_status diff_exports(request *r, const moe_diff_options *options) {
+  moe_weights *a = NULL, *b = NULL;
+  moe_status status = open_weights(r->arguments[0], &a);
+  if (status == MOE_OK) status = open_weights(r->arguments[1], &b);
+  if (status == MOE_OK) status = moe_diff_weights(a, b, options, &r->differ);
+  moe_weights_close(a);
+  moe_weights_close(b);
+  return status;
+}
+
 static moe_status diff(request *r) {
   char a[MOE_PATH], b[MOE_PATH];
   const moe_diff_options options = {
       .tolerance = r->tolerance, .all = r->all, .stop = &stop_asked, .out = stdout};
-  MOE_TRY(moe_audit_choose(r->arguments[0], false, &stop_asked, a));
-  MOE_TRY(moe_audit_choose(r->arguments[1], false, &stop_asked, b));
-  MOE_TRY(moe_diff_checkpoints(a, b, &options, &r->differ));
-  printf("%s and %s %s\n", a, b, r->differ ? "differ" : "are equal");
+  if (is_export(r->arguments[0]) || is_export(r->arguments[1])) {
+    MOE_TRY(diff_exports(r, &options));
+  } else {
+    MOE_TRY(moe_audit_choose(r->arguments[0], false, &stop_asked, a));
+    MOE_TRY(moe_audit_choose(r->arguments[1], false, &stop_asked, b));
+    MOE_TRY(moe_diff_checkpoints(a, b, &options, &r->differ));
+  }
+  printf("%s and %s %s\n", r->arguments[0], r->arguments[1], r->differ ? "differ" : "are equal");
   return MOE_OK;
 }
 
 static moe_status run_command(request *r, moe_comm *world) {
   switch (r->command) {
+  case EXPORT_HF:
   case EXPORT_GGUF:
-    return export_gguf(r);
+    return export_weights(r);
+  case IMPORT_HF:
+    return import(r, world);
   case RESHARD:
     return reshard(r, world);
   case INSPECT:
