@@ -9,3 +9,5 @@ target_link_libraries(moe_fault_shim PRIVATE ${CMAKE_DL_LIBS})
 target_compile_options(moe_fault_shim PRIVATE -Wall -Wextra -U_FORTIFY_SOURCE)
 set_target_properties(moe_fault_shim PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
 target_compile_definitions(moe_fault_shim PRIVATE _GNU_SOURCE)
+
+moe_test_program(fault_damage ${CMAKE_CURRENT_SOURCE_DIR}/faults/damage.c moe_training)

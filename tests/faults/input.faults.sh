@@ -37,3 +37,29 @@ bad_configuration() {
 }
 fault "bad configuration" 4 "${#bad_lines[@]}" bad_configuration \
   "named with file and line, exit 2, nothing made"
+
+# Token files: cut, grown, or with a flipped byte in the index; ids the model has no row for.
+damaged_tokens() {
+  local train code at size
+  train=$(corpus) || exit 1
+  cp "$train.bin" t.bin && cp "$train.idx" t.idx
+  make_config cfg.ini
+  sed -i "s|^train = .*|train = t|" cfg.ini
+  RANDOM=$1
+  case $(($1 % 5)) in
+  0) truncate -s "-$((1 + RANDOM))" t.bin ;;
+  1) truncate -s "-$((1 + RANDOM % 3000))" t.idx ;;
+  2) # a number of the index: lengths, places, documents
+    size=$(stat -c %s t.idx) at=$((34 + RANDOM % (size - 34)))
+    printf '\xa5' | dd of=t.idx bs=1 seek=$at conv=notrunc status=none ;;
+  3) # its head: the magic, the version, the type, the counts
+    printf '\xa5' | dd of=t.idx bs=1 seek=$((RANDOM % 34)) conv=notrunc status=none ;;
+  4) # every token of a stretch is beyond the vocabulary
+    head -c 100000 /dev/zero | tr '\0' '\377' | dd of=t.bin bs=1k seek=$((RANDOM % 50)) conv=notrunc status=none ;;
+  esac
+  train 2 cfg.ini
+  code=$?
+  [ $code = 3 ] || violation "case $(($1 % 5)): exit code $code: $(grep moe-train: log | tail -n 2)"
+  grep '^moe-train: .*[0-9]' log | grep -q 't\.\(idx\|bin\)' || violation "not named: $(grep moe-train: log)"
+}
+fault "damaged token file" 5 20 damaged_tokens "named with the place, exit 3"

@@ -168,3 +168,133 @@ disk_full() {
 }
 fault "disk full" 2 20 disk_full \
   "warnings, no left-overs, training goes on to its end; saved once there is room"
+
+# ---- damage
+
+# A run of 4 ranks with two checkpoints, made once; damage is put back each time.
+damage() {
+  if [ ! -e "$root/damage/run" ]; then
+    mkdir "$root/damage" && cd "$root/damage" || exit 1
+    make_config cfg.ini
+    train 4 cfg.ini --set train.micro_batch=1 || violation "no run: $(tail -n 5 log)"
+  fi
+  "$bin/fault_damage" "$root/damage/run" "$1" "$2" 7 2>/dev/null
+}
+damage_data() { damage data "$1"; }
+damage_metadata() { damage metadata "$1"; }
+damage_torn() { damage torn "$1"; }
+damage_missing() { damage missing "$1"; }
+refused="named and refused; resuming falls back to the one before"
+fault_batch "flipped bit in a checkpoint's data" 40 1000 damage_data "$refused"
+fault_batch "flipped bit in a checkpoint's metadata" 40 500 damage_metadata "$refused"
+fault_batch "torn file of a checkpoint" 20 200 damage_torn "$refused"
+fault_batch "missing file of a checkpoint" 5 16 damage_missing "$refused"
+
+# ---- going on
+
+# resume_case FROM TO OPTION...: 4 of 8 steps on FROM ranks, the rest on TO, beside all 8 on TO.
+# On the same ranks every bit is the same, on others the loss to a relative 1e-5.
+resume_case() {
+  local from=$1 to=$2
+  shift 2
+  local rest=("$@")
+  make_config cfg.ini
+  train "$to" cfg.ini --set run.dir=whole --set train.micro_batch=$((8 / to)) "$@" ||
+    violation "the whole run: $(tail -n 3 log)"
+  # The schedule knows all 8 steps; the job is stopped by taking away what it saved later.
+  train "$from" cfg.ini --set checkpoint.keep=9 --set train.micro_batch=$((8 / from)) "$@" ||
+    violation "the first part: $(tail -n 3 log)"
+  rm -r run/checkpoints/step-00000006 run/checkpoints/step-00000008
+  train "$to" cfg.ini --set train.micro_batch=$((8 / to)) "${rest[@]}" ||
+    violation "the second part: $(tail -n 3 log)"
+  says "resuming after step 4:"
+  whole_curve 8
+  paste <(curve whole) <(curve) | awk -v same=$((from == to)) '
+    { d = $2 > $4 ? $2 - $4 : $4 - $2 }
+    same ? $2 != $4 : d > 1e-5 * $2 { print "step", $1, $2, $4; bad = 1 } END { exit bad }' ||
+    violation "another curve"
+}
+
+# 1, 2, 4 ranks to 1, 2, 4; then through the end of an epoch, with sharded optimizer state, and with
+# saves in the foreground. The corpus has 9884 samples; valid_fraction leaves an epoch of 5 steps.
+resume() {
+  local ranks=(1 2 4)
+  case $1 in
+  10) resume_case 2 4 --set data.valid=none --set data.valid_fraction=0.499 ;;
+  11) resume_case 4 2 --set parallel.zero1=true ;;
+  12) resume_case 2 2 --set checkpoint.async=off --set precision.dtype=bf16 ;;
+  *) resume_case "${ranks[($1 - 1) / 3]}" "${ranks[($1 - 1) % 3]}" ;;
+  esac
+}
+fault "stopped and resumed, 1, 2, 4 -> 1, 2, 4 ranks" 2 12 resume \
+  "the same curve: bitwise on the same ranks, else to 1e-5"
+
+# ---- two jobs, contradictions, divergence
+
+second_job() {
+  make_config cfg.ini
+  mpirun --oversubscribe --bind-to none -np 2 "$bin/moe-train" cfg.ini --set train.steps=100000 \
+    --set checkpoint.interval=0 --set log.interval=100000 >first.log 2>&1 &
+  local job=$! code
+  until [ -s run/metrics.jsonl ] || ! kill -0 $job 2>/dev/null; do sleep 0.02; done
+  train $((1 + $1 % 2)) cfg.ini --set train.micro_batch=$((8 / (1 + $1 % 2)))
+  code=$?
+  kill -0 $job || violation "the first job is gone: $(tail -n 5 first.log)"
+  pgrep -P $job | xargs kill -9
+  wait $job
+  [ $code = 1 ] || violation "exit code $code"
+  says "another job (process "
+  [ "$(wc -l <run/provenance.jsonl)" = 1 ] || violation "the second job wrote to the run"
+}
+fault "two jobs on one run directory" 1 20 second_job "the second is refused, the first goes on"
+
+contradictions=(model.rope_alpha=2 model.rope_base=500000 model.num_layers=3 model.hidden_size=32
+  model.num_experts=4 model.top_k=2 model.ffn_size=24 model.vocab_size=300 model.num_heads=2
+  model.num_kv_heads=4 model.head_dim=6 model.norm_eps=1e-6 model.num_layers=1 model.ffn_size=16
+  model.num_experts=16 model.hidden_size=16 model.top_k=1 model.rope_alpha=0.5 model.vocab_size=261
+  train.seed=99)
+
+config_disagrees() {
+  local set=${contradictions[($1 - 1) % ${#contradictions[@]}]} before code
+  make_config cfg.ini
+  train 2 cfg.ini --set train.steps=4 --set optim.warmup_steps=1 || violation "no run: $(tail -n 3 log)"
+  before=$(find run/checkpoints run/metrics.jsonl -type f -exec sha256sum {} + | sort)
+  train 2 cfg.ini --set "$set"
+  code=$?
+  [ $code = 2 ] || violation "$set: exit code $code: $(grep moe-train: log)"
+  says "cannot resume:"
+  says "${set%%=*}"
+  [ "$before" = "$(find run/checkpoints run/metrics.jsonl -type f -exec sha256sum {} + | sort)" ] ||
+    violation "$set: the run was changed"
+}
+fault "configuration and checkpoint disagree" 2 "${#contradictions[@]}" config_disagrees \
+  "refused, exit 2, the differing settings listed, nothing changed"
+
+# Odd trials: a learning rate that breaks the model, which ends the run. Even ones: half precision
+# with a loss scale that is too large at first, which the run survives. Steps whose gradient is not
+# finite change and save nothing.
+not_finite() {
+  local code skipped step expected=4
+  local options=(--set optim.lr=100 --set optim.clip=0 --set model.init_std=10
+    --set train.nonfinite_limit=3)
+  if [ $(($1 % 2)) = 0 ]; then
+    options=(--set precision.dtype=fp16 --set precision.loss_scale=1.6e7
+      --set train.nonfinite_limit=30)
+    expected=0
+  fi
+  make_config cfg.ini
+  train 2 cfg.ini "${options[@]}" --set train.seed="$1" --set train.steps=60 \
+    --set checkpoint.interval=1 --set checkpoint.keep=60
+  code=$?
+  [ $code = $expected ] || violation "exit code $code: $(tail -n 3 log)"
+  [ $expected = 0 ] || says "training diverged"
+  skipped=$(sed -n 's/^{"step": \([0-9]*\),.*"skipped": true.*/\1/p' run/metrics.jsonl)
+  [ -n "$skipped" ] || violation "no step was skipped"
+  for step in $skipped; do
+    [ ! -e "run/checkpoints/step-$(printf %08d "$step")" ] || violation "step $step was saved"
+  done
+  [ $expected = 4 ] || tail -n 1 run/metrics.jsonl | grep -q '"skipped": false' ||
+    violation "it never recovered"
+}
+fault "loss or gradient not finite" 2 10 not_finite \
+  "no update, no save of such a step; exit 4 after the limit, else the run goes on"
