@@ -21,9 +21,7 @@
 enum attention_maker { BY_CUDNN, BY_MMA, BY_EXACT };
 
 static bool mma_fits(const moe_device *dev, int64_t head_dim, moe_dtype dtype) {
-  int arch = cuda_of(dev)->arch;
-  return (dtype == MOE_BF16 ? arch >= 80 : dtype == MOE_F16 && arch >= 75) && head_dim % 8 == 0 &&
-         head_dim <= 128;
+  return cuda_has_mma(dev, dtype) && head_dim % 8 == 0 && head_dim <= 128;
 }
 
 static attention_maker choose(moe_device *dev, moe_attention_shape s, moe_dtype dtype,

@@ -18,50 +18,6 @@ template <int D> struct forward_shape {
   static constexpr int shared = 2 * 2 * tile * 2; /* K and V, twice, 2 bytes */
 };
 
-/* What a lane's two rows, g and g + 8 of its warp's 16, have seen so far. */
-struct two_rows {
-  float peak[2], sum[2]; /* of scores; sum is this lane's share */
-};
-
-/* Over the 4 lanes that share a row. */
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(full_warp, x, 1));
-  return fmaxf(x, __shfl_xor_sync(full_warp, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(full_warp, x, 1);
-  return x + __shfl_xor_sync(full_warp, x, 2);
-}
-
-/* Scores become probabilities relative to the raised peak; o and sum follow it. */
-template <int N, int C>
-__device__ __forceinline__ void soften(float (&s)[N][4], two_rows &r, float (&o)[C][4],
-                                       float scale2) {
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    float top = r.peak[half];
-#pragma unroll
-    for (int j = 0; j < N; j++) top = fmaxf(top, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
-    top = quad_max(top);
-    float base = top == -INFINITY ? 0.0f : top * scale2; /* nothing seen yet */
-    float shrink = exp2_fast(r.peak[half] * scale2 - base);
-    r.peak[half] = top;
-    r.sum[half] *= shrink;
-#pragma unroll
-    for (int j = 0; j < N; j++)
-#pragma unroll
-      for (int e = 2 * half; e < 2 * half + 2; e++) {
-        s[j][e] = exp2_fast(fmaf(s[j][e], scale2, -base));
-        r.sum[half] += s[j][e];
-      }
-#pragma unroll
-    for (int c = 0; c < C; c++) {
-      o[c][2 * half] *= shrink;
-      o[c][2 * half + 1] *= shrink;
-    }
-  }
-}
-
 template <typename T, int D>
 __device__ __forceinline__ void forward_block(const attention_args &p, T *memory) {
   using shape = forward_shape<D>;

@@ -56,6 +56,12 @@ static inline unsigned cuda_threads(int64_t n, int most) {
 
 /* ---- element types ------------------------------------------------------------------------- */
 
+/* Whether the GPU multiplies matrices of this type on tensor cores (mma.cuh). */
+static inline bool cuda_has_mma(const moe_device *dev, moe_dtype dtype) {
+  int arch = cuda_of(dev)->arch;
+  return dtype == MOE_BF16 ? arch >= 80 : dtype == MOE_F16 && arch >= 75;
+}
+
 /* Call f with a value of the act type named by `dtype`: cuda_act(t, [&](auto x) { using T =
  * decltype(x); ... }). */
 template <typename F> static inline moe_status cuda_act(moe_dtype dtype, F f) {
@@ -267,6 +273,12 @@ void cuda_use_lane(moe_device *dev, moe_lane lane);
 moe_status cuda_wait_lane(moe_device *dev, moe_lane other);
 moe_status cuda_set_fence(moe_device *dev);
 moe_status cuda_wait_fence(moe_device *dev);
+
+/* graph.cu */
+moe_status cuda_graph_begin(moe_device *dev);
+moe_status cuda_graph_end(moe_device *dev, moe_graph **out);
+moe_status cuda_graph_launch(moe_device *dev, moe_graph *graph);
+void cuda_graph_destroy(moe_device *dev, moe_graph *graph);
 
 /* experts.cu: must be told when device memory that may hold expert offsets is written. */
 void cuda_offsets_changed(moe_device *dev, const void *data, int64_t bytes);

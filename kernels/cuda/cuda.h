@@ -36,6 +36,11 @@ moe_status moe_cuda_attention_backward(moe_device *dev, moe_attention_shape shap
                                        moe_tensor qkv, moe_tensor doc_start, moe_tensor out,
                                        moe_tensor lse, moe_tensor dqkv);
 int64_t moe_cuda_attention_scratch(moe_device *dev, moe_attention_shape shape, moe_dtype dtype);
+moe_status moe_cuda_attention_cached(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
+                                     moe_tensor keys, moe_tensor values, moe_tensor lengths,
+                                     moe_tensor out);
+int64_t moe_cuda_attention_cached_scratch(moe_device *dev, moe_attention_shape shape, int64_t room,
+                                          moe_dtype dtype);
 moe_status moe_cuda_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,
                            moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
                            moe_tensor stats);
@@ -73,6 +78,9 @@ moe_status moe_cuda_expert_weight_grad(moe_device *dev, moe_tensor left, moe_ten
                                        moe_tensor offsets, int accumulate, moe_tensor dw);
 int64_t moe_cuda_expert_scratch(moe_device *dev, int64_t rows, int64_t hidden, int64_t ffn,
                                 moe_dtype dtype);
+moe_status moe_cuda_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts,
+                                   moe_tensor gates, moe_tensor w13, moe_tensor w2,
+                                   moe_tensor hidden, moe_tensor out);
 moe_status moe_cuda_cross_entropy(moe_device *dev, moe_tensor logits, moe_tensor targets,
                                   float scale, int with_grad, moe_tensor loss, moe_tensor row_loss);
 moe_status moe_cuda_clip_scale(moe_device *dev, moe_tensor sum_squares, double max_norm,

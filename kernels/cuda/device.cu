@@ -277,6 +277,10 @@ static const moe_backend *table(void) {
   t.wait = wait_for;
   t.between = between;
   t.forget = forget;
+  t.graph_begin = cuda_graph_begin;
+  t.graph_end = cuda_graph_end;
+  t.graph_launch = cuda_graph_launch;
+  t.graph_destroy = cuda_graph_destroy;
 #define SLOT(name) t.name = moe_cuda_##name
   SLOT(zero), SLOT(copy), SLOT(add), SLOT(scale), SLOT(sum_squares);
   SLOT(embed), SLOT(embed_backward);
@@ -289,6 +293,7 @@ static const moe_backend *table(void) {
   SLOT(gather_rows), SLOT(gather_gates), SLOT(combine_rows), SLOT(combine_gates);
   SLOT(expert_up), SLOT(expert_down), SLOT(expert_down_backward), SLOT(expert_up_backward);
   SLOT(expert_weight_grad), SLOT(expert_scratch);
+  SLOT(attention_cached), SLOT(attention_cached_scratch), SLOT(experts_decode);
   SLOT(cross_entropy);
   SLOT(clip_scale), SLOT(adamw);
   SLOT(sample), SLOT(advance);

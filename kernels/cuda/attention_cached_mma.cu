@@ -1,0 +1,231 @@
+/* Attention over a cache on tensor cores (bf16, f16): attention_forward.cu's loop over another
+ * layout (attention_cached.cuh).
+ *
+ * With many rows (a chunk of a prompt) each warp has 16 rows of its own and all walk the same keys.
+ * With few (one token's query heads are 12 rows or so) all warps have the same 16 rows, each walks
+ * its own 16 keys of every tile, and they meet in shared memory at the end. */
+#include "kernels/cuda/attention_cached.cuh"
+#include "kernels/cuda/attention_mma.cuh"
+
+namespace {
+
+constexpr int few_rows = 64; /* four blocks of 16, each reading all keys, are still the cheapest */
+
+template <int D, bool FEW> struct cached_shape {
+  static constexpr int warps = FEW ? (D <= 64 ? 4 : 2) : (D <= 64 ? 8 : 4);
+  static constexpr int threads = 32 * warps, rows = FEW ? 16 : 16 * warps;
+  static constexpr int keys = D <= 64 ? 64 : 32, own = FEW ? keys / warps : keys;
+  static constexpr int tile = keys * tile_row<D>; /* elements */
+  static constexpr int shared = 2 * 2 * tile * 2; /* K and V, twice, 2 bytes */
+  static_assert(!FEW || own == 16, "a step of a product");
+  static_assert(!FEW || 4 * warps * 16 * (D + 2) <= shared, "the warps' sums fit the tiles");
+};
+
+/* Start copying keys and values [n0, n0 + N) to two tiles; zeros from `end` on and past d. */
+template <int N, int D, int THREADS, typename T>
+__device__ __forceinline__ void start_keys(T *tile, const cached_group<T> &g, int n0, int end,
+                                           int d) {
+  constexpr int words = D / 8;
+#pragma unroll
+  for (int at = 0; at < N * words; at += THREADS) {
+    int word = at + (int)threadIdx.x, r = word / words, c = word % words * 8;
+    if (N * words % THREADS != 0 && word >= N * words) break;
+    bool inside = n0 + r < end && c < d;
+    int to = r * tile_row<D> + c;
+    copy_start<16>(tile + to, inside ? g.key(n0 + r) + c : g.new_keys, inside);
+    copy_start<16>(tile + N * tile_row<D> + to, inside ? g.value(n0 + r) + c : g.new_values,
+                   inside);
+  }
+}
+
+/* Rows [row0, row0 + 16) as fragments; zeros past the last. */
+template <int D, typename T>
+__device__ __forceinline__ void load_queries(uint32_t (&a)[D / 16][4], const cached_args &p,
+                                             const cached_group<T> &g, int row0) {
+  int c = lane_of() % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int row = row0 + lane_of() / 4 + 8 * half;
+    const T *q = row < p.rows ? g.query(p, row) : nullptr;
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+#pragma unroll
+      for (int part = 0; part < 2; part++) {
+        int j = k * 16 + c + part * 8;
+        a[k][half + 2 * part] =
+            q != nullptr && j < p.d ? *reinterpret_cast<const uint32_t *>(q + j) : 0u;
+      }
+  }
+}
+
+/* Hide what a row does not see of a result [16 rows from row0, 8 N keys from n0]. */
+template <int N, typename T>
+__device__ __forceinline__ void hide(float (&s)[N][4], const cached_args &p,
+                                     const cached_group<T> &g, int row0, int n0, int end) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int last = min(g.position(p, row0 + lane_of() / 4 + 8 * half), end - 1);
+#pragma unroll
+    for (int j = 0; j < N; j++)
+#pragma unroll
+      for (int e = 2 * half; e < 2 * half + 2; e++)
+        if (n0 + j * 8 + lane_of() % 4 * 2 + e % 2 > last) s[j][e] = -INFINITY;
+  }
+}
+
+/* Where a block's results go: to out when there is one split, else to its part. */
+template <typename T> struct cached_sink {
+  const cached_args &p;
+  const cached_group<T> &g;
+  int z; /* -1: out */
+  __device__ __forceinline__ void stats(int row, float peak, float sum) const {
+    if (z < 0 || row >= p.rows) return;
+    *cached_peak(p, g.first_row + row, z) = peak * p.scale;
+    *cached_sum(p, g.first_row + row, z) = sum;
+  }
+  /* Two neighbouring elements of a row whose weights sum to `sum`. */
+  __device__ __forceinline__ void put(int row, int c, float x, float y, float sum) const {
+    if (c >= p.d || !g.computed(p, row)) return;
+    if (z < 0) {
+      float inverse = 1.0f / sum;
+      store_pair(g.output(p, row) + c, x * inverse, y * inverse);
+    } else {
+      *reinterpret_cast<float2 *>(cached_part(p, g.first_row + row, z) + c) = make_float2(x, y);
+    }
+  }
+};
+
+/* Each warp has 16 rows. */
+template <typename T, int C>
+__device__ __forceinline__ void finish_own_rows(const cached_sink<T> &sink, const two_rows &r,
+                                                const float (&o)[C][4], int row0) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int row = row0 + lane_of() / 4 + 8 * half;
+    float sum = quad_sum(r.sum[half]);
+    if (lane_of() % 4 == 0) sink.stats(row, r.peak[half], sum);
+#pragma unroll
+    for (int c = 0; c < C; c++)
+      sink.put(row, c * 8 + lane_of() % 4 * 2, o[c][2 * half], o[c][2 * half + 1], sum);
+  }
+}
+
+/* All warps have the same 16 rows: added in warp order. memory: floats [warps, 16, 8 C], then peaks
+ * and sums [warps, 16]. */
+template <int WARPS, typename T, int C>
+__device__ __forceinline__ void finish_shared_rows(const cached_sink<T> &sink, const two_rows &r,
+                                                   const float (&o)[C][4], int row0, float scale,
+                                                   float *memory) {
+  constexpr int D = 8 * C;
+  float *peaks = memory + WARPS * 16 * D, *sums = peaks + WARPS * 16;
+  __syncthreads(); /* the tiles have been read */
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int row = warp_of() * 16 + lane_of() / 4 + 8 * half;
+    float sum = quad_sum(r.sum[half]);
+    if (lane_of() % 4 == 0) peaks[row] = r.peak[half], sums[row] = sum;
+#pragma unroll
+    for (int c = 0; c < C; c++)
+      *reinterpret_cast<float2 *>(memory + row * D + c * 8 + lane_of() % 4 * 2) =
+          make_float2(o[c][2 * half], o[c][2 * half + 1]);
+  }
+  __syncthreads();
+  for (int i = (int)threadIdx.x; i < 16 * D / 2; i += 32 * WARPS) {
+    int row = i / (D / 2), c = i % (D / 2) * 2;
+    float top = -INFINITY, sum = 0.0f, x = 0.0f, y = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) top = fmaxf(top, peaks[w * 16 + row]);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      float peak = peaks[w * 16 + row];
+      float weight = peak == -INFINITY ? 0.0f : expf((peak - top) * scale);
+      float2 v = *reinterpret_cast<const float2 *>(memory + (w * 16 + row) * D + c);
+      sum += weight * sums[w * 16 + row];
+      x += weight * v.x;
+      y += weight * v.y;
+    }
+    if (c == 0) sink.stats(row0 + row, top, sum);
+    sink.put(row0 + row, c, x, y, sum);
+  }
+}
+
+template <typename T, int D, bool FEW>
+__device__ __forceinline__ void cached_block(const cached_args &p, uint4 *shared) {
+  using shape = cached_shape<D, FEW>;
+  T *memory = reinterpret_cast<T *>(shared);
+  cached_group<T> g(p, (int)blockIdx.x / p.blocks);
+  int z = (int)blockIdx.y, m0 = (int)blockIdx.x % p.blocks * shape::rows;
+  if (z == 0) cached_append<T, 8>(p, g, m0, shape::rows);
+  int span = g.span(p), used = g.splits_used(p);
+  if (z >= used) return;
+  cached_sink<T> sink = {p, g, used > 1 ? z : -1};
+
+  int row0 = m0 + (FEW ? 0 : 16 * warp_of());
+  int block_last = g.position(p, min(m0 + shape::rows, p.rows) - 1);
+  int warp_last = g.position(p, min(row0 + 15, p.rows - 1));
+  int begin = z * span, end = min(min(begin + span, g.keys), block_last + 1);
+  auto start = [&](int n0, int buffer) {
+    start_keys<shape::keys, D, shape::threads>(memory + 2 * buffer * shape::tile, g, n0, end, p.d);
+  };
+  if (begin < end) start(begin, 0);
+  left_rows<T, D, true> q;
+  load_queries<D>(q.a, p, g, row0);
+  two_rows r;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    r.peak[half] = -INFINITY;
+    r.sum[half] = 0.0f;
+  }
+  float o[D / 8][4] = {};
+  for (int n0 = begin, buffer = 0; n0 < end; n0 += shape::keys, buffer ^= 1) {
+    copy_wait();
+    __syncthreads(); /* this buffer has arrived, and all are done with the other */
+    if (n0 + shape::keys < end) start(n0 + shape::keys, buffer ^ 1);
+    int k0 = n0 + (FEW ? shape::own * warp_of() : 0); /* this warp's keys */
+    if (k0 > warp_last || k0 >= end) continue;
+    const T *tile = memory + 2 * buffer * shape::tile + (k0 - n0) * tile_row<D>;
+    float s[shape::own / 8][4];
+    product_nt<shape::own>(s, q, tile);
+    if (k0 + shape::own > end || k0 + shape::own - 1 > g.position(p, row0))
+      hide(s, p, g, row0, k0, end);
+    soften(s, r, o, p.scale * log2_e);
+    uint32_t probs[shape::own / 16][4];
+    round_rows<T>(probs, s);
+    product_nn<D, shape::own>(o, probs, tile + shape::tile);
+  }
+  if constexpr (FEW)
+    finish_shared_rows<shape::warps>(sink, r, o, row0, p.scale, reinterpret_cast<float *>(shared));
+  else
+    finish_own_rows(sink, r, o, row0);
+}
+
+template <typename T, int D, bool FEW>
+__global__ void __launch_bounds__(cached_shape<D, FEW>::threads, FEW       ? 1
+                                                                 : D <= 64 ? 2
+                                                                           : 3)
+    cached_kernel(cached_args p) {
+  extern __shared__ uint4 memory[];
+  launch_wait();
+  launch_release();
+  if constexpr (mma_built<T>()) cached_block<T, D, FEW>(p, memory);
+}
+
+} /* namespace */
+
+int cuda_attention_cached_mma_rows(int rows, int d) {
+  if (rows <= few_rows) return 16;
+  return 16 * (d <= 64 ? 8 : 4);
+}
+
+moe_status cuda_attention_cached_mma(moe_device *dev, moe_dtype dtype, const cached_args &p) {
+  dim3 grid((unsigned)(p.batch * p.kv_heads * p.blocks), (unsigned)p.splits);
+  return attention_half(dtype, p.d, [&](auto x, auto size) {
+    using T = decltype(x);
+    constexpr int D = decltype(size)::value;
+    using few = cached_shape<D, true>;
+    using many = cached_shape<D, false>;
+    if (p.rows <= few_rows)
+      return cuda_start(dev, cached_kernel<T, D, true>, grid, few::threads, few::shared, p);
+    return cuda_start(dev, cached_kernel<T, D, false>, grid, many::threads, many::shared, p);
+  });
+}

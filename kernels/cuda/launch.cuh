@@ -1,0 +1,70 @@
+/* Starting small kernels one behind the other without a gap (Hopper and later).
+ *
+ * A kernel started by cuda_start may begin while the one before it on the stream still runs. It
+ * calls launch_wait() before it reads or writes anything the one before may have touched, then
+ * launch_release(), which lets the next one begin. In this order, all earlier kernels have finished
+ * when a kernel begins; only the one right before it may still run. What may be done ahead of
+ * launch_wait: index arithmetic, prefetching into the L2 cache (which stays coherent), and reading
+ * what the kernel before is known not to write.
+ *
+ * Elsewhere, and with MOE_OVERLAP=off in the environment, these are ordinary launches. A kernel
+ * that calls neither may stand before or after one that does.
+ * Source: CUDA C++ Programming Guide, "Programmatic dependent launch". */
+#ifndef MOE_KERNELS_CUDA_LAUNCH_CUH
+#define MOE_KERNELS_CUDA_LAUNCH_CUH
+
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels/cuda/common.cuh"
+
+/* All earlier work on the stream is done and visible. Every thread calls it. */
+__device__ __forceinline__ void launch_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/* The next kernel may begin once all blocks got here. */
+__device__ __forceinline__ void launch_release() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/* Ask for the cache line at p, which must exist. */
+__device__ __forceinline__ void prefetch_line(const void *p) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
+/* At most so many rows are latency, not work: worth overlapping launches. */
+constexpr int64_t launch_few = 64;
+
+static inline bool launch_overlaps(const moe_device *dev) {
+  static const char *wanted = getenv("MOE_OVERLAP");
+  return cuda_of(dev)->arch >= 90 && (wanted == nullptr || strcmp(wanted, "off") != 0);
+}
+
+/* Queue kernel(args...) on the device's stream. */
+template <typename... P, typename... A>
+static moe_status cuda_start(moe_device *dev, void (*kernel)(P...), dim3 grid, int threads,
+                             int shared, A... args) {
+  if (shared > 48 << 10) /* what a kernel gets without asking */
+    CUDA_TRY(dev,
+             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3((unsigned)threads);
+  config.dynamicSmemBytes = (size_t)shared;
+  config.stream = cuda_of(dev)->stream;
+  config.attrs = &early;
+  config.numAttrs = launch_overlaps(dev) ? 1 : 0;
+  CUDA_TRY(dev, cudaLaunchKernelEx(&config, kernel, P(args)...));
+  return MOE_OK;
+}
+
+#endif
