@@ -52,12 +52,12 @@ wait_for_steps() { # N
 lose() {
   local action=$1 trial=$2 host job code left
   shift 2
-  uninterrupted
   make_cluster
   if [ "$action" = cut ] && [ "$(cat cluster/kind)" = names ]; then
     echo "network namespaces are not permitted here"
     exit 77
   fi
+  uninterrupted
   cluster_config
   timeout -k 5 "${limit:-90}" "$here/../../launch/moe-run" --program "$bin/moe-train" --elastic \
     --backoff 0 --hosts h1:2,h2:2,h3:2 cfg.ini >log 2>&1 &

@@ -226,6 +226,18 @@ Test(moe_run, requeues_a_slurm_job_that_must_leave) {
   expect("grep -c scontrol calls", 0, "1", NULL);
 }
 
+/* As Slurm does: USR2 to the script's own process. */
+Test(moe_run, the_slurm_script_saves_and_requeues_before_its_time_is_over) {
+  write_file("script", "1 5 5 wait\n");
+  expect("export SLURM_JOB_ID=7 SLURM_SUBMIT_DIR=$PWD SLURM_NTASKS=8 SLURM_NTASKS_PER_NODE=4 "
+         "MOE_RUN=${R%% *}; bash ${R%%/moe-run*}/slurm/moe-train.sbatch --program ./moe-train "
+         "cfg.ini & pid=$!; until test -s calls; do /bin/sleep 0.05; done; /bin/sleep 0.2; "
+         "kill -USR2 $pid; wait $pid",
+         75, "USR2: the job saves", "requeueing job 7", NULL);
+  expect("cat signals calls", 0, "USR2", "srun ", "-n 8 ", "--ntasks-per-node=4",
+         "scontrol requeue 7", NULL);
+}
+
 Test(moe_run, elastic_goes_on_with_the_hosts_that_answer) {
   write_file("script", "1 5 7\n0 20 20\n");
   write_file("mpirun", "#!/bin/bash\ntouch $FOLDER/h2.gone\nexec $FOLDER/srun \"$@\"\n");
