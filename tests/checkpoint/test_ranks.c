@@ -40,6 +40,10 @@ Test(ranks, a_failure_on_one_rank_reaches_all_and_leaves_the_previous) {
   expect_passed(moe_command_run(60, MOE_MPIRUN(WORKER " fail %s"), 3, run));
 }
 
+Test(ranks, saves_in_the_background_end_alike_on_all) {
+  expect_passed(moe_command_run(60, MOE_MPIRUN(WORKER " background %s"), 3, run));
+}
+
 Test(ranks, a_second_job_is_refused_while_the_first_lives) {
   moe_command c =
       moe_command_run(60,

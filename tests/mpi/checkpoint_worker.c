@@ -4,12 +4,14 @@
  *     loop RUN FIRST     save FIRST, FIRST+1, ... for ever, saying "saved N" after each
  *     check RUN          find what to resume, load it on these ranks; says "found N"
  *     fail RUN           one rank cannot write; all must say so
+ *     background RUN     save and train in turn, in the background, through a small ring
  *     lock RUN           take the lock, say "locked", hold it until stdin ends
  *     bench RUN MIB      rates of save, verify and load */
 #include <inttypes.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include "checkpoint/saver.h"
 #include "tests/checkpoint/sample.h"
 #include "tests/mpi/worker.h"
 
@@ -113,6 +115,40 @@ static void fail(worker *w, const char *run) {
   check(w, run);
 }
 
+/* Ranks that write different amounts, of which the last hits a file size limit in one save: all get
+ * the same news at the same poll. Values change as soon as a save has begun. */
+static void background(worker *w, const char *run) {
+  moe_saver *saver;
+  char path[MOE_PATH];
+  OK(moe_saver_create(w->world, w->dev, run, (moe_keep){.newest = 2}, 1 << 20, &saver));
+  for (int64_t step = 1; step <= 6; step++) {
+    moe_piece pieces[SAMPLE_PIECES];
+    moe_run_state state = sample_state(step);
+    moe_saved saved = {.news = false};
+    bool fails = step == 4;
+    struct rlimit limit = {.rlim_cur = fails && w->rank == w->size - 1 ? 8192 : RLIM_INFINITY,
+                           .rlim_max = RLIM_INFINITY};
+    setrlimit(RLIMIT_FSIZE, &limit);
+    sample_make(pieces, w->rank, w->size, step);
+    OK(moe_saver_begin(saver, &state, pieces, SAMPLE_PIECES));
+    for (int i = 0; i < SAMPLE_PIECES; i++) sample_fill(&pieces[i], i % SAMPLE_TENSORS, step + 1);
+    for (int polls = 0; !saved.news; polls++) {
+      usleep((useconds_t)(500 * w->rank));
+      OK(moe_saver_poll(saver, step % 2 == 0 && polls > 1, &saved));
+      int64_t news = saved.news, least = news;
+      OK(moe_comm_host_all_reduce_i64(w->world, &least, 1, MOE_MIN));
+      REQUIRE(least == news);
+    }
+    REQUIRE(saved.step == step && (saved.status == MOE_OK) == !fails);
+    while (moe_saver_busy(saver)) OK(moe_saver_poll(saver, true, &saved));
+    sample_free(pieces, SAMPLE_PIECES);
+    OK(moe_checkpoint_find(w->world, run, "auto", path));
+    REQUIRE(step_of(w->world, path) == (fails ? step - 1 : step));
+    load(w->world, w->dev, path, fails ? step - 1 : step, true);
+  }
+  moe_saver_destroy(saver);
+}
+
 static void hold_lock(worker *w, const char *run) {
   moe_run_lock *lock;
   OK(moe_run_lock_take(w->world, run, &lock));
@@ -167,12 +203,15 @@ int main(int argc, char **argv) {
     check(&w, argv[2]);
   else if (!strcmp(what, "fail"))
     fail(&w, argv[2]);
+  else if (!strcmp(what, "background"))
+    background(&w, argv[2]);
   else if (!strcmp(what, "lock"))
     hold_lock(&w, argv[2]);
   else if (!strcmp(what, "bench"))
     bench(&w, argv[2], argc > 3 ? atoll(argv[3]) : 1024);
   else
-    moe_abort(moe_fail(MOE_USAGE, "reshard|loop|check|fail|lock|bench RUN: see the source"));
+    moe_abort(
+        moe_fail(MOE_USAGE, "reshard|loop|check|fail|background|lock|bench RUN: see the source"));
   worker_close(&w);
   return 0;
 }
