@@ -42,8 +42,8 @@ struct moe_watchdog {
   atomic_bool stopping;
   /* the thread's own */
   double clock, looked; /* seconds awake; real time of the last look */
-  uint64_t signs;
-  double signed_at; /* on `clock` */
+  moe_place place;      /* at the last look */
+  double signed_at;     /* on `clock`: when it was new */
   watch_state state;
   double since, asked_at, next_inquest; /* on `clock` */
   uint32_t round;
@@ -58,13 +58,12 @@ static void look(moe_watchdog *w) {
   w->looked = now;
   w->clock += gap < most_gap ? gap : most_gap;
   moe_place place = moe_progress_read();
-  if (place.signs == w->signs) return;
-  w->signs = place.signs;
-  w->signed_at = w->clock;
+  if (place.signs != w->place.signs) w->signed_at = w->clock;
+  w->place = place;
 }
 
 static void say_news(moe_watchdog *w, moe_news *out) {
-  moe_place place = moe_progress_read();
+  moe_place place = w->place;
   double limit = w->limit_s[place.phase];
   memset(out, 0, sizeof *out);
   out->phase = (int32_t)place.phase;

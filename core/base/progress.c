@@ -1,5 +1,8 @@
-/* Where this process is, in relaxed atomics: each is right on its own, and nothing is done with
- * them that needs two to be of the same instant. */
+/* Where this process is.
+ *
+ * The one thing that must hold: who sees a new phase or place also sees a new sign of life, lest
+ * the time since an old sign be held against a new phase's limit. So a sign is given before what it
+ * is a sign of, and read after it. */
 #include "core/base/progress.h"
 
 #include <stdatomic.h>
@@ -11,8 +14,8 @@ static struct {
   _Atomic uint64_t signs;
 } now = {.layer = -1, .what = "", .inside = "", .collective = ""};
 
-#define PUT(member, value) atomic_store_explicit(&now.member, (value), memory_order_relaxed)
-#define GET(member) atomic_load_explicit(&now.member, memory_order_relaxed)
+#define PUT(member, value) atomic_store_explicit(&now.member, (value), memory_order_release)
+#define GET(member) atomic_load_explicit(&now.member, memory_order_acquire)
 
 const char *moe_phase_name(moe_phase phase) {
   static const char *const names[] = {
@@ -38,31 +41,33 @@ static void sign(void) {
 }
 
 void moe_progress_enter(moe_phase phase, int64_t step) {
+  sign();
   PUT(phase, (int)phase);
   PUT(step, step);
   moe_progress_label("", -1);
 }
 
 void moe_progress_label(const char *what, int64_t layer) {
+  sign();
   PUT(what, what);
   PUT(layer, layer);
-  sign();
 }
 
 void moe_progress_collective(const char *name) {
+  sign();
   PUT(collective, name);
   PUT(collectives, GET(collectives) + 1);
   moe_progress_wait(name);
 }
 
 void moe_progress_wait(const char *name) {
-  PUT(inside, name);
   sign();
+  PUT(inside, name);
 }
 
 void moe_progress_return(void) {
-  PUT(inside, "");
   sign();
+  PUT(inside, "");
 }
 
 moe_place moe_progress_read(void) {
@@ -72,7 +77,7 @@ moe_place moe_progress_read(void) {
                  .layer = GET(layer),
                  .inside = GET(inside),
                  .collective = GET(collective),
-                 .collectives = GET(collectives),
-                 .signs = GET(signs)};
+                 .collectives = GET(collectives)};
+  p.signs = GET(signs);
   return p;
 }

@@ -54,7 +54,7 @@ typedef struct {
   uint64_t signs;         /* of life so far */
 } moe_place;
 
-/* Parts may be one sign apart when the writer is busy; of one that hangs they are exact. */
+/* A new place is never read without its sign; the sign may come an instant before the place. */
 moe_place moe_progress_read(void);
 
 #ifdef __cplusplus
