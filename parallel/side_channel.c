@@ -119,21 +119,17 @@ moe_status moe_side_channel_create(moe_comm *world, moe_side_channel **out) {
   *out = NULL;
   moe_side_channel *s = calloc(1, sizeof *s);
   moe_status status = s ? MOE_OK : moe_fail(MOE_NO_MEMORY, "out of memory: side channel");
+  if (s) s->socket = s->wake = -1;
   status = moe_agree(world, status);
-  if (status == MOE_OK) {
+  if (s && status == MOE_OK) {
     s->rank = moe_comm_rank(world);
     s->size = moe_comm_size(world);
-    s->socket = s->wake = -1;
     status = set_up(s, world);
   }
-  if (status == MOE_OK) {
+  if (status == MOE_OK)
     *out = s;
-    return MOE_OK;
-  }
-  if (s && s->size > 0)
-    moe_side_channel_destroy(s);
   else
-    free(s);
+    moe_side_channel_destroy(s);
   return status;
 }
 

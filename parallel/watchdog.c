@@ -173,13 +173,12 @@ static void end_job(const moe_watchdog *w) {
   for (int r = 0; r < w->size; r++) tell_rank(w, r);
   const char *setting = moe_phase_setting((moe_phase)mine->phase);
   double limit = w->limit_s[mine->phase];
-  int behind;
   if (name_ranks(w, is_silent, names, sizeof names) > 0)
     moe_error_now("no answer from %s: the job hung in %s for %.0f s (%s = %.0f): look whether it "
                   "was stopped or its host is gone; the same command goes on from the last "
                   "checkpoint",
                   names, place, mine->still_s, setting, limit);
-  else if ((behind = name_ranks(w, is_behind, names, sizeof names)) < w->size)
+  else if (name_ranks(w, is_behind, names, sizeof names) < w->size)
     moe_error_now("%s hung: the others waited in %s for %.0f s (%s = %.0f): see its place above; "
                   "the same command goes on from the last checkpoint",
                   names, place, mine->still_s, setting, limit);
@@ -325,7 +324,7 @@ static moe_status create(moe_comm *world, const double limit_s[MOE_PHASES], moe_
   if (w) w->peers = calloc((size_t)moe_comm_size(world), sizeof *w->peers);
   if (!w || !w->peers) status = moe_fail(MOE_NO_MEMORY, "out of memory: watchdog");
   status = moe_agree(world, status);
-  if (status == MOE_OK) {
+  if (w && status == MOE_OK) {
     w->rank = moe_comm_rank(world);
     w->size = moe_comm_size(world);
     memcpy(w->limit_s, limit_s, sizeof w->limit_s);
