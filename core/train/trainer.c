@@ -73,7 +73,12 @@ static moe_status go_on_saving(trainer *t, bool wait) {
 static moe_status begin_save(trainer *t) {
   moe_engine *e = &t->engine;
   int64_t samples = t->step_tokens / e->config.data.sequence_length * t->step;
+  double start = moe_clock_s();
   MOE_TRY(go_on_saving(t, true)); /* one at a time */
+  if (moe_clock_s() - start > 1.0)
+    moe_info("training waited %.1f s for the checkpoint before: a longer checkpoint.interval or a "
+             "faster disk would avoid it",
+             moe_clock_s() - start);
   moe_progress_enter(MOE_PHASE_SAVE, t->step);
   return moe_run_save(e, t->saver, t->step, t->tokens, samples, moe_loader_fingerprint(t->loader));
 }
