@@ -14,10 +14,10 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "build_info.h"
 #include "checkpoint/commit.h"
 #include "checkpoint/files.h"
 #include "core/base/log.h"
+#include "core/train/build_info.h"
 #include "core/train/run_state.h"
 
 /* ---- room */
