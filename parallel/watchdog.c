@@ -237,11 +237,12 @@ static bool is_speaker(const moe_watchdog *w) {
   return true;
 }
 
-/* At the start rank 0 asks everyone once, to find who would not be heard when it matters. */
-static void finish_roll_call(moe_watchdog *w) {
+/* At the start rank 0 asks everyone once, to find who would not be heard when it matters; unless it
+ * matters already. */
+static void finish_roll_call(moe_watchdog *w, bool matters) {
   char names[1024];
-  if (count_answers(w) < w->size && w->clock - w->since < roll_call) return;
-  if (name_ranks(w, is_silent, names, sizeof names) > 0)
+  if (!matters && count_answers(w) < w->size && w->clock - w->since < roll_call) return;
+  if (!matters && name_ranks(w, is_silent, names, sizeof names) > 0)
     moe_warn("watchdog: no answer over UDP from %s: should the job hang, that will be taken for "
              "the cause: let UDP through between the hosts",
              names);
@@ -264,14 +265,12 @@ static void conclude(moe_watchdog *w) {
 static void advance(moe_watchdog *w) {
   moe_news *mine = &w->peers[w->rank].news;
   say_news(w, mine);
-  if (!w->roll_called) {
-    finish_roll_call(w);
-  } else if (!mine->used_up) {
+  if (!w->roll_called) finish_roll_call(w, mine->used_up);
+  if (w->roll_called && !mine->used_up) {
     w->state = WATCHING;
     w->next_inquest = w->clock;
-  } else if (w->state == WATCHING && w->clock >= w->next_inquest) {
-    begin_asking(w);
   }
+  if (w->state == WATCHING && mine->used_up && w->clock >= w->next_inquest) begin_asking(w);
   if (w->state == ASKING && w->clock - w->asked_at >= ask_again) ask_all(w);
   if (w->state == ASKING && w->roll_called) conclude(w);
   if (w->state == CONDEMNED && (is_speaker(w) || w->clock - w->since >= last_wait)) end_job(w);
