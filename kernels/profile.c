@@ -262,6 +262,10 @@ moe_status moe_profile_start(moe_device *dev) {
   return MOE_OK;
 }
 
+bool moe_profile_is_on(const moe_device *dev) {
+  return dev->profile != NULL;
+}
+
 /* Add a span to the row of its name. */
 static int add_span(moe_profile_row *rows, int count, const span *s, double seconds) {
   int i = 0;

@@ -23,6 +23,7 @@ typedef struct {
 } moe_profile_row;
 
 moe_status moe_profile_start(moe_device *dev);
+bool moe_profile_is_on(const moe_device *dev);
 /* Waits for the device. The rows, most seconds first, at most `room`. */
 moe_status moe_profile_stop(moe_device *dev, moe_profile_row *rows, int room, int *count);
 

@@ -3,8 +3,10 @@
 
 #include <string.h>
 
+#include "core/base/log.h"
 #include "core/model/model_state.h"
 #include "kernels/ops.h"
+#include "kernels/profile.h"
 
 static moe_status upload_batch(moe_model *m, const moe_batch *batch) {
   moe_block_env *env = &m->env;
@@ -19,18 +21,6 @@ static moe_status upload_batch(moe_model *m, const moe_batch *batch) {
   MOE_TRY(moe_device_upload(env->dev, env->positions.data, batch->positions, bytes));
   if (!moe_tensor_present(env->doc_start) || !batch->doc_start) return MOE_OK;
   return moe_device_upload(env->dev, env->doc_start.data, batch->doc_start, bytes);
-}
-
-/* Where micro-batch `micro` writes its statistics: [L, groups (2E+1)], then dropped [L]. */
-static void point_stats(moe_model *m, int64_t micro) {
-  const moe_dims *d = &m->env.dims;
-  int64_t width = moe_model_stats_width(m);
-  float *base = (float *)moe_tensor_rows(m->stats, micro, 1).data;
-  for (int64_t l = 0; l < d->layers; l++) {
-    m->blocks[l].stats =
-        moe_tensor_2d(base + l * width, MOE_F32, m->env.groups, 2 * d->experts + 1);
-    m->blocks[l].dropped = moe_tensor_1d(base + d->layers * width + l, MOE_F32, 1);
-  }
 }
 
 /* Embedding and blocks; leaves the residual stream in the last block's mid and work.delta. */
@@ -57,7 +47,6 @@ moe_status moe_model_step_begin(moe_model *m) {
   for (int i = 0; i < MOE_POOLS; i++) {
     if (i != MOE_POOL_EXPERT) MOE_TRY(moe_zero(m->env.dev, m->grads[i]));
   }
-  MOE_TRY(moe_zero(m->env.dev, m->stats));
   return moe_zero(m->env.dev, m->loss);
 }
 
@@ -72,22 +61,56 @@ static void set_router_scales(moe_model *m, double grad_scale) {
   m->z_scale = (float)(grad_scale * c->train.z_coef / n);
 }
 
-moe_status moe_model_forward(moe_model *m, const moe_batch *batch, int64_t micro,
-                             double grad_scale) {
+/* ---- passes, recorded where shapes and addresses are always the same ----------------------------
+ */
+
+/* A graph saves the host's launches: a thousand and more per pass. It needs a device that records
+ * and no other rank: an exchange's sizes are known to the host alone. */
+static bool can_record(const moe_model *m) {
+  return m->records && moe_comm_size(m->options.mesh->world) == 1 &&
+         moe_device_has_graphs(m->env.dev) && !moe_profile_is_on(m->env.dev);
+}
+
+/* Expert products by cuBLAS and the like read sizes back and cannot be recorded: never mind. */
+static moe_status record(moe_model *m, moe_recorded *r, moe_status (*pass)(moe_model *)) {
+  moe_graph_destroy(m->env.dev, r->graph);
+  r->graph = NULL;
+  MOE_TRY(moe_device_graph_begin(m->env.dev));
+  moe_status recorded = pass(m), ended = moe_device_graph_end(m->env.dev, &r->graph);
+  r->grad_scale = m->grad_scale;
+  if (recorded == MOE_OK && ended == MOE_OK) return MOE_OK;
+  moe_info("steps are not recorded as device graphs: %s", moe_error_message());
+  moe_error_clear();
+  m->records = false;
+  return MOE_OK;
+}
+
+static moe_status run_pass(moe_model *m, moe_recorded *r, moe_status (*pass)(moe_model *)) {
+  if (!can_record(m) || !r->warm) { /* the first time libraries choose algorithms */
+    r->warm = true;
+    return pass(m);
+  }
+  if (!r->graph || r->grad_scale != m->grad_scale) MOE_TRY(record(m, r, pass));
+  return r->graph && m->records ? moe_device_graph_launch(m->env.dev, r->graph) : pass(m);
+}
+
+static moe_tensor stats_now(const moe_model *m) {
+  return moe_tensor_rows(m->stats, m->options.micro_batches, 1);
+}
+
+static moe_status forward_pass(moe_model *m) {
   moe_block_env *env = &m->env;
-  point_stats(m, micro);
-  set_router_scales(m, grad_scale);
-  MOE_TRY(upload_batch(m, batch));
+  MOE_TRY(moe_zero(env->dev, stats_now(m)));
   MOE_TRY(forward_blocks(m));
   moe_device_label(env->dev, "head", -1);
   double n = (double)env->tokens * moe_comm_size(m->options.mesh->world);
-  MOE_TRY(moe_head_loss(env, &m->head, last_mid(m), env->work.delta, (float)(grad_scale / n), true,
-                        m->loss));
+  MOE_TRY(moe_head_loss(env, &m->head, last_mid(m), env->work.delta, (float)(m->grad_scale / n),
+                        true, m->loss));
   if (m->config.train.aux_scope == MOE_AUX_SEQUENCE) return MOE_OK;
-  return moe_comm_all_reduce(m->options.mesh->world, moe_tensor_rows(m->stats, micro, 1), MOE_SUM);
+  return moe_comm_all_reduce(m->options.mesh->world, stats_now(m), MOE_SUM);
 }
 
-moe_status moe_model_backward(moe_model *m) {
+static moe_status backward_pass(moe_model *m) {
   moe_block_env *env = &m->env;
   moe_device_label(env->dev, "head backward", -1);
   MOE_TRY(moe_head_backward(env, &m->head));
@@ -97,10 +120,27 @@ moe_status moe_model_backward(moe_model *m) {
   }
   moe_device_label(env->dev, "experts backward", 0);
   MOE_TRY(moe_experts_backward_end(env));
-  m->micros_done++;
   moe_device_label(env->dev, "embedding backward", -1);
   return moe_embed_backward(env->dev, env->tokens_in, env->work.dx, m->dembed);
 }
+
+moe_status moe_model_forward(moe_model *m, const moe_batch *batch, int64_t micro,
+                             double grad_scale) {
+  m->grad_scale = grad_scale;
+  set_router_scales(m, grad_scale);
+  MOE_TRY(upload_batch(m, batch));
+  MOE_TRY(run_pass(m, &m->forward, forward_pass));
+  return moe_copy(m->env.dev, moe_tensor_rows(m->stats, micro, 1), stats_now(m));
+}
+
+moe_status moe_model_backward(moe_model *m) {
+  MOE_TRY(run_pass(m, &m->backward[m->micros_done > 0], backward_pass));
+  m->micros_done++;
+  return MOE_OK;
+}
+
+/* ---- what a step came to ------------------------------------------------------------------------
+ */
 
 /* aux, z, dropped and assignment counts (into load) of one layer of one micro-batch. */
 static void layer_losses(const moe_model *m, const float *stats, double *load, double *aux,
@@ -163,7 +203,6 @@ moe_status moe_model_step_losses(moe_model *m, moe_losses *out) {
 moe_status moe_model_evaluate(moe_model *m, const moe_batch *batch, double loss[2]) {
   moe_block_env *env = &m->env;
   double sums[2];
-  point_stats(m, 0);
   MOE_TRY(upload_batch(m, batch));
   MOE_TRY(moe_zero(env->dev, m->loss));
   MOE_TRY(forward_blocks(m));
@@ -177,7 +216,6 @@ moe_status moe_model_evaluate(moe_model *m, const moe_batch *batch, double loss[
 
 moe_status moe_model_logits(moe_model *m, const moe_batch *batch, float *logits) {
   moe_block_env *env = &m->env;
-  point_stats(m, 0);
   MOE_TRY(upload_batch(m, batch));
   MOE_TRY(forward_blocks(m));
   return moe_head_logits(env, &m->head, last_mid(m), env->work.delta, logits);

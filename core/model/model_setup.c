@@ -33,6 +33,15 @@ static int recompute_of(const moe_model *m, int64_t layer) {
   return applies ? c->train.recompute : MOE_RECOMPUTE_NONE;
 }
 
+/* Where layer l's router writes its statistics: a row is [L, groups (2E + 1)], then dropped [L]. */
+static void point_stats(moe_model *m, int64_t l) {
+  int64_t layers = m->env.dims.layers, experts = m->env.dims.experts;
+  int64_t width = moe_model_stats_width(m);
+  float *base = (float *)moe_tensor_rows(m->stats, m->options.micro_batches, 1).data;
+  m->blocks[l].stats = moe_tensor_2d(base + l * width, MOE_F32, m->env.groups, 2 * experts + 1);
+  m->blocks[l].dropped = moe_tensor_1d(base + layers * width + l, MOE_F32, 1);
+}
+
 /* Each layer's stash and gu: its own, or one shared by all layers that recompute them. */
 static moe_status create_blocks(moe_model *m, moe_memory *memory) {
   moe_block_env *env = &m->env;
@@ -60,6 +69,7 @@ static moe_status create_blocks(moe_model *m, moe_memory *memory) {
     b->gu = own_gu ? moe_arena_tensor_2d(arena, env->dtype, env->round_rows, 2 * env->dims.ffn)
                    : shared_gu;
     if (b->recompute != MOE_RECOMPUTE_NONE) shared_gu = b->gu;
+    point_stats(m, l);
     if (moe_tensor_present(m->bias)) {
       b->bias = moe_tensor_1d(moe_tensor_rows(m->bias, l, 1).data, MOE_F32, env->dims.experts);
     }
@@ -96,7 +106,7 @@ static void create_batch(moe_model *m, moe_memory *memory) {
     env->doc_start = moe_arena_tensor_1d(work, MOE_I32, env->tokens);
   }
   env->rope_table = moe_arena_tensor_2d(work, MOE_F32, env->seq, d->head_dim);
-  m->stats = moe_arena_tensor_2d(work, MOE_F32, m->options.micro_batches,
+  m->stats = moe_arena_tensor_2d(work, MOE_F32, m->options.micro_batches + 1,
                                  d->layers * (moe_model_stats_width(m) + 1));
   m->loss = moe_arena_tensor_1d(work, MOE_F64, 2);
   if (m->config.train.bias_update_rate > 0.0) {
@@ -192,6 +202,7 @@ moe_status moe_model_create(const moe_model_options *options, moe_memory *memory
   m->config = *options->config;
   m->options = *options;
   m->options.config = &m->config;
+  m->records = m->config.run.graphs;
   create_env(m);
   moe_status status = create(m, memory);
   if (status != MOE_OK) {
@@ -207,6 +218,8 @@ void moe_model_destroy(moe_model *m) {
   if (m->stats_host) moe_device_free_host(m->env.dev, m->stats_host);
   if (m->env.rows_host) moe_device_free_host(m->env.dev, m->env.rows_host);
   for (int i = 0; i < m->stash_count; i++) moe_stash_destroy(&m->stashes[i]);
+  moe_graph_destroy(m->env.dev, m->forward.graph);
+  for (int i = 0; i < 2; i++) moe_graph_destroy(m->env.dev, m->backward[i].graph);
   moe_dispatcher_destroy(m->env.dispatcher);
   moe_params_destroy(&m->params);
   free(m->blocks);

@@ -5,6 +5,13 @@
 #include "core/model/block.h"
 #include "core/model/head.h"
 
+/* A pass over a micro-batch, recorded as a device graph once it has run as it is. */
+typedef struct {
+  moe_graph *graph;  /* NULL: not yet */
+  bool warm;         /* has run */
+  double grad_scale; /* what was recorded with it */
+} moe_recorded;
+
 struct moe_model {
   moe_config config;
   moe_model_options options;
@@ -16,13 +23,17 @@ struct moe_model {
   moe_block *blocks;        /* [L] */
   moe_stash *stashes;       /* [stash_count], at most L: layers may share one */
   int stash_count;
-  moe_tensor stats; /* f32 [micro_batches, L * (groups (2E + 1) + 1)] */
+  moe_tensor
+      stats; /* f32 [micro_batches + 1, L * (groups (2E + 1) + 1)]; the last row is being made */
   float *stats_host;
   moe_tensor loss; /* f64 [2]: sum, count */
   moe_tensor bias; /* f32 [L, E] */
   float *bias_host;
   double *load; /* [L, E] */
   float aux_scale, z_scale;
+  double grad_scale;                 /* of the micro-batch being done */
+  bool records;                      /* passes are recorded and launched as graphs */
+  moe_recorded forward, backward[2]; /* backward: of the first micro-batch, of others */
   int64_t micros_done;
 };
 
