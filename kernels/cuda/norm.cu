@@ -4,6 +4,7 @@
  * spans the row (ONCE), the row stays in registers and is read once. The gain's gradient is summed
  * over a block's rows first, then over the blocks in a fixed order: the same bits every time. */
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/plain.h"
 
 enum { MOST_THREADS = 512 };
 
@@ -137,6 +138,89 @@ __global__ void __launch_bounds__(MOST_THREADS) norm_backward_kernel(norm_backwa
     if (threadIdx.x * N < p.width) store<float, N>(partial + threadIdx.x * N, part);
 }
 
+constexpr int narrow_warps = 8, narrow_most = 4; /* groups of 8 elements for each lane */
+
+/* The same for rows that a warp holds in registers: nothing waits for other warps until the end. */
+template <typename T, int GROUPS>
+__global__ void __launch_bounds__(32 * narrow_warps, 2)
+    norm_backward_narrow_kernel(norm_backward_args p) {
+  __shared__ float share[narrow_warps][GROUPS * 256];
+  int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+  float gain[GROUPS][8], part[GROUPS][8] = {};
+#pragma unroll
+  for (int j = 0; j < GROUPS; j++) {
+    int64_t c = (lane + 32 * j) * 8;
+    if (c < p.width) {
+      load<float, 8>(gain[j], p.gain + c);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; i++) gain[j][i] = 0.0f;
+    }
+  }
+  int64_t step = (int64_t)gridDim.x * narrow_warps;
+  for (int64_t row = (int64_t)blockIdx.x * narrow_warps + warp; row < p.rows; row += step) {
+    cuda_pack<T, 8> d[GROUPS], x[GROUPS], dx[GROUPS];
+    int64_t at = row * p.width + lane * 8;
+#pragma unroll
+    for (int j = 0; j < GROUPS; j++)
+      if ((lane + 32 * j) * 8 < p.width) {
+        d[j].load((const T *)p.dout + at + 256 * j);
+        x[j].load((const T *)p.x + at + 256 * j);
+        dx[j].load((const T *)p.dx + at + 256 * j);
+      }
+    float rstd = p.rstd[row], dot = 0;
+#pragma unroll
+    for (int j = 0; j < GROUPS; j++)
+      if ((lane + 32 * j) * 8 < p.width) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) dot += to_float(d[j].v[i]) * gain[j][i] * to_float(x[j].v[i]);
+      }
+    float mean = warp_sum(dot) * rstd / (float)p.width;
+#pragma unroll
+    for (int j = 0; j < GROUPS; j++)
+      if ((lane + 32 * j) * 8 < p.width) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          float h = to_float(x[j].v[i]) * rstd, g = to_float(d[j].v[i]);
+          part[j][i] += g * h;
+          dx[j].v[i] = from_float<T>(to_float(dx[j].v[i]) + rstd * (g * gain[j][i] - h * mean));
+        }
+        dx[j].store((T *)p.dx + at + 256 * j);
+      }
+  }
+#pragma unroll
+  for (int j = 0; j < GROUPS; j++) store<float, 8>(&share[warp][(lane + 32 * j) * 8], part[j]);
+  __syncthreads();
+  for (int64_t c = threadIdx.x; c < p.width; c += 32 * narrow_warps) {
+    float sum = 0;
+    for (int w = 0; w < narrow_warps; w++) sum += share[w][c];
+    p.partial[blockIdx.x * p.width + c] = sum;
+  }
+}
+
+/* Queue it where it fits: 16-byte accesses, few groups. Returns its blocks, 0 if it does not. */
+template <typename T, int N>
+static unsigned norm_backward_narrow(moe_device *dev, const norm_backward_args &p) {
+  static const bool wide = cuda_plain("norm");
+  if constexpr (N == 8 && sizeof(T) == 2) {
+    const cuda_state *s = cuda_of(dev);
+    int groups = (int)min(div_up(p.width, 256), (int64_t)narrow_most + 1);
+    if (wide || groups > narrow_most) return 0;
+    int64_t most = min((int64_t)2 * s->sms, s->partial_bytes / (4 * p.width));
+    unsigned blocks = (unsigned)min(div_up(p.rows, narrow_warps), most);
+    auto start = [&](auto n) {
+      norm_backward_narrow_kernel<T, decltype(n)::value>
+          <<<blocks, 32 * narrow_warps, 0, s->stream>>>(p);
+    };
+    if (groups == 1) start(cuda_int<1>{});
+    if (groups == 2) start(cuda_int<2>{});
+    if (groups == 3) start(cuda_int<3>{});
+    if (groups == 4) start(cuda_int<4>{});
+    return blocks;
+  }
+  return 0;
+}
+
 /* out[c] += sum over rows of partial [rows, width], in an order that depends on `rows` alone.
  * Blocks of 32 columns by 16 interleaved shares of the rows. */
 __global__ void add_columns_kernel(const float *partial, int64_t rows, int64_t width, float *out) {
@@ -186,11 +270,14 @@ moe_status moe_cuda_rms_norm_backward(moe_device *dev, moe_tensor dout, moe_tens
           constexpr int N = decltype(w)::value;
           bool once;
           unsigned threads = row_threads(width, N, &once);
-          unsigned blocks = backward_blocks(dev, rows, width, threads);
-          if (once)
-            norm_backward_kernel<T, N, true><<<blocks, threads, 0, s->stream>>>(p);
-          else
-            norm_backward_kernel<T, N, false><<<blocks, threads, 0, s->stream>>>(p);
+          unsigned blocks = norm_backward_narrow<T, N>(dev, p);
+          if (blocks == 0) {
+            blocks = backward_blocks(dev, rows, width, threads);
+            if (once)
+              norm_backward_kernel<T, N, true><<<blocks, threads, 0, s->stream>>>(p);
+            else
+              norm_backward_kernel<T, N, false><<<blocks, threads, 0, s->stream>>>(p);
+          }
           CUDA_LAUNCHED(dev);
           add_columns_kernel<<<(unsigned)div_up(width, 32), dim3(32, 16), 0, s->stream>>>(
               p.partial, blocks, width, cuda_data<float>(dgain));

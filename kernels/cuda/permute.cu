@@ -6,6 +6,7 @@
  * one expert in lane order (match_any). The moves read the plan one way each, so every output
  * element has one writer and sums have a fixed order. */
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/plain.h"
 
 /* ---- plan ---------------------------------------------------------------------------------- */
 
@@ -155,45 +156,67 @@ moe_status moe_cuda_localize_experts(moe_device *dev, moe_tensor experts, moe_te
   return MOE_OK;
 }
 
-/* ---- rows: a warp per row ------------------------------------------------------------------ */
+/* ---- rows: a warp per row, or for two ------------------------------------------------------ */
 
-constexpr int row_warps = 8;
+constexpr int row_warps = 8, gather_each = 2, gather_stripes = 16;
 
+struct gather_args {
+  const int32_t *pair;
+  int64_t rows, width, stripe; /* rows of a stripe: a multiple of gather_each */
+  int group, stripes;
+};
+
+/* The rows are in the order of experts, and within an expert in the order of tokens. Neighbouring
+ * warps take rows from all over: two from each of the stripes. So the rows of a token are fetched
+ * at about the same time, and from memory once. */
 template <typename T, int N>
-__global__ void gather_rows_kernel(const T *src, const int32_t *pair, int64_t group, int64_t rows,
-                                   int64_t width, T *out) {
-  int64_t row = (int64_t)blockIdx.x * row_warps + threadIdx.x / 32;
-  if (row >= rows) return;
-  int32_t from = pair[row];
-  const T *x = src + (from < 0 ? 0 : from / group * width);
-  T *y = out + row * width;
-#pragma unroll 4
-  for (int64_t c = threadIdx.x % 32 * N; c < width; c += 32 * N) {
-    cuda_pack<T, N> v;
-    if (from >= 0) {
-      v.load(x + c);
-    } else {
+__global__ void gather_rows_kernel(const T *src, gather_args p, T *out) {
+  int64_t warp = (int64_t)blockIdx.x * row_warps + threadIdx.x / 32;
+  int64_t begin = warp % p.stripes * p.stripe, end = min(begin + p.stripe, p.rows);
+  int64_t first = begin + warp / p.stripes * gather_each;
+  int32_t from[gather_each];
 #pragma unroll
-      for (int i = 0; i < N; i++) v.v[i] = from_float<T>(0.0f);
+  for (int i = 0; i < gather_each; i++) from[i] = first + i < end ? p.pair[first + i] : -1;
+#pragma unroll
+  for (int i = 0; i < gather_each; i++)
+    if (from[i] >= 0) from[i] /= p.group;
+  out += first * p.width;
+#pragma unroll 1
+  for (int64_t c = threadIdx.x % 32 * N; c < p.width; c += 32 * N) {
+    cuda_pack<T, N> v[gather_each];
+#pragma unroll
+    for (int i = 0; i < gather_each; i++) {
+      if (from[i] >= 0) {
+        v[i].load(src + from[i] * p.width + c);
+      } else {
+#pragma unroll
+        for (int j = 0; j < N; j++) v[i].v[j] = from_float<T>(0.0f);
+      }
     }
-    v.store(y + c);
+#pragma unroll
+    for (int i = 0; i < gather_each; i++)
+      if (first + i < end) v[i].store(out + i * p.width + c);
   }
 }
 
 moe_status moe_cuda_gather_rows(moe_device *dev, moe_tensor src, moe_tensor pair, int64_t group,
                                 moe_tensor out) {
+  static const bool in_order = cuda_plain("gather");
   int64_t rows = out.shape[0], width = out.shape[1];
   if (rows == 0 || width == 0) return MOE_OK;
+  gather_args p = {cuda_data<int32_t>(pair),     rows, width, 0, (int)group,
+                   in_order ? 1 : gather_stripes};
+  p.stripe = round_up(div_up(rows, p.stripes), gather_each);
   return cuda_act(src.dtype, [&](auto act) {
     using T = decltype(act);
     return cuda_width(
         width,
         [&](auto w) {
           constexpr int N = decltype(w)::value;
+          int64_t warps = p.stripes * p.stripe / gather_each;
           gather_rows_kernel<T, N>
-              <<<(unsigned)div_up(rows, row_warps), 32 * row_warps, 0, cuda_of(dev)->stream>>>(
-                  cuda_data<T>(src), cuda_data<int32_t>(pair), group, rows, width,
-                  cuda_data<T>(out));
+              <<<(unsigned)div_up(warps, row_warps), 32 * row_warps, 0, cuda_of(dev)->stream>>>(
+                  cuda_data<T>(src), p, cuda_data<T>(out));
           CUDA_LAUNCHED(dev);
           return MOE_OK;
         },

@@ -2,7 +2,8 @@
  *
  * Logits are float32 products of kernels that take x as it is stored and the float32 weights:
  * router_few.cuh's for few experts, else the own tiled one. Then a warp per token: softmax, and K
- * rounds of "largest score, ties to the lower index". Whatever is summed over tokens goes through a
+ * rounds of "largest score, ties to the lower index". For bf16 and at most 32 experts one kernel
+ * does all of it (router_mma.cuh). Whatever is summed over tokens goes through a
  * fixed number of partial sums.
  *
  * Gradient, with p = softmax(l), C the chosen experts, S = sum of p over C, gate_j = p_j / S:
@@ -12,7 +13,9 @@
 #include <climits>
 #include <cmath>
 
+#include "kernels/cuda/plain.h"
 #include "kernels/cuda/router_few.cuh"
+#include "kernels/cuda/router_mma.cuh"
 #include "kernels/cuda/tiled.cuh"
 
 /* ---- softmax and choice -------------------------------------------------------------------- */
@@ -143,18 +146,32 @@ __global__ void __launch_bounds__(stats_threads) stats_kernel(stats_args a) {
   if (threadIdx.x == 0) out[2 * a.count] = squares;
 }
 
-/* Partial sums, in order, into the three blocks of stats. */
+constexpr int stats_sum_warps = 4;
+
+/* Partial sums, in a fixed order, into the three blocks of stats. A warp for each sum. */
 __global__ void stats_sum_kernel(stats_args a, int64_t groups_here) {
-  int64_t width = 2 * a.count + 1;
-  stride(groups_here * width, [=](int64_t i) {
+  int64_t width = 2 * a.count + 1, warps = (int64_t)gridDim.x * stats_sum_warps;
+  for (int64_t i = (int64_t)blockIdx.x * stats_sum_warps + threadIdx.x / 32;
+       i < groups_here * width; i += warps) {
     int64_t here = i / width, c = i % width, group = a.first_group + here;
     double sum = 0;
-    for (int s = 0; s < a.splits; s++) sum += a.partial[(here * a.splits + s) * width + c];
+#pragma unroll 4
+    for (int s = (int)threadIdx.x % 32; s < a.splits; s += 32)
+      sum += a.partial[(here * a.splits + s) * width + c];
+    sum = warp_sum(sum);
     int64_t block = c / a.count; /* 0 load, 1 mass, 2 squares */
     int64_t at = block < 2 ? (block * a.groups + group) * a.count + c % a.count
                            : 2 * a.groups * a.count + group;
-    a.stats[at] = (float)sum;
-  });
+    if (threadIdx.x % 32 == 0) a.stats[at] = (float)sum;
+  }
+}
+
+static moe_status add_stats(moe_device *dev, const stats_args &a, int64_t groups_here) {
+  int64_t sums = groups_here * (2 * a.count + 1);
+  stats_sum_kernel<<<cuda_blocks(dev, 32 * sums, 32 * stats_sum_warps), 32 * stats_sum_warps, 0,
+                     cuda_of(dev)->stream>>>(a, groups_here);
+  CUDA_LAUNCHED(dev);
+  return MOE_OK;
 }
 
 static moe_status sum_stats(moe_device *dev, stats_args a) {
@@ -170,9 +187,7 @@ static moe_status sum_stats(moe_device *dev, stats_args a) {
     int64_t here = a.groups - a.first_group < at_once ? a.groups - a.first_group : at_once;
     stats_kernel<<<dim3((unsigned)a.splits, (unsigned)here), stats_threads, 0, s->stream>>>(a);
     CUDA_LAUNCHED(dev);
-    stats_sum_kernel<<<cuda_blocks(dev, here * (2 * a.count + 1), 128), 128, 0, s->stream>>>(a,
-                                                                                             here);
-    CUDA_LAUNCHED(dev);
+    MOE_TRY(add_stats(dev, a, here));
   }
   return MOE_OK;
 }
@@ -196,38 +211,53 @@ static moe_status find_logits(moe_device *dev, moe_tensor x, moe_tensor weight, 
   });
 }
 
+static moe_status choose(moe_device *dev, const choose_args &c) {
+  int warps = score_warps(c.count);
+  if (warps < 1)
+    return moe_fail(MOE_INVALID, "cuda: router: %d experts are more than 12288", c.count);
+  choose_kernel<<<(unsigned)div_up(c.tokens, warps), 32 * warps, (size_t)(4 * warps * c.count),
+                  cuda_of(dev)->stream>>>(c);
+  CUDA_LAUNCHED(dev);
+  return MOE_OK;
+}
+
 moe_status moe_cuda_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,
                            moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
                            moe_tensor stats) {
+  static const bool in_steps = cuda_plain("router");
   cuda_state *s = cuda_of(dev);
   int64_t tokens = x.shape[0], e = weight.shape[0], k = experts.shape[1];
-  int warps = score_warps(e);
-  if (warps < 1)
-    return moe_fail(MOE_INVALID, "cuda: router: %lld experts are more than 12288", (long long)e);
-  if (tokens > 0) {
-    MOE_TRY(find_logits(dev, x, weight, probs));
-    choose_args c = {cuda_data<float>(probs),
-                     cuda_data<float>(bias),
-                     cuda_data<float>(lse),
-                     cuda_data<float>(gates),
-                     cuda_data<int32_t>(experts),
-                     tokens,
-                     (int)e,
-                     (int)k};
-    choose_kernel<<<(unsigned)div_up(tokens, warps), 32 * warps, (size_t)(4 * warps * e),
-                    s->stream>>>(c);
-    CUDA_LAUNCHED(dev);
-  }
+  choose_args c = {cuda_data<float>(probs),
+                   cuda_data<float>(bias),
+                   cuda_data<float>(lse),
+                   cuda_data<float>(gates),
+                   cuda_data<int32_t>(experts),
+                   tokens,
+                   (int)e,
+                   (int)k};
   stats_args a = {};
-  a.probs = cuda_data<float>(probs);
-  a.lse = cuda_data<float>(lse);
-  a.experts = cuda_data<int32_t>(experts);
+  a.probs = c.probs;
+  a.lse = c.lse;
+  a.experts = c.experts;
   a.partial = (double *)s->partial;
   a.stats = cuda_data<float>(stats);
   a.groups = stats.shape[0];
   a.per_group = tokens / a.groups;
   a.count = (int)e;
   a.k = (int)k;
+  if (tokens > 0 && !in_steps && fused_router_fits(s, x, weight)) {
+    bool sums = a.per_group % fused_tokens == 0 &&
+                div_up(tokens, fused_tokens) * (2 * e + 1) * 8 <= s->partial_bytes;
+    MOE_TRY(fused_router(dev, {cuda_data<__nv_bfloat16>(x), cuda_data<float>(weight), c.bias,
+                               c.probs, c.lse, c.gates, c.experts, sums ? a.partial : nullptr,
+                               tokens, (int)x.shape[1], c.count, c.k}));
+    a.splits = (int)(a.per_group / fused_tokens);
+    return sums ? add_stats(dev, a, a.groups) : sum_stats(dev, a);
+  }
+  if (tokens > 0) {
+    MOE_TRY(find_logits(dev, x, weight, probs));
+    MOE_TRY(choose(dev, c));
+  }
   return sum_stats(dev, a);
 }
 

@@ -1,0 +1,27 @@
+/* What a kernel is worth: MOE_PLAIN in the environment names the operations, with commas between
+ * them, whose faster kernels stay out of use in favour of the plain ones.
+ *
+ *   router   the one-pass kernel on tensor cores (router_mma.cuh)
+ *   norm     rms_norm_backward with a warp for a row (norm.cu)
+ *   gather   rows taken from all over by neighbouring warps (permute.cu)
+ *
+ * The other switches of this kind: MOE_EXPERT_GEMM=cublas (experts.cu), MOE_ATTENTION=own, exact or
+ * cudnn (attention.cu), MOE_GEMM=own (device.cu), MOE_OVERLAP=off (launch.cuh). */
+#ifndef MOE_KERNELS_CUDA_PLAIN_H
+#define MOE_KERNELS_CUDA_PLAIN_H
+
+#include <cstdlib>
+#include <cstring>
+
+static inline bool cuda_plain(const char *operation) {
+  const char *at = getenv("MOE_PLAIN");
+  size_t length = strlen(operation);
+  while (at != nullptr && *at != '\0') {
+    size_t word = strcspn(at, ",");
+    if (word == length && strncmp(at, operation, word) == 0) return true;
+    at += word + (at[word] == ',');
+  }
+  return false;
+}
+
+#endif
