@@ -297,7 +297,9 @@ static moe_status record_step(moe_generator *g) {
   MOE_TRY(moe_device_graph_begin(dev));
   moe_status recorded = queue_step(g);
   moe_status ended = moe_device_graph_end(dev, &g->graph);
-  return recorded != MOE_OK ? recorded : ended;
+  if (recorded != MOE_OK || ended == MOE_OK) return recorded;
+  return moe_fail(ended, "the step cannot be recorded: %s (--eager runs it as it is)",
+                  moe_error_message());
 }
 
 moe_status moe_generator_step(moe_generator *g) {
