@@ -182,6 +182,7 @@ int main(int argc, char **argv) {
     moe_status status = print_settings(argc, argv);
     return status == MOE_OK ? 0 : moe_report(status);
   }
-  moe_stop_listen(); /* mpirun forwards signals from its first moment */
+  moe_cpu_choose_blas(argv); /* it may start the program anew, without handlers */
+  moe_stop_listen();         /* mpirun forwards signals from its first moment */
   return moe_program_run("moe-train", argc, argv, run);
 }
