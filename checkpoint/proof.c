@@ -16,7 +16,13 @@
 #include "core/base/rng.h"
 #include "data/tokenizer.h"
 
-enum { PROMPT = 32, MOST_PROMPTS = 8 };
+enum {
+  PROMPT = 32,
+  FEW_PROMPTS = 8,         /* for any model */
+  MANY_PROMPTS = 64,       /* for a small one whose experts are not all chosen by fewer */
+  SMALL_MODEL = 100 << 20, /* parameters */
+  MOST_LOGITS = 16 << 20
+};
 
 /* ---- hashing what passes -----------------------------------------------------------------------
  */
@@ -60,6 +66,7 @@ static void hasher_destroy(hasher *h) {
   free(h->hash);
   free(h->whole);
   XXH3_freeState(h->state);
+  *h = (hasher){0};
 }
 
 /* ---- comparing ---------------------------------------------------------------------------------
@@ -75,13 +82,19 @@ typedef struct {
   hasher expected_hash, written_hash;
 } proof;
 
-/* Prompts long enough in all that each expert of a layer can expect eight tokens; <bos> first. */
+static void free_prompts(proof *p) {
+  if (p->original != p->expected) free(p->original);
+  free(p->expected);
+  free(p->written);
+  free(p->tokens);
+  p->original = p->expected = p->written = NULL;
+  p->tokens = NULL;
+}
+
+/* p->batch prompts, <bos> first, and room for their logits. */
 static moe_status draw_prompts(proof *p) {
-  const moe_dims *d = &p->options->expected->dims;
-  p->vocab = d->vocab;
-  p->batch = 1 + 8 * d->experts / (PROMPT * d->top_k);
-  if (p->batch > MOST_PROMPTS) p->batch = MOST_PROMPTS;
-  int64_t n = p->batch * PROMPT, logits = n * d->vocab;
+  int64_t n = p->batch * PROMPT, logits = n * p->vocab;
+  free_prompts(p);
   p->report->tokens = n;
   p->tokens = calloc((size_t)n, sizeof *p->tokens);
   p->expected = calloc((size_t)logits, sizeof *p->expected);
@@ -89,14 +102,13 @@ static moe_status draw_prompts(proof *p) {
   p->original = p->options->original == p->options->expected
                     ? p->expected
                     : calloc((size_t)logits, sizeof *p->original);
-  p->used = calloc((size_t)(d->layers * d->experts), sizeof *p->used);
-  if (!p->tokens || !p->original || !p->expected || !p->written || !p->used)
+  if (!p->tokens || !p->original || !p->expected || !p->written)
     return moe_fail(MOE_NO_MEMORY, "no memory for the logits of %" PRId64 " tokens", n);
-  uint64_t stream = moe_rng_stream("proof", d->vocab, d->layers);
+  uint64_t stream = moe_rng_stream("proof", p->vocab, p->batch);
   for (int64_t i = 0; i < n; i++) {
     double u = moe_rng_uniform_f64(1, stream, (uint64_t)i);
-    bool first = i % PROMPT == 0 && d->vocab > MOE_TOKEN_BOS;
-    p->tokens[i] = first ? MOE_TOKEN_BOS : (int32_t)(u * (double)d->vocab);
+    bool first = i % PROMPT == 0 && p->vocab > MOE_TOKEN_BOS;
+    p->tokens[i] = first ? MOE_TOKEN_BOS : (int32_t)(u * (double)p->vocab);
   }
   return MOE_OK;
 }
@@ -125,10 +137,38 @@ static moe_status logits_of(proof *p, moe_weights *w, hasher *hash, int64_t *use
   return moe_weights_logits(w, p->tokens, p->batch, PROMPT, &watch, out);
 }
 
+static int64_t count_used(const proof *p) {
+  int64_t used = 0;
+  for (int64_t i = 0; i < p->report->experts; i++) used += p->used[i] > 0;
+  return used;
+}
+
+/* Run the expected weights on prompts long enough in all that each expert of a layer can expect
+ * eight tokens. Where the model is small, on more, as long as experts are left out. */
+static moe_status run_expected(proof *p) {
+  const moe_dims *d = &p->options->expected->dims;
+  bool small = moe_dims_parameters(d) <= SMALL_MODEL;
+  p->vocab = d->vocab;
+  p->report->experts = d->layers * d->experts;
+  p->used = calloc((size_t)p->report->experts, sizeof *p->used);
+  if (!p->used) return moe_fail(MOE_NO_MEMORY, "no memory to count experts");
+  p->batch = 1 + 8 * d->experts / (PROMPT * d->top_k);
+  if (p->batch > FEW_PROMPTS) p->batch = FEW_PROMPTS;
+  for (;; p->batch *= 2) {
+    MOE_TRY(draw_prompts(p));
+    hasher_destroy(&p->expected_hash);
+    MOE_TRY(logits_of(p, p->options->expected, &p->expected_hash, p->used, p->expected));
+    p->report->experts_used = count_used(p);
+    if (!small || p->report->experts_used == p->report->experts || 2 * p->batch > MANY_PROMPTS ||
+        2 * p->batch * PROMPT * p->vocab > MOST_LOGITS)
+      return MOE_OK;
+  }
+}
+
 static moe_status run_all(proof *p) {
   const moe_proof_options *o = p->options;
-  MOE_TRY(logits_of(p, o->expected, &p->expected_hash, NULL, p->expected));
-  MOE_TRY(logits_of(p, o->written, &p->written_hash, p->used, p->written));
+  MOE_TRY(run_expected(p));
+  MOE_TRY(logits_of(p, o->written, &p->written_hash, NULL, p->written));
   if (o->original == o->expected) return MOE_OK;
   return logits_of(p, o->original, NULL, NULL, p->original);
 }
@@ -202,29 +242,18 @@ static moe_status compare_logits(proof *p) {
   return MOE_OK;
 }
 
-static void count_used(proof *p) {
-  const moe_dims *d = &p->options->expected->dims;
-  p->report->experts = d->layers * d->experts;
-  for (int64_t i = 0; i < p->report->experts; i++) p->report->experts_used += p->used[i] > 0;
-}
-
 moe_status moe_proof(const moe_proof_options *options, moe_proof_report *out) {
   proof p = {.options = options, .report = out};
   moe_status status;
   *out = (moe_proof_report){0};
   MOE_TRY_OR(status, done, check_same_model(&p));
-  MOE_TRY_OR(status, done, draw_prompts(&p));
   MOE_TRY_OR(status, done, run_all(&p));
-  count_used(&p);
   MOE_TRY_OR(status, done, compare_hashes(&p));
   status = compare_logits(&p);
 done:
   hasher_destroy(&p.expected_hash);
   hasher_destroy(&p.written_hash);
-  if (p.original != p.expected) free(p.original);
-  free(p.expected);
-  free(p.written);
-  free(p.tokens);
+  free_prompts(&p);
   free(p.used);
   return status;
 }
