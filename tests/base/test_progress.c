@@ -2,8 +2,7 @@
 #include "core/base/progress.h"
 
 #include <criterion/criterion.h>
-#include <pthread.h>
-#include <stdatomic.h>
+#include <string.h>
 
 Test(progress, tells_phase_place_and_call) {
   moe_progress_enter(MOE_PHASE_STEP, 7);
@@ -46,28 +45,4 @@ Test(progress, every_phase_has_a_name_and_a_setting) {
     cr_assert(moe_phase_name((moe_phase)i)[0]);
     cr_assert_eq(strncmp(moe_phase_setting((moe_phase)i), "run.watchdog_", 13), 0);
   }
-}
-
-static atomic_bool done;
-
-static void *read_on(void *unused) {
-  (void)unused;
-  moe_place a = moe_progress_read(), b;
-  int64_t wrong = 0;
-  while (!atomic_load(&done)) {
-    b = moe_progress_read();
-    if (b.step != a.step && b.signs == a.signs) wrong++;
-    a = b;
-  }
-  return (void *)wrong;
-}
-
-Test(progress, a_new_place_is_never_seen_without_a_new_sign) {
-  pthread_t reader;
-  void *wrong;
-  cr_assert_eq(pthread_create(&reader, NULL, read_on, NULL), 0);
-  for (int64_t i = 0; i < 3000000; i++) moe_progress_enter(MOE_PHASE_STEP, i);
-  atomic_store(&done, true);
-  pthread_join(reader, &wrong);
-  cr_assert_null(wrong, "%lld times", (long long)(intptr_t)wrong);
 }
