@@ -231,8 +231,9 @@ moe_status moe_generator_clear(moe_generator *g, int64_t first, int64_t count) {
 
 moe_status moe_generator_feed(moe_generator *g, int64_t first, int64_t count, const int32_t *tokens,
                               int64_t n, float *logits) {
-  pass last;
-  reading r = {.tokens = tokens, .logits = logits};
+  pass last = {0};
+  reading r = {.tokens = tokens};
+  r.logits = logits;
   MOE_TRY(read_tokens(g, first, count, n, &r, &last));
   return moe_device_sync(g->options.dev);
 }
@@ -240,7 +241,7 @@ moe_status moe_generator_feed(moe_generator *g, int64_t first, int64_t count, co
 moe_status moe_generator_score(moe_generator *g, int64_t first, int64_t count,
                                const int32_t *tokens, const int32_t *targets, int64_t n,
                                double loss[2]) {
-  pass last;
+  pass last = {0};
   double sums[2];
   reading r = {.tokens = tokens, .targets = targets};
   MOE_TRY(moe_zero(g->options.dev, g->work.loss));
@@ -267,7 +268,7 @@ moe_status moe_generator_start(moe_generator *g, int64_t slot, const int32_t *pr
   moe_device *dev = g->options.dev;
   moe_tensor token = moe_tensor_rows(g->token, slot, 1), logits;
   moe_tensor streams = moe_tensor_rows(g->streams, slot, 1);
-  pass last;
+  pass last = {0};
   reading r = {.tokens = prompt};
   MOE_TRY(read_tokens(g, slot, 1, n, &r, &last));
   g->cells[MOE_CELL_STREAM] = stream;
