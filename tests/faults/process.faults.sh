@@ -248,6 +248,5 @@ time_runs_out() {
   ends 75 30
   stopped_and_saved
   says "resuming after step $(sed -n 's/.*after step \([0-9]*\) of.*/\1/p' first.log):"
-  goes_on 2
 }
 fault "run.wall_clock_limit" 1 5 time_runs_out "exit 75 in time, saved; each run makes a step"
