@@ -251,10 +251,20 @@ static moe_status write_files(export *e, const moe_tokenizer *t) {
 /* ---- all of it ---------------------------------------------------------------------------------
  */
 
+/* Is anything rounded on its way out? */
+static bool rounds(const export *e) {
+  const moe_params *params = &e->original->params;
+  for (int i = 0; i < params->count; i++)
+    if (dtype_of(e, &params->list[i]) != MOE_F32 &&
+        moe_weights_dtype(e->original, &params->list[i]) != dtype_of(e, &params->list[i]))
+      return true;
+  return false;
+}
+
 static moe_status prove(export *e) {
   moe_weights *expected = NULL, *written = NULL;
   moe_status status = MOE_OK;
-  if (e->dtype != MOE_F32) status = moe_weights_round(e->original, e->dtype, &expected);
+  if (rounds(e)) status = moe_weights_round(e->original, e->dtype, &expected);
   if (status == MOE_OK) status = moe_weights_open_hf(e->temporary, &written);
   const moe_proof_options proof = {.original = e->original,
                                    .expected = expected ? expected : e->original,

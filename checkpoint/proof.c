@@ -203,7 +203,7 @@ static double largest_difference(const float *a, const float *b, int64_t n) {
   double most = 0.0;
   for (int64_t i = 0; i < n; i++) {
     double difference = fabs((double)a[i] - (double)b[i]);
-    if (!isfinite(difference)) return INFINITY;
+    if (!isfinite(difference)) return HUGE_VAL;
     if (difference > most) most = difference;
   }
   return most;
