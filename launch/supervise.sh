@@ -110,7 +110,7 @@ failed_rank() { # LOG_FOLDER
   sed -n -e 's/.*process rank \([0-9]*\) with PID.*/\1/p' \
     -e 's/.*MPI_ABORT was invoked on rank \([0-9]*\) .*/\1/p' \
     -e 's/.*Process name: \[\[[0-9]*,[0-9]*\],\([0-9]*\)\].*/\1/p' \
-    -e 's/^srun: error: .*task \([0-9]*\): .*/\1/p' "$1"/launcher.log | head -n 1
+    -e 's/^srun: error: .*tasks\{0,1\} \([0-9]*\)[^:]*: .*/\1/p' "$1"/launcher.log | head -n 1
 }
 
 show_end() { # FILE
@@ -197,12 +197,12 @@ show_failure() {
   fi
 }
 
-end_stopped() {
+end_stopped() { # TELL: how to say it
   if [ -n "${SLURM_JOB_ID-}" ] && [ "${stopping:-USR2}" = USR2 ]; then
-    report "requeueing job $SLURM_JOB_ID"
+    "$1" "requeueing job $SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID" || say "scontrol requeue $SLURM_JOB_ID failed: submit it again"
   else
-    report "run the same command again to go on"
+    "$1" "run the same command again to go on"
   fi
   exit "$code"
 }
@@ -224,7 +224,9 @@ end_if_final() {
     exit "$code"
     ;;
   esac
-  if [ -n "$stopping" ] || { [ "$code" -eq 75 ] && [ -z "$restart_on_stop" ]; }; then end_stopped; fi
+  if [ -n "$stopping" ] || { [ "$code" -eq 75 ] && [ -z "$restart_on_stop" ]; }; then
+    end_stopped report
+  fi
 }
 
 # Failed attempts in a row since a checkpoint was added, and since any step was done.
@@ -250,10 +252,7 @@ wait_or_give_up() { # TELL
   wait_s=$(delay "$restarts")
   "$1" "again in $wait_s s"
   pause "$wait_s"
-  if [ -n "$stopping" ]; then
-    say "$stopping while waiting: not tried again"
-    exit "$code"
-  fi
+  if [ -n "$stopping" ]; then end_stopped say; fi
 }
 
 supervise() {
