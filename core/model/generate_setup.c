@@ -103,21 +103,27 @@ static void create_work(moe_generator *g, moe_arena *arena) {
   g->rope_table = moe_arena_tensor_2d(arena, MOE_F32, g->options.room + 1, d->head_dim);
 }
 
-/* The largest of what any operation of any pass asks for. */
-static void create_scratch(moe_generator *g, moe_memory *memory) {
+/* Attention divides its work by its size, so a small pass may ask for more than a large one: every
+ * number of slots and of tokens for each is asked about. */
+static int64_t attention_scratch(const moe_generator *g) {
   const moe_dims *d = &g->dims;
-  moe_device *dev = g->options.dev;
-  int64_t rows = moe_generator_sorted_rows(g, g->most_tokens);
-  int64_t bytes = moe_expert_scratch(dev, rows, d->hidden, d->ffn, g->dtype);
-  int64_t batches[] = {1, g->options.batch};
-  for (int i = 0; i < 2; i++) {
-    int64_t longest = g->most_tokens / batches[i], sizes[] = {1, longest};
-    for (int j = 0; j < 2; j++) {
-      moe_attention_shape s = {batches[i], sizes[j], d->heads, d->kv_heads, d->head_dim};
-      int64_t need = moe_attention_cached_scratch(dev, s, g->options.room, g->dtype);
-      bytes = max_i64(bytes, need);
+  int64_t most = 0;
+  for (int64_t slots = 1; slots <= g->options.batch; slots++) {
+    for (int64_t n = 1; n <= g->most_tokens / slots; n++) {
+      moe_attention_shape s = {slots, n, d->heads, d->kv_heads, d->head_dim};
+      int64_t bytes = moe_attention_cached_scratch(g->options.dev, s, g->options.room, g->dtype);
+      most = max_i64(most, bytes);
     }
   }
+  return most;
+}
+
+/* The largest of what any operation of any pass asks for. */
+static void create_scratch(moe_generator *g, moe_memory *memory) {
+  moe_device *dev = g->options.dev;
+  int64_t rows = moe_generator_sorted_rows(g, g->most_tokens);
+  int64_t experts = moe_expert_scratch(dev, rows, g->dims.hidden, g->dims.ffn, g->dtype);
+  int64_t bytes = max_i64(experts, attention_scratch(g));
   void *data = moe_arena_take(&memory->arena[MOE_MEM_SCRATCH], bytes);
   if (!measuring(memory)) moe_device_set_scratch(dev, data, bytes);
 }

@@ -10,7 +10,7 @@ enum { N = 100, TEXTS = 5, NEW = 30 };
 
 static small_generator *open_generator(int side, int precision, bool eager,
                                        moe_sample_args sample) {
-  small_options o = {.alpha = 8.0, .batch = 3, .room = 128, .chunk = 64, .precision = precision};
+  small_options o = {.alpha = 8.0, .batch = 3, .room = 2048, .chunk = 64, .precision = precision};
   o.sample = sample;
   o.eager = eager;
   return small_open(both_dev[side], NULL, o);
