@@ -124,7 +124,7 @@ static void tell_rates(const job *j, const moe_inference_options *o,
 }
 
 static moe_status continue_texts(job *j, const moe_inference_options *o) {
-  moe_generation_rates rates;
+  moe_generation_rates rates = {0};
   MOE_TRY(moe_generate(j->inference.generator, moe_texts_prompts(j->texts),
                        moe_texts_count(j->texts), moe_texts_take, j->texts, &rates));
   if (moe_comm_rank(j->inference.world) == 0) tell_rates(j, o, &rates);
@@ -138,7 +138,7 @@ static moe_status measure_perplexity(job *j, const moe_inference_options *o) {
                                     .stride = r->stride ? r->stride : o->room,
                                     .limit = r->limit,
                                     .show = show};
-  moe_perplexity_result p;
+  moe_perplexity_result p = {0};
   MOE_TRY(moe_perplexity(j->inference.generator, j->file, options, &p));
   if (!show) return MOE_OK;
   if (r->json)
@@ -155,7 +155,7 @@ static moe_status measure_perplexity(job *j, const moe_inference_options *o) {
 }
 
 static moe_status work(job *j, moe_comm *world) {
-  moe_inference_options options;
+  moe_inference_options options = {0};
   MOE_TRY(moe_inference_find(world, j->request.checkpoint, &j->inference));
   moe_status status = configure(j);
   if (status == MOE_OK) status = prepare(j, moe_comm_rank(world) == 0, &options);
