@@ -1,9 +1,10 @@
 #!/bin/bash
 # Break things on purpose and see whether the promises hold.
 #
-#   tests/faults/run.sh [--full] [--only REGEX] [--build DIR] [--report FILE] [--list] [--keep]
+#   tests/faults/run.sh [--full] [--trials N] [--only REGEX] [--build DIR] [--report FILE] [--list] [--keep]
 #
 #   --full         the full number of trials of each fault; without it a few of each (CI)
+#   --trials N     at most N trials of each
 #   --only REGEX   only faults whose name matches
 #   --build DIR    where bin/moe-train is (build)
 #   --report FILE  put the results into FILE's table, one row per fault (docs/faults.md with --full)
@@ -23,18 +24,19 @@ set -u
 here=$(cd "$(dirname "$0")" && pwd)
 source_dir=$(cd "$here/../.." && pwd)
 build=$source_dir/build
-full='' only=. report='' list='' keep=''
+full='' only=. report='' list='' keep='' most=1000000
 
 while [ $# -gt 0 ]; do
   case "$1" in
   --full) full=1 ;;
+  --trials) most=$((${2-0})) && shift ;;
   --only) only=${2-} && shift ;;
   --build) build=$(cd "${2-}" && pwd) || exit 2 && shift ;;
   --report) report=${2-} && shift ;;
   --list) list=1 ;;
   --keep) keep=1 ;;
   *)
-    sed -n '2,12s/^# \{0,1\}//p' "$0"
+    sed -n '2,13s/^# \{0,1\}//p' "$0"
     [ "$1" = --help ] && exit 0
     exit 2
     ;;
@@ -84,6 +86,7 @@ fault() {
   wanted "$@" || return 0
   local name=$1 trials=$2 function=$4 expected=$5 violations=0 trial code begin
   [ -n "$full" ] && trials=$3
+  [ "$trials" -gt "$most" ] && trials=$most
   begin=$SECONDS
   for ((trial = 1; trial <= trials; trial++)); do
     local place=$root/${name//[^a-zA-Z0-9]/-}-$trial
@@ -109,6 +112,7 @@ fault_batch() {
   wanted "$@" || return 0
   local name=$1 trials=$2 function=$4 expected=$5 violations begin
   [ -n "$full" ] && trials=$3
+  [ "$trials" -gt "$most" ] && trials=$most
   begin=$SECONDS
   local place=$root/${name//[^a-zA-Z0-9]/-}
   mkdir "$place"

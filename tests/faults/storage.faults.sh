@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2154 # sourced by run.sh; bin, root, full: its
+# shellcheck shell=bash disable=SC2154 # sourced by run.sh; bin, root, full, most: its
 # Faults of the disk, and of processes while they write to it.
 
 shim=$bin/libmoe_fault_shim.so
@@ -112,7 +112,7 @@ call_fails() {
   storage_config "$1"
   local lines line call at rank kind mode code
   lines=$(wc -l <"$root/cases")
-  line=$(($1 <= storage_trials ? ($1 - 1) * lines / storage_trials + 1 : $1))
+  line=$((($1 - 1) * lines / storage_trials + 1)) # fewer trials than cases: spread over all
   read -r call at rank kind mode < <(sed -n "${line}p" "$root/cases")
   echo "$call $at of rank $rank: $kind, $mode"
   with_shim FAULT_CALL="$call" FAULT_AT="$at" FAULT_RANK="$rank" FAULT_KIND="$kind" \
@@ -131,6 +131,7 @@ storage_trials=6
 if [ -n "$full" ] && [ -z "$list" ] && [[ "a call on the disk fails" =~ $only ]]; then
   (storage_cases) && storage_trials=$(wc -l <"$root/cases")
 fi
+[ "$storage_trials" -gt "$most" ] && storage_trials=$most
 fault "a call on the disk fails" 6 "$storage_trials" call_fails \
   "old checkpoint intact, a warning, training goes on, same curve to the last bit"
 
