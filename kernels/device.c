@@ -124,6 +124,25 @@ moe_status moe_device_sync(moe_device *dev) {
   return status;
 }
 
+void moe_device_mark(moe_device *dev, moe_mark *mark) {
+  dev->backend->mark(dev, mark);
+}
+
+moe_status moe_device_wait(moe_device *dev, const moe_mark *mark) {
+  moe_progress_wait("the device's work");
+  moe_status status = dev->backend->wait(dev, mark);
+  moe_progress_return();
+  return status;
+}
+
+double moe_device_between(moe_device *dev, const moe_mark *from, const moe_mark *to) {
+  return dev->backend->between(dev, from, to);
+}
+
+void moe_device_forget(moe_device *dev, moe_mark *mark) {
+  dev->backend->forget(dev, mark);
+}
+
 /* ---- graphs ------------------------------------------------------------------------------ */
 
 bool moe_device_has_graphs(const moe_device *dev) {

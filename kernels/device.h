@@ -58,6 +58,8 @@ typedef union {
 } moe_mark;
 void moe_device_mark(moe_device *dev, moe_mark *mark);
 moe_status moe_device_wait(moe_device *dev, const moe_mark *mark);
+/* Seconds from one to the other, both of the past. */
+double moe_device_between(moe_device *dev, const moe_mark *from, const moe_mark *to);
 void moe_device_forget(moe_device *dev, moe_mark *mark);
 
 /* Scratch memory the kernels may use inside one op; contents do not survive it. The caller plans

@@ -1,7 +1,6 @@
 /* Lanes: the checked door to the backend's; a backend without them has one. */
 #include "kernels/lanes.h"
 
-#include "core/base/progress.h"
 #include "kernels/backend.h"
 #include "kernels/profile.h"
 
@@ -20,17 +19,5 @@ moe_status moe_device_wait_lane(moe_device *dev, moe_lane other) {
   moe_profile_begin(dev, waits[other], 0.0);
   moe_status status = dev->backend->wait_lane(dev, other);
   moe_profile_end(dev);
-  return status;
-}
-
-moe_status moe_device_set_fence(moe_device *dev) {
-  return dev->backend->set_fence ? dev->backend->set_fence(dev) : MOE_OK;
-}
-
-moe_status moe_device_wait_fence(moe_device *dev) {
-  if (!dev->backend->wait_fence) return MOE_OK;
-  moe_progress_wait("the device's work");
-  moe_status status = dev->backend->wait_fence(dev);
-  moe_progress_return();
   return status;
 }

@@ -27,11 +27,6 @@ moe_lane moe_device_use_lane(moe_device *dev, moe_lane lane);
 /* What is queued on the current lane from now on starts after what is on `other` by now. */
 moe_status moe_device_wait_lane(moe_device *dev, moe_lane other);
 
-/* A fence: the host waits for what was on the current lane when it was set, while work queued since
- * goes on. A device has one, for one waiter at a time. */
-moe_status moe_device_set_fence(moe_device *dev);
-moe_status moe_device_wait_fence(moe_device *dev);
-
 #ifdef __cplusplus
 }
 #endif

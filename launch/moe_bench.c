@@ -21,6 +21,7 @@ static const char help[] =
     "  --steps N                steps measured (default 8)\n"
     "  --warmup N               steps before (default 2)\n"
     "  --no-collectives         leave out the collectives\n"
+    "  --operations             also list every operation of the timed steps\n"
     "  --json FILE              also write the figures as JSON\n"
     "  --help, --version\n";
 
@@ -28,7 +29,7 @@ typedef struct {
   moe_config config;
   const char *answer, *json;
   int steps, warmup;
-  bool collectives;
+  bool collectives, operations;
 } command;
 
 typedef struct {
@@ -50,11 +51,15 @@ static moe_status parse_count(const char *option, const char *text, int least, i
 }
 
 static moe_status parse(int argc, char **argv, command *cmd) {
-  static const struct option options[] = {
-      {"set", required_argument, NULL, 's'},    {"steps", required_argument, NULL, 'n'},
-      {"warmup", required_argument, NULL, 'w'}, {"no-collectives", no_argument, NULL, 'c'},
-      {"json", required_argument, NULL, 'j'},   {"help", no_argument, NULL, 'h'},
-      {"version", no_argument, NULL, 'v'},      {NULL, 0, NULL, 0}};
+  static const struct option options[] = {{"set", required_argument, NULL, 's'},
+                                          {"steps", required_argument, NULL, 'n'},
+                                          {"warmup", required_argument, NULL, 'w'},
+                                          {"no-collectives", no_argument, NULL, 'c'},
+                                          {"operations", no_argument, NULL, 'o'},
+                                          {"json", required_argument, NULL, 'j'},
+                                          {"help", no_argument, NULL, 'h'},
+                                          {"version", no_argument, NULL, 'v'},
+                                          {NULL, 0, NULL, 0}};
   moe_config file;
   int option;
   moe_config_defaults(&cmd->config);
@@ -70,6 +75,7 @@ static moe_status parse(int argc, char **argv, command *cmd) {
       if (option == 'h') cmd->answer = help;
       if (option == 'v') cmd->answer = "moe-bench " MOE_VERSION "\n";
       if (option == 'c') cmd->collectives = false;
+      if (option == 'o') cmd->operations = true;
       if (option == 'j') cmd->json = optarg;
       if (option == 'n') MOE_TRY(parse_count("--steps", optarg, 1, &cmd->steps));
       if (option == 'w') MOE_TRY(parse_count("--warmup", optarg, 0, &cmd->warmup));
@@ -147,6 +153,19 @@ static void print_figures(const moe_engine *e, const command *cmd, const figures
   }
 }
 
+/* As measured, in steps slowed by measuring. */
+static void print_operations(const moe_bench_step_result *s) {
+  double steps = s->timed_steps;
+  printf("operations of rank 0 in timed steps of %.1f ms each\n", 1e3 * s->timed_seconds / steps);
+  for (int i = 0; i < s->ops; i++) {
+    const moe_profile_row *r = &s->op[i];
+    printf("  %-22s %-20s %7.0f calls %9.3f ms %9.1f us each", r->op, r->label,
+           (double)r->calls / steps, 1e3 * r->seconds / steps, 1e6 * r->seconds / (double)r->calls);
+    if (r->flops > 0.0) printf("  %8.3f TFLOP/s", 1e-12 * r->flops / r->seconds);
+    printf("\n");
+  }
+}
+
 static moe_status write_json(const moe_engine *e, const char *path, const figures *f) {
   FILE *out = fopen(path, "w");
   if (!out) return moe_fail(MOE_IO, "cannot write: %s: choose another --json FILE", path);
@@ -171,13 +190,14 @@ static moe_status write_json(const moe_engine *e, const char *path, const figure
 
 static moe_status tell(const moe_engine *e, const command *cmd, const figures *f) {
   print_figures(e, cmd, f);
+  if (cmd->operations) print_operations(&f->step);
   return cmd->json ? write_json(e, cmd->json, f) : MOE_OK;
 }
 
 static moe_status work(command *cmd, moe_comm *world) {
   moe_device *dev = NULL;
   moe_engine engine;
-  figures f;
+  static figures f; /* large */
   memset(&f, 0, sizeof f);
   MOE_TRY(moe_config_resolve(&cmd->config, moe_comm_size(world)));
   MOE_TRY(moe_agree(world, moe_engine_open_device(&cmd->config, &dev)));

@@ -10,6 +10,7 @@
 #include "parallel/dispatch.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "core/base/config.h"
 #include "core/base/log.h"
@@ -25,6 +26,8 @@ struct moe_dispatcher {
   moe_dispatch_shape shape;
   exchange_kind exchange;
   double seconds, bytes; /* cost since it was last asked for */
+  moe_mark (*waits)[2];  /* lanes: before and after each wait since then */
+  int64_t wait_count, wait_room;
   /* all-gather, device: what comes back from every rank, and where each token's parts of it lie */
   moe_tensor parts;     /* act [ep T, D] */
   moe_tensor part_slot; /* i32 [T, ep] of parts, for part_tokens tokens */
@@ -123,6 +126,11 @@ moe_status moe_dispatcher_create(moe_device *dev, const moe_mesh *mesh, moe_disp
 void moe_dispatcher_destroy(moe_dispatcher *d) {
   if (!d) return;
   if (d->host) moe_device_free_host(d->dev, d->host);
+  for (int64_t i = 0; i < d->wait_room; i++) {
+    moe_device_forget(d->dev, &d->waits[i][0]);
+    moe_device_forget(d->dev, &d->waits[i][1]);
+  }
+  free(d->waits);
   free(d);
 }
 
@@ -176,8 +184,27 @@ static moe_status leave_lane(moe_dispatcher *d, moe_status status) {
   return status;
 }
 
+/* Room for one more wait's marks; without it the cost is told too low. */
+static moe_mark *next_wait(moe_dispatcher *d) {
+  if (moe_device_is_host(d->dev)) return NULL;
+  if (d->wait_count == d->wait_room) {
+    int64_t room = d->wait_room * 2 + 256;
+    moe_mark(*more)[2] = realloc(d->waits, (size_t)room * sizeof *more);
+    if (!more) return NULL;
+    memset(more + d->wait_room, 0, (size_t)(room - d->wait_room) * sizeof *more);
+    d->waits = more;
+    d->wait_room = room;
+  }
+  return d->waits[d->wait_count++];
+}
+
 moe_status moe_dispatch_wait(moe_dispatcher *d) {
-  return d->exchange == EXCHANGE_NONE ? MOE_OK : moe_device_wait_lane(d->dev, MOE_LANE_EXCHANGE);
+  if (d->exchange == EXCHANGE_NONE) return MOE_OK;
+  moe_mark *marks = next_wait(d);
+  if (marks) moe_device_mark(d->dev, &marks[0]);
+  moe_status status = moe_device_wait_lane(d->dev, MOE_LANE_EXCHANGE);
+  if (marks) moe_device_mark(d->dev, &marks[1]);
+  return status;
 }
 
 /* ---- exchanges, with their cost ------------------------------------------------------------ */
@@ -192,10 +219,15 @@ static int64_t sum(const int64_t *x, int n) {
   return total;
 }
 
+/* On a host a call returns when all is done; elsewhere moe_dispatch_wait knows. */
+static void add_seconds(moe_dispatcher *d, double start) {
+  if (moe_device_is_host(d->dev)) d->seconds += moe_clock_s() - start;
+}
+
 static moe_status gather(moe_dispatcher *d, moe_tensor x, moe_tensor out) {
   double start = moe_clock_s();
   MOE_TRY(moe_comm_all_gather_to(d->mesh->experts, x, out));
-  d->seconds += moe_clock_s() - start;
+  add_seconds(d, start);
   d->bytes += (double)((d->mesh->ep - 1) * moe_tensor_bytes(x));
   return MOE_OK;
 }
@@ -223,7 +255,7 @@ static moe_status scatter_sum(moe_dispatcher *d, moe_tensor x, moe_tensor out) {
   MOE_TRY(place_parts(d, tokens));
   double start = moe_clock_s();
   MOE_TRY(moe_comm_exchange_chunks(d->mesh->experts, x, parts));
-  d->seconds += moe_clock_s() - start;
+  add_seconds(d, start);
   d->bytes += (double)((d->mesh->ep - 1) * moe_tensor_bytes(out));
   return moe_combine_rows(d->dev, parts, moe_tensor_rows(d->part_slot, 0, tokens), 0, 0, out);
 }
@@ -234,7 +266,7 @@ static moe_status send_rows(moe_dispatcher *d, const moe_route *r, moe_tensor fr
   int me = moe_comm_rank(d->mesh->experts);
   MOE_TRY(moe_comm_all_to_all(d->mesh->experts, from, r->send_rows, r->send_at, to, r->recv_rows,
                               r->recv_at));
-  d->seconds += moe_clock_s() - start;
+  add_seconds(d, start);
   d->bytes += (double)((from.shape[0] - r->send_rows[me]) * width_bytes(from));
   return MOE_OK;
 }
@@ -246,12 +278,15 @@ static moe_status send_rows_back(moe_dispatcher *d, const moe_route *r, moe_tens
   int me = moe_comm_rank(d->mesh->experts);
   MOE_TRY(moe_comm_all_to_all(d->mesh->experts, from, r->recv_rows, r->recv_at, to, r->send_rows,
                               r->send_at));
-  d->seconds += moe_clock_s() - start;
+  add_seconds(d, start);
   d->bytes += (double)((from.shape[0] - r->recv_rows[me]) * width_bytes(from));
   return MOE_OK;
 }
 
 void moe_dispatch_cost(moe_dispatcher *d, double *seconds, double *bytes) {
+  for (int64_t i = 0; i < d->wait_count; i++)
+    d->seconds += moe_device_between(d->dev, &d->waits[i][0], &d->waits[i][1]);
+  d->wait_count = 0;
   *seconds = d->seconds;
   *bytes = d->bytes;
   d->seconds = d->bytes = 0.0;
@@ -329,7 +364,7 @@ static moe_status exchange_counts(moe_dispatcher *d, moe_route *r) {
   double start = moe_clock_s();
   MOE_TRY(moe_comm_host_all_gather(d->mesh->experts, d->plan.rows, ep * (int64_t)sizeof *d->counts,
                                    d->counts));
-  d->seconds += moe_clock_s() - start;
+  add_seconds(d, start);
   int64_t at = 0;
   for (int from = 0; from < ep; from++) {
     r->send_rows[from] = d->plan.rows[from];

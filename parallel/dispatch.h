@@ -90,8 +90,8 @@ moe_status moe_dispatch_send_grad(moe_dispatcher *d, const moe_route *route, moe
  * which is 0 where route->experts is -1. A dropped assignment's dgate is 0. */
 moe_status moe_dispatch_return_grad(moe_dispatcher *d, const moe_route *route, moe_tensor rows,
                                     moe_tensor row_dgates, moe_tensor dx, moe_tensor dgates);
-/* Seconds the host spent in exchanges (on a CPU: all they take), and bytes sent to other ranks,
- * since the last call. */
+/* Seconds that arithmetic waited for exchanges (on a CPU: all they took), and bytes sent to other
+ * ranks, since the last call. After the device was waited for. */
 void moe_dispatch_cost(moe_dispatcher *d, double *seconds, double *bytes);
 
 #ifdef __cplusplus

@@ -64,8 +64,9 @@ typedef struct {
   moe_dtype dtype;
   moe_work work;
   moe_due_grad due;
-  int32_t *rows_host;    /* [1], pinned: rows on their way to the host */
-  moe_tensor rope_table; /* f32 [S, d] */
+  int32_t *rows_host; /* [1], pinned: a row count on its way to the host */
+  moe_mark rows_asked;
+  moe_tensor rope_table;                               /* f32 [S, d] */
   moe_tensor tokens_in, targets, positions, doc_start; /* i32 [T]; doc_start absent without masks */
 } moe_block_env;
 

@@ -217,6 +217,7 @@ void moe_model_destroy(moe_model *m) {
   if (!m) return;
   if (m->stats_host) moe_device_free_host(m->env.dev, m->stats_host);
   if (m->env.rows_host) moe_device_free_host(m->env.dev, m->env.rows_host);
+  moe_device_forget(m->env.dev, &m->env.rows_asked);
   for (int i = 0; i < m->stash_count; i++) moe_stash_destroy(&m->stashes[i]);
   moe_graph_destroy(m->env.dev, m->forward.graph);
   for (int i = 0; i < 2; i++) moe_graph_destroy(m->env.dev, m->backward[i].graph);

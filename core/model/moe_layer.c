@@ -37,12 +37,13 @@ static moe_status ask_rows(moe_block_env *env, moe_stash *s) {
   if (s->sorted_rows <= env->round_rows) return MOE_OK;
   const char *at = (const char *)s->offsets.data + last * moe_dtype_size(MOE_I32);
   MOE_TRY(moe_device_download(env->dev, env->rows_host, at, (int64_t)sizeof *env->rows_host));
-  return moe_device_set_fence(env->dev);
+  moe_device_mark(env->dev, &env->rows_asked);
+  return MOE_OK;
 }
 
 static moe_status count_rows(moe_block_env *env, moe_stash *s) {
   if (s->sorted_rows <= env->round_rows) return MOE_OK;
-  MOE_TRY(moe_device_wait_fence(env->dev));
+  MOE_TRY(moe_device_wait(env->dev, &env->rows_asked));
   s->sorted_rows = *env->rows_host;
   return MOE_OK;
 }

@@ -126,11 +126,11 @@ static bool has(const char *text, const char *word) {
 
 /* Which part of the step an operation belongs to. */
 static int part_of(const moe_profile_row *r) {
-  static const char *const collectives[] = {"all_to_all", "all_gather", "reduce_scatter",
-                                            "all_reduce"};
+  static const char *const collectives[] = {"all_to_all", "all_gather",      "reduce_scatter",
+                                            "all_reduce", "exchange_chunks", "exchange"};
   if (has(r->label, "optimizer")) return OPTIMIZER;
   if (has(r->label, "gradient reduction")) return GRADIENTS;
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < 6; i++) {
     if (strcmp(r->op, collectives[i]) == 0) return EXCHANGE;
   }
   if (has(r->op, "expert_")) return EXPERT_GEMM;
@@ -180,29 +180,28 @@ static moe_status one_step(moe_engine *e, const moe_batch *batch, int64_t step, 
   return MOE_OK;
 }
 
-/* Fold the profile of `steps` steps that took `seconds` into parts of one step of `target` seconds.
- */
-static void fill_parts(const moe_profile_row *rows, int count, int steps, double seconds,
-                       double target, moe_bench_part *part) {
-  double known = 0.0;
+/* Fold the timed operations into parts of one step, scaled to the median of the steps. */
+static void fill_parts(moe_bench_step_result *out) {
+  moe_bench_part *part = out->part;
+  double known = 0.0, seconds = out->timed_seconds;
   for (int i = 0; i < MOE_BENCH_PARTS; i++) part[i] = (moe_bench_part){.name = part_names[i]};
-  for (int i = 0; i < count; i++) {
-    moe_bench_part *p = &part[part_of(&rows[i])];
-    p->seconds += rows[i].seconds;
-    p->flops += rows[i].flops / steps;
-    known += rows[i].seconds;
+  for (int i = 0; i < out->ops; i++) {
+    const moe_profile_row *r = &out->op[i];
+    moe_bench_part *p = &part[part_of(r)];
+    p->seconds += r->seconds;
+    p->flops += r->flops / out->timed_steps;
+    known += r->seconds;
   }
   part[REST].seconds = seconds > known ? seconds - known : 0.0;
   double whole = known + part[REST].seconds;
-  for (int i = 0; i < MOE_BENCH_PARTS; i++) part[i].seconds *= target / whole;
+  for (int i = 0; i < MOE_BENCH_PARTS; i++) part[i].seconds *= out->seconds / whole;
 }
 
 moe_status moe_bench_step(moe_engine *e, int warmup, int steps, moe_bench_step_result *out) {
   moe_dims d = moe_dims_of(&e->config);
   int64_t seq = e->config.data.sequence_length;
-  int ranks = moe_comm_size(e->world), count = 0;
+  int ranks = moe_comm_size(e->world);
   random_batch random;
-  moe_profile_row rows[PROFILE_ROWS];
   MOE_TRY(random_batch_create(e, &random));
   double *times = calloc((size_t)steps, sizeof *times), spent = 0.0, total = 0.0;
   moe_status status = MOE_OK;
@@ -221,7 +220,7 @@ moe_status moe_bench_step(moe_engine *e, int warmup, int steps, moe_bench_step_r
     status = one_step(e, &random.batch, warmup + steps + i + 1, &spent);
     total += spent;
   }
-  moe_status stopped = moe_profile_stop(e->dev, rows, PROFILE_ROWS, &count);
+  moe_status stopped = moe_profile_stop(e->dev, out->op, MOE_BENCH_OPS, &out->ops);
   MOE_TRY_OR(status, done, status == MOE_OK ? stopped : status);
   out->seconds = moe_median(times, steps);
   out->fastest = times[0];
@@ -229,7 +228,9 @@ moe_status moe_bench_step(moe_engine *e, int warmup, int steps, moe_bench_step_r
   out->tokens = e->config.train.micro_batch * e->accumulation * ranks * seq;
   out->model_tflops =
       1e-12 * (double)out->tokens * moe_dims_flops_per_token(&d, seq) / out->seconds / ranks;
-  fill_parts(rows, count, steps, total, out->seconds, out->part);
+  out->timed_steps = steps;
+  out->timed_seconds = total;
+  fill_parts(out);
 done:
   free(times);
   free(random.tokens);

@@ -5,6 +5,7 @@
 #define MOE_CORE_TRAIN_BENCH_H
 
 #include "core/train/engine.h"
+#include "kernels/profile.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -34,7 +35,7 @@ moe_status moe_bench_collective(moe_device *dev, moe_comm *world, int which, int
                                 double *bus_gbs);
 
 /* A part of the step: every operation of the step belongs to one. */
-enum { MOE_BENCH_PARTS = 10 };
+enum { MOE_BENCH_PARTS = 10, MOE_BENCH_OPS = 128 };
 typedef struct {
   const char *name;
   double seconds, flops; /* per step; of rank 0 */
@@ -46,6 +47,11 @@ typedef struct {
   int64_t tokens;                       /* per step, all ranks */
   double model_tflops;                  /* per rank */
   moe_bench_part part[MOE_BENCH_PARTS]; /* the last is what no operation accounts for */
+  /* every operation by name and place in the model, not scaled: sums over timed_steps steps that
+   * took timed_seconds */
+  moe_profile_row op[MOE_BENCH_OPS];
+  int ops, timed_steps;
+  double timed_seconds;
 } moe_bench_step_result;
 
 /* Collective. `steps` training steps on random tokens after `warmup`; the same number again with

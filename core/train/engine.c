@@ -160,6 +160,9 @@ static moe_status create(moe_engine *e, bool training, bool plan_only) {
   if (plan_only) return MOE_OK;
   MOE_TRY(take_memory(e));
   touch_memory(e);
+  enum { PER_MICRO_BATCH = 3, AT_THE_END = 2 };
+  int64_t laps = e->accumulation * PER_MICRO_BATCH + AT_THE_END;
+  MOE_TRY(moe_agree(e->world, moe_step_clock_create(e->dev, laps, &e->clock)));
   return moe_agree(e->world, set_up(e, training));
 }
 
@@ -174,6 +177,7 @@ moe_status moe_engine_create(const moe_config *config, moe_device *dev, bool tra
 }
 
 void moe_engine_destroy(moe_engine *e) {
+  moe_step_clock_destroy(&e->clock);
   tear_down(e);
   for (int i = 0; i < MOE_MEM_PURPOSES; i++) {
     if (i == MOE_MEM_EXCHANGE)
@@ -204,13 +208,11 @@ static void adapt_loss_scale(moe_engine *e, bool finite) {
 
 moe_status moe_engine_finish_step(moe_engine *e, double lr, int64_t step, moe_step_result *out) {
   double unscale = 1.0 / e->loss_scale;
-  double start = moe_clock_s();
   MOE_TRY(moe_optimizer_reduce(e->optimizer));
-  double reduced = moe_clock_s();
+  moe_step_clock_lap(&e->clock, MOE_PART_GRAD_SYNC);
   MOE_TRY(moe_optimizer_step(e->optimizer, lr, step, unscale));
+  moe_step_clock_lap(&e->clock, MOE_PART_OPTIMIZER);
   MOE_TRY(moe_optimizer_norm(e->optimizer, unscale, &out->grad_norm));
-  out->sync_seconds = reduced - start;
-  out->optimizer_seconds = moe_clock_s() - reduced;
   out->finite = isfinite(out->grad_norm);
   adapt_loss_scale(e, out->finite);
   return moe_model_step_losses(e->model, &out->losses);

@@ -7,6 +7,7 @@
 #define MOE_CORE_TRAIN_ENGINE_H
 
 #include "core/train/optimizer.h"
+#include "core/train/step_clock.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -24,6 +25,7 @@ typedef struct {
   int64_t accumulation;     /* micro-batches per step */
   double loss_scale;        /* fp16; else 1 */
   int64_t good_steps;       /* fp16: finite steps since the scale changed */
+  moe_step_clock clock;     /* of the current step */
 } moe_engine;
 
 /* Open the device of `config` for this process: its node-local rank, its share of the cores. */
@@ -43,7 +45,6 @@ typedef struct {
   moe_losses losses;
   double grad_norm;
   bool finite;
-  double sync_seconds, optimizer_seconds;
 } moe_step_result;
 moe_status moe_engine_finish_step(moe_engine *e, double lr, int64_t step, moe_step_result *out);
 /* The factor of moe_model_forward: 1 / micro-batches, times the loss scale. */

@@ -108,24 +108,18 @@ static moe_status save_now(trainer *t) {
 /* ---- one step
  * ------------------------------------------------------------------------------------ */
 
-static double lap(double *last) {
-  double now = moe_clock_s(), spent = now - *last;
-  *last = now;
-  return spent;
-}
-
 static moe_status micro_batches(trainer *t) {
   moe_engine *e = &t->engine;
-  double *part = t->record.part_seconds, last = moe_clock_s();
+  moe_step_clock_start(&e->clock);
   MOE_TRY(moe_model_step_begin(e->model));
   for (int64_t i = 0; i < e->accumulation; i++) {
     moe_batch batch;
     MOE_TRY(moe_loader_next(t->loader, &batch));
-    part[MOE_PART_DATA] += lap(&last);
+    moe_step_clock_lap(&e->clock, MOE_PART_DATA);
     MOE_TRY(moe_model_forward(e->model, &batch, i, moe_engine_grad_scale(e)));
-    part[MOE_PART_FORWARD] += lap(&last);
+    moe_step_clock_lap(&e->clock, MOE_PART_FORWARD);
     MOE_TRY(moe_model_backward(e->model));
-    part[MOE_PART_BACKWARD] += lap(&last);
+    moe_step_clock_lap(&e->clock, MOE_PART_BACKWARD);
   }
   return MOE_OK;
 }
@@ -147,8 +141,7 @@ static moe_status record_step(trainer *t, const moe_step_result *r, double lr, d
   moe_step_record *m = &t->record;
   double exchanged = 0.0;
   moe_model_exchange_cost(t->engine.model, &m->part_seconds[MOE_PART_EXCHANGE], &exchanged);
-  m->part_seconds[MOE_PART_GRAD_SYNC] = r->sync_seconds;
-  m->part_seconds[MOE_PART_OPTIMIZER] = r->optimizer_seconds;
+  moe_step_clock_read(&t->engine.clock, m->part_seconds);
   m->step = t->step;
   m->tokens = t->tokens;
   m->step_tokens = t->step_tokens;

@@ -271,8 +271,6 @@ void cuda_lanes_wait(cuda_state *s);
 void cuda_lanes_destroy(cuda_state *s);
 void cuda_use_lane(moe_device *dev, moe_lane lane);
 moe_status cuda_wait_lane(moe_device *dev, moe_lane other);
-moe_status cuda_set_fence(moe_device *dev);
-moe_status cuda_wait_fence(moe_device *dev);
 
 /* graph.cu */
 moe_status cuda_graph_begin(moe_device *dev);

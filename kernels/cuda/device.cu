@@ -271,8 +271,6 @@ static const moe_backend *table(void) {
   t.sync = sync;
   t.use_lane = cuda_use_lane;
   t.wait_lane = cuda_wait_lane;
-  t.set_fence = cuda_set_fence;
-  t.wait_fence = cuda_wait_fence;
   t.mark = mark;
   t.wait = wait_for;
   t.between = between;

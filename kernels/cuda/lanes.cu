@@ -11,7 +11,6 @@ moe_status cuda_lanes_create(moe_device *dev) {
     CUDA_TRY(dev, cudaStreamCreateWithPriority(&s->lane[i], cudaStreamNonBlocking, priority[i]));
     CUDA_TRY(dev, cudaEventCreateWithFlags(&s->passed[i], cudaEventDisableTiming));
   }
-  CUDA_TRY(dev, cudaEventCreateWithFlags(&s->fence, cudaEventDisableTiming));
   s->stream = s->lane[MOE_LANE_MAIN];
   return MOE_OK;
 }
@@ -26,7 +25,6 @@ void cuda_lanes_destroy(cuda_state *s) {
     if (s->passed[i] != nullptr) cudaEventDestroy(s->passed[i]);
     if (s->lane[i] != nullptr) cudaStreamDestroy(s->lane[i]);
   }
-  if (s->fence != nullptr) cudaEventDestroy(s->fence);
 }
 
 void cuda_use_lane(moe_device *dev, moe_lane lane) {
@@ -37,15 +35,5 @@ moe_status cuda_wait_lane(moe_device *dev, moe_lane other) {
   cuda_state *s = cuda_of(dev);
   CUDA_TRY(dev, cudaEventRecord(s->passed[other], s->lane[other]));
   CUDA_TRY(dev, cudaStreamWaitEvent(s->stream, s->passed[other], 0));
-  return MOE_OK;
-}
-
-moe_status cuda_set_fence(moe_device *dev) {
-  CUDA_TRY(dev, cudaEventRecord(cuda_of(dev)->fence, cuda_of(dev)->stream));
-  return MOE_OK;
-}
-
-moe_status cuda_wait_fence(moe_device *dev) {
-  CUDA_TRY(dev, cudaEventSynchronize(cuda_of(dev)->fence));
   return MOE_OK;
 }

@@ -19,7 +19,7 @@ struct cuda_state {
   int max_shared; /* bytes of shared memory one block may ask for */
   cudaStream_t stream;          /* of the current lane: where everything is queued */
   cudaStream_t lane[MOE_LANES]; /* lanes.cu */
-  cudaEvent_t passed[MOE_LANES], fence;
+  cudaEvent_t passed[MOE_LANES];
   cublasLtHandle_t blas;
   void *workspace; /* cuBLASLt's */
   size_t workspace_bytes;
