@@ -190,7 +190,7 @@ show_failure() {
   local rank
   rank=$(failed_rank "$folder")
   if [ -n "$rank" ]; then
-    say "rank $rank failed first"
+    say "rank $rank $([ "$code" -eq 76 ] && echo 'ended the job' || echo 'failed first')"
     show_end "$(printf '%s/rank-%02d.log' "$folder" "$rank")"
   elif [ -z "$(lost_host "$folder")" ]; then
     show_end "$folder/launcher.log"
