@@ -3,6 +3,8 @@
 #include "kernels/cuda/attention_cached.cuh"
 
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 
 namespace {
 

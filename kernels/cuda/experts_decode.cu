@@ -76,7 +76,8 @@ __device__ __forceinline__ void pair_rows(const T *(&row)[TILES], const T *x, in
 }
 
 template <typename T, int TILES>
-__global__ void __launch_bounds__(skinny_threads) decode_up_kernel(decode_args p) {
+__global__ void __launch_bounds__(skinny_threads, TILES == 1 ? 5 : 4)
+    decode_up_kernel(decode_args p) {
   __shared__ skinny_sums<TILES> sums;
   __shared__ int lists[skinny_warps][TILES * 8];
   launch_wait();
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(skinny_threads) decode_up_kernel(decode_args p
 }
 
 template <typename T, int TILES>
-__global__ void __launch_bounds__(skinny_threads) decode_down_kernel(decode_args p) {
+__global__ void __launch_bounds__(skinny_threads, 4) decode_down_kernel(decode_args p) {
   __shared__ skinny_sums<TILES> sums;
   __shared__ int lists[skinny_warps][TILES * 8];
   if constexpr (mma_built<T>()) {

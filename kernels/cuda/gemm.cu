@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "kernels/cuda/gemv.h"
+#include "kernels/cuda/plain.h"
 #include "kernels/cuda/plans.h"
 #include "kernels/cuda/tiled.cuh"
 
@@ -165,7 +166,8 @@ moe_status cuda_matmul(moe_device *dev, moe_gemm_form form, int64_t m, int64_t n
 moe_status moe_cuda_gemm(moe_device *dev, moe_gemm_form form, moe_tensor a, moe_tensor b,
                          float beta, moe_tensor c) {
   int64_t m = c.shape[0], n = c.shape[1], k = form == MOE_TN ? a.shape[0] : a.shape[1];
-  if (!cuda_of(dev)->own_gemm && cuda_gemv_fits(dev, form, a, b))
+  static const bool by_tiles = cuda_plain("gemv");
+  if (!by_tiles && !cuda_of(dev)->own_gemm && cuda_gemv_fits(dev, form, a, b))
     return cuda_gemv(dev, a, b, beta, c);
   return cuda_matmul(dev, form, m, n, k, {a.data, a.dtype, a.shape[1]},
                      {b.data, b.dtype, b.shape[1]}, beta, {c.data, c.dtype, c.shape[1]});

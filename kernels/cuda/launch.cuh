@@ -7,16 +7,14 @@
  * launch_wait: index arithmetic, prefetching into the L2 cache (which stays coherent), and reading
  * what the kernel before is known not to write.
  *
- * Elsewhere, and with MOE_OVERLAP=off in the environment, these are ordinary launches. A kernel
+ * Elsewhere, and with MOE_PLAIN=overlap in the environment, these are ordinary launches. A kernel
  * that calls neither may stand before or after one that does.
  * Source: CUDA C++ Programming Guide, "Programmatic dependent launch". */
 #ifndef MOE_KERNELS_CUDA_LAUNCH_CUH
 #define MOE_KERNELS_CUDA_LAUNCH_CUH
 
-#include <cstdlib>
-#include <cstring>
-
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/plain.h"
 
 /* All earlier work on the stream is done and visible. Every thread calls it. */
 __device__ __forceinline__ void launch_wait() {
@@ -38,12 +36,9 @@ __device__ __forceinline__ void prefetch_line(const void *p) {
 #endif
 }
 
-/* At most so many rows are latency, not work: worth overlapping launches. */
-constexpr int64_t launch_few = 64;
-
 static inline bool launch_overlaps(const moe_device *dev) {
-  static const char *wanted = getenv("MOE_OVERLAP");
-  return cuda_of(dev)->arch >= 90 && (wanted == nullptr || strcmp(wanted, "off") != 0);
+  static const bool one_by_one = cuda_plain("overlap");
+  return cuda_of(dev)->arch >= 90 && !one_by_one;
 }
 
 /* Queue kernel(args...) on the device's stream. */

@@ -3,7 +3,7 @@
  * A block works on a row at a time, a thread on 8 neighbouring elements. Where one group per thread
  * spans the row (ONCE), the row stays in registers and is read once. The gain's gradient is summed
  * over a block's rows first, then over the blocks in a fixed order: the same bits every time. */
-#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/plain.h"
 
 enum { MOST_THREADS = 512 };
@@ -25,6 +25,8 @@ __global__ void __launch_bounds__(MOST_THREADS) norm_kernel(norm_args p) {
   const T *x = (const T *)p.x + row;
   T *sum = (T *)p.sum + row, *out = (T *)p.out + row;
   float v[N], squares = 0;
+  launch_wait();
+  launch_release();
   for (int64_t c = threadIdx.x * N; c < p.width; c += step) {
     load<T, N>(v, x + c);
     if constexpr (FUSED) {
@@ -71,13 +73,12 @@ moe_status moe_cuda_rms_norm(moe_device *dev, moe_tensor x, moe_tensor residual,
         [&](auto w) {
           constexpr int N = decltype(w)::value;
           bool once;
-          unsigned threads = row_threads(width, N, &once), blocks = (unsigned)rows;
-          if (once && fused) norm_kernel<T, N, true, true><<<blocks, threads, 0, stream>>>(p);
-          if (once && !fused) norm_kernel<T, N, true, false><<<blocks, threads, 0, stream>>>(p);
-          if (!once && fused) norm_kernel<T, N, false, true><<<blocks, threads, 0, stream>>>(p);
-          if (!once && !fused) norm_kernel<T, N, false, false><<<blocks, threads, 0, stream>>>(p);
-          CUDA_LAUNCHED(dev);
-          return MOE_OK;
+          int threads = (int)row_threads(width, N, &once);
+          auto kernel = once
+                            ? fused ? norm_kernel<T, N, true, true> : norm_kernel<T, N, true, false>
+                        : fused ? norm_kernel<T, N, false, true>
+                                : norm_kernel<T, N, false, false>;
+          return cuda_start(dev, kernel, dim3((unsigned)rows), threads, 0, p);
         },
         (char *)x.data, (char *)residual.data, (char *)sum.data, (char *)out.data,
         (char *)gain.data);

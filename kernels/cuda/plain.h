@@ -4,9 +4,11 @@
  *   router   the one-pass kernel on tensor cores (router_mma.cuh)
  *   norm     rms_norm_backward with a warp for a row (norm.cu)
  *   gather   rows taken from all over by neighbouring warps (permute.cu)
+ *   gemv     products with few rows straight from memory (gemv.cu)
+ *   overlap  small kernels that begin before the one before has ended (launch.cuh)
  *
  * The other switches of this kind: MOE_EXPERT_GEMM=cublas (experts.cu), MOE_ATTENTION=own, exact or
- * cudnn (attention.cu), MOE_GEMM=own (device.cu), MOE_OVERLAP=off (launch.cuh). */
+ * cudnn (attention.cu), MOE_GEMM=own (device.cu). */
 #ifndef MOE_KERNELS_CUDA_PLAIN_H
 #define MOE_KERNELS_CUDA_PLAIN_H
 

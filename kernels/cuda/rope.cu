@@ -1,7 +1,7 @@
 /* Rotary position embedding, in place: a thread rotates N neighbouring pairs (i, i + d/2). */
 #include <cmath>
 
-#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.cuh"
 
 struct rope_args {
   void *qkv;
@@ -14,6 +14,8 @@ struct rope_args {
 /* A position outside the table (the planner sizes it for the longest sequence) gives NaN. */
 template <typename T, int N> __global__ void rope_kernel(rope_args p) {
   int64_t half = p.d / 2, per_head = half / N, per_token = p.rotated * per_head;
+  launch_wait();
+  launch_release();
   stride(p.groups, [=](int64_t g) {
     int64_t t = g / per_token, head = g % per_token / per_head, i = g % per_head * N;
     T *x = (T *)p.qkv + t * p.row + head * p.d + i;
@@ -60,9 +62,9 @@ moe_status moe_cuda_rope(moe_device *dev, moe_tensor qkv, moe_tensor positions, 
         [&](auto w) {
           constexpr int N = decltype(w)::value;
           p.groups = pairs / N;
-          rope_kernel<T, N><<<cuda_blocks(dev, p.groups, 256), 256, 0, cuda_of(dev)->stream>>>(p);
-          CUDA_LAUNCHED(dev);
-          return MOE_OK;
+          constexpr int threads = 256;
+          return cuda_start(dev, rope_kernel<T, N>, dim3(cuda_blocks(dev, p.groups, threads)),
+                            threads, 0, p);
         },
         (char *)qkv.data, (char *)table.data);
   });

@@ -3,86 +3,25 @@
  * Logits are float32 products of kernels that take x as it is stored and the float32 weights:
  * router_few.cuh's for few experts, else the own tiled one. Then a warp per token: softmax, and K
  * rounds of "largest score, ties to the lower index". For bf16 and at most 32 experts one kernel
- * does all of it (router_mma.cuh). Whatever is summed over tokens goes through a
- * fixed number of partial sums.
+ * does all of it (router_mma.cuh), as one block does for up to 32 tokens (router_small.cuh).
+ * Whatever is summed over tokens goes through a fixed number of partial sums.
  *
  * Gradient, with p = softmax(l), C the chosen experts, S = sum of p over C, gate_j = p_j / S:
  *     dL/dp_j  = [j in C] (dgate_j - sum_k dgate_k gate_k) / S  +  aux_scale load_j
  *     dL/dl_j  = p_j (dL/dp_j - sum_i p_i dL/dp_i)  +  z_scale 2 lse p_j */
-#include <cfloat>
-#include <climits>
-#include <cmath>
-
 #include "kernels/cuda/plain.h"
 #include "kernels/cuda/router_few.cuh"
 #include "kernels/cuda/router_mma.cuh"
+#include "kernels/cuda/router_small.cuh"
 #include "kernels/cuda/tiled.cuh"
 
 /* ---- softmax and choice -------------------------------------------------------------------- */
 
-struct choose_args {
-  float *probs; /* [T, E] logits in, probabilities out */
-  const float *bias;
-  float *lse, *gates;
-  int32_t *experts;
-  int64_t tokens;
-  int count, k; /* E, K */
-};
-
-/* Logits of one token become probabilities; `score` gets what the choice goes by. */
-static __device__ void soften(float *p, const float *bias, int count, float *lse, float *score) {
-  int lane = (int)threadIdx.x % 32;
-  float top = -INFINITY, sum = 0;
-  for (int j = lane; j < count; j += 32) top = op_max{}(top, score[j] = p[j]);
-  top = warp_reduce(top, op_max{});
-  for (int j = lane; j < count; j += 32) sum += score[j] = expf(score[j] - top);
-  sum = warp_sum(sum);
-  for (int j = lane; j < count; j += 32) {
-    float probability = score[j] / sum, s = bias ? probability + bias[j] : probability;
-    p[j] = probability;
-    score[j] = s == s ? s : -INFINITY; /* NaN marks what is taken */
-  }
-  if (lane == 0) *lse = top + logf(sum);
-}
-
-/* The untaken index with the largest score, the lower of equals. */
-static __device__ int largest(const float *score, int count) {
-  int lane = (int)threadIdx.x % 32, best = INT_MAX;
-  float most = -INFINITY;
-  for (int j = lane; j < count; j += 32)
-    if (score[j] > most || (score[j] == most && j < best)) most = score[j], best = j;
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    float other = __shfl_xor_sync(full_warp, most, step);
-    int at = __shfl_xor_sync(full_warp, best, step);
-    if (other > most || (other == most && at < best)) most = other, best = at;
-  }
-  return best;
-}
-
 __global__ void choose_kernel(choose_args a) {
   extern __shared__ float scores[]; /* [warps, E] */
-  int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+  int warp = (int)threadIdx.x / 32;
   int64_t t = (int64_t)blockIdx.x * (blockDim.x / 32) + warp;
-  if (t >= a.tokens) return;
-  float *score = scores + warp * a.count, *p = a.probs + t * a.count, *gates = a.gates + t * a.k;
-  soften(p, a.bias, a.count, a.lse + t, score);
-  float sum = 0;
-  for (int k = 0; k < a.k; k++) {
-    __syncwarp();
-    int best = largest(score, a.count);
-    float probability = p[best];
-    sum += probability;
-    __syncwarp(); /* all have looked */
-    if (lane == 0) {
-      score[best] = NAN;
-      a.experts[t * a.k + k] = best;
-      gates[k] = probability;
-    }
-  }
-  __syncwarp();
-  for (int k = lane; k < a.k; k += 32) /* a bias may choose experts whose p is zero */
-    gates[k] = sum < FLT_MIN ? 1.0f / (float)a.k : gates[k] / sum;
+  if (t < a.tokens) choose_one(a, t, a.probs + t * a.count, a.lse + t, scores + warp * a.count);
 }
 
 /* Warps per block so that their scores fit 48 KiB of shared memory; 0: not even one. */
@@ -245,6 +184,7 @@ moe_status moe_cuda_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe
   a.per_group = tokens / a.groups;
   a.count = (int)e;
   a.k = (int)k;
+  if (!in_steps && small_router_fits(tokens, e, k)) return small_router(dev, c, x, weight, stats);
   if (tokens > 0 && !in_steps && fused_router_fits(s, x, weight)) {
     bool sums = a.per_group % fused_tokens == 0 &&
                 div_up(tokens, fused_tokens) * (2 * e + 1) * 8 <= s->partial_bytes;

@@ -28,16 +28,20 @@ static inline bool skinny_fits(const moe_device *dev, moe_dtype dtype, int64_t k
   return cuda_has_mma(dev, dtype) && k % 8 == 0 && bits % 16 == 0;
 }
 
-/* 16 bytes that are not needed again soon. */
-__device__ __forceinline__ uint4 load_once(const void *p) {
+/* 16 bytes that are not needed again soon; zeros when not `inside`. A predicate, not a branch, so
+ * that many are in flight. */
+__device__ __forceinline__ uint4 load_once(const void *p, bool inside) {
 #ifdef __CUDA_ARCH__
   uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
+  asm volatile("{\n.reg .pred inside;\nsetp.ne.u32 inside, %5, 0;\n"
+               "mov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\nmov.u32 %3, 0;\n"
+               "@inside ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+               : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+               : "l"(p), "r"((uint32_t)inside)
+               : "memory");
   return v;
 #else
-  return *static_cast<const uint4 *>(p);
+  return inside ? *static_cast<const uint4 *>(p) : uint4{};
 #endif
 }
 
@@ -59,8 +63,8 @@ template <typename T, int U> struct skinny_batch {
 #pragma unroll
     for (int u = 0; u < U; u++) {
       int i = r.at(u);
-      low[u] = i >= 0 && low_row != nullptr ? load_once(low_row + i) : uint4{};
-      high[u] = i >= 0 && high_row != nullptr ? load_once(high_row + i) : uint4{};
+      low[u] = load_once(low_row + i, i >= 0 && low_row != nullptr);
+      high[u] = load_once(high_row + i, i >= 0 && high_row != nullptr);
     }
   }
   /* c += this times the first n rows of x, of which row[j] is the lane's in tile j (or NULL). */
