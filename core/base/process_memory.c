@@ -34,12 +34,25 @@ static int64_t number_in(const char *path) {
   return (int64_t)value;
 }
 
+/* Bytes of files that the control group keeps in memory and would give up. */
+static int64_t cached_bytes(void) {
+  char name[64];
+  long long value, sum = 0;
+  FILE *f = fopen("/sys/fs/cgroup/memory.stat", "r");
+  while (f && fscanf(f, "%63s %lld", name, &value) == 2) {
+    if (strcmp(name, "inactive_file") == 0 || strcmp(name, "active_file") == 0) sum += value;
+  }
+  if (f) fclose(f);
+  return (int64_t)sum;
+}
+
 int64_t moe_host_available(void) {
   int64_t bytes = line_bytes("/proc/meminfo", "MemAvailable");
   if (bytes == 0) bytes = INT64_MAX;
   int64_t limit = number_in("/sys/fs/cgroup/memory.max");
   int64_t used = number_in("/sys/fs/cgroup/memory.current");
   if (limit < 0 || used < 0) return bytes;
+  used -= cached_bytes();
   int64_t room = limit > used ? limit - used : 0;
   return room < bytes ? room : bytes;
 }
