@@ -101,6 +101,14 @@ Test(moe_run, prints_the_command_and_runs_nothing) {
   expect_calls(0);
 }
 
+Test(moe_run, starts_a_rank_for_each_visible_gpu) {
+  write_file("nvidia-smi",
+             "#!/bin/sh\necho 'GPU 0: H200'; echo 'GPU 1: H200'; echo 'GPU 2: H200'\n");
+  expect("$R --print-cmd cfg.ini", 0, "-np 3 ", NULL);
+  expect("CUDA_VISIBLE_DEVICES=2,0 $R --print-cmd cfg.ini", 0, "-np 2 ", NULL);
+  expect("CUDA_VISIBLE_DEVICES= $R --print-cmd cfg.ini", 0, "-np 1 ", NULL);
+}
+
 Test(moe_run, fills_machines_one_after_the_other) {
   write_file("hosts", "# mine\na slots=3\n\nb slots = 1 # the small one\n");
   expect("$R --print-cmd --hostfile hosts cfg.ini", 0, "-np 4", "--host a:3\\,b:1 ", NULL);
