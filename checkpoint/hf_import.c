@@ -133,7 +133,9 @@ static moe_status make_config(import *m) {
   moe_config_defaults(m->config);
   snprintf(m->config->run.dir, sizeof m->config->run.dir, "%.*s", MOE_CONFIG_TEXT - 1,
            m->options->run_dir);
-  return moe_hf_config_apply(&h, w->name, m->config);
+  MOE_TRY(moe_hf_config_apply(&h, w->name, m->config));
+  m->config->train.global_batch = 0; /* not this one rank's, but what the run's ranks make it */
+  return MOE_OK;
 }
 
 static void print_config(FILE *out, const void *context) {
