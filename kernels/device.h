@@ -81,10 +81,11 @@ void *moe_device_scratch(moe_device *dev, int64_t bytes); /* NULL when the plan 
  * all memory must outlive the graph. Uploads and downloads are repeated from and to the same
  * pinned host memory.
  *
- * While recording, nothing may wait or ask for memory: moe_device_sync is refused, allocation
- * returns NULL, and moe_device_graph_end then fails and says why. Operations that read sizes back
- * to the host fail too (expert products by cuBLAS, an exchange that plans on the host). A profile
- * (profile.h) does not time what is recorded; it times a launch as one operation, "graph".
+ * While recording, no thread may wait or ask for device memory: moe_device_sync is refused,
+ * moe_device_alloc returns NULL, and moe_device_graph_end then fails and says why. Operations that
+ * read sizes back to the host fail too (expert products by cuBLAS, an exchange that plans on the
+ * host). A profile (profile.h) does not time what is recorded; it times a launch as one operation,
+ * "graph".
  *
  * All calls are local. One recording at a time on a device. */
 typedef struct moe_graph moe_graph;
