@@ -94,14 +94,13 @@ static moe_status pieces_to_load(moe_engine *e, bool moments, piece_list *out) {
   return MOE_OK;
 }
 
-moe_status moe_run_save(moe_engine *e, moe_saver *saver, int64_t step, int64_t tokens,
-                        int64_t samples, uint64_t data_fingerprint) {
+moe_status moe_run_save(moe_engine *e, moe_saver *saver, const moe_run_position *at) {
   float *bias = moe_model_router_bias(e->model);
-  moe_run_state state = {.step = step,
-                         .tokens = tokens,
-                         .samples = samples,
+  moe_run_state state = {.step = at->step,
+                         .tokens = at->tokens,
+                         .samples = at->samples,
                          .seed = (uint64_t)e->config.train.seed,
-                         .data_fingerprint = data_fingerprint,
+                         .data_fingerprint = at->data_fingerprint,
                          .loss_scale = e->loss_scale,
                          .loss_scale_good_steps = e->good_steps,
                          .router_bias_count =

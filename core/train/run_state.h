@@ -12,10 +12,16 @@ extern "C" {
 /* Bytes of weights, masters and moments in one checkpoint. */
 int64_t moe_run_state_bytes(const moe_config *config);
 
-/* Collective. Begin to save the state after `step` steps. `samples`: global samples consumed.
- * Errors and what follows: moe_saver_begin. */
-moe_status moe_run_save(moe_engine *e, moe_saver *saver, int64_t step, int64_t tokens,
-                        int64_t samples, uint64_t data_fingerprint);
+/* Where a run is. */
+typedef struct {
+  int64_t step, tokens; /* done */
+  int64_t samples;      /* global samples consumed */
+  uint64_t data_fingerprint;
+} moe_run_position;
+
+/* Collective. Begin to save the engine's state at this position. Errors and what follows:
+ * moe_saver_begin. */
+moe_status moe_run_save(moe_engine *e, moe_saver *saver, const moe_run_position *at);
 
 /* Collective. Load weights and, when training, optimizer state from the checkpoint at `path`;
  * `state` is its moe_run_state. MOE_USAGE when its configuration contradicts this run's, listing

@@ -13,8 +13,7 @@
 #include "core/train/matrix_rate.h"
 #include "core/train/metrics.h"
 #include "core/train/run_dir.h"
-#include "core/train/run_state.h"
-#include "core/train/save_plan.h"
+#include "core/train/run_saves.h"
 #include "core/train/schedule.h"
 #include "core/train/stop_signal.h"
 #include "parallel/watchdog.h"
@@ -27,82 +26,24 @@ typedef enum { STOP_NO, STOP_CLOCK, STOP_SIGNAL } stop_reason;
 typedef struct {
   moe_engine engine;
   moe_run_lock *lock;
-  moe_saver *saver;
-  moe_save_plan save_plan;
+  moe_run_saves saves;
   moe_loader *loader, *valid;
   moe_metrics *metrics;
   moe_schedule schedule;
   moe_dims dims;
   int64_t step; /* done */
   int64_t tokens, step_tokens;
-  int64_t saved_step; /* of the last checkpoint */
   int nonfinite_in_a_row;
   moe_wall_clock clock;
   stop_reason stop;
   moe_step_record record;
 } trainer;
 
-/* ---- saving */
-
-static void report_saved(trainer *t, const moe_saved *saved) {
-  char size[MOE_TEXT], rate[MOE_TEXT], held[64] = "";
-  if (t->save_plan.memory > 0)
-    snprintf(held, sizeof held, ", training held for %.2f s", saved->held_s);
-  moe_info("checkpoint of step %" PRId64 " saved: %s in %.1f s (%s/s)%s", saved->step,
-           moe_text_bytes(size, (double)saved->bytes), saved->seconds,
-           moe_text_bytes(rate, (double)saved->bytes / fmax(saved->seconds, 1e-9)), held);
-  t->saved_step = saved->step;
-  moe_wall_clock_saved(&t->clock, saved->seconds);
-}
-
-/* Bring a save forward, with `wait` to its end, and say what became of it. A failed save is a
- * warning: the last checkpoint is intact, and the next save tries again. */
-static moe_status go_on_saving(trainer *t, bool wait) {
-  moe_saved saved;
-  if (wait && moe_saver_busy(t->saver)) moe_progress_enter(MOE_PHASE_SAVE, t->step);
-  MOE_TRY(moe_saver_poll(t->saver, wait, &saved));
-  if (!saved.news) return MOE_OK;
-  if (saved.status == MOE_OK)
-    report_saved(t, &saved);
-  else if (moe_comm_rank(t->engine.world) == 0)
-    moe_warn("checkpoint of step %" PRId64 " was not saved: %s; training goes on", saved.step,
-             saved.message);
-  return MOE_OK;
-}
-
-static moe_status begin_save(trainer *t) {
-  moe_engine *e = &t->engine;
-  int64_t samples = t->step_tokens / e->config.data.sequence_length * t->step;
-  double start = moe_clock_s();
-  MOE_TRY(go_on_saving(t, true)); /* one at a time */
-  if (moe_clock_s() - start > 1.0)
-    moe_info("training waited %.1f s for the checkpoint before: a longer checkpoint.interval or a "
-             "faster disk would avoid it",
-             moe_clock_s() - start);
-  moe_progress_enter(MOE_PHASE_SAVE, t->step);
-  return moe_run_save(e, t->saver, t->step, t->tokens, samples, moe_loader_fingerprint(t->loader));
-}
-
-static moe_status save_or_warn(trainer *t) {
-  if (begin_save(t) == MOE_OK) return go_on_saving(t, false);
-  if (moe_comm_rank(t->engine.world) == 0) {
-    moe_warn("checkpoint of step %" PRId64 " was not saved: %s; training goes on", t->step,
-             moe_error_message());
-  }
-  moe_error_clear();
-  return MOE_OK;
-}
-
-/* Save this step, to the end; here a failure is an error. */
-static moe_status save_now(trainer *t) {
-  moe_saved saved;
-  MOE_TRY(go_on_saving(t, true));
-  if (t->saved_step == t->step) return MOE_OK;
-  MOE_TRY(begin_save(t));
-  MOE_TRY(moe_saver_poll(t->saver, true, &saved));
-  if (saved.status != MOE_OK) return moe_fail(saved.status, "%s", saved.message);
-  report_saved(t, &saved);
-  return MOE_OK;
+static moe_run_position position(const trainer *t) {
+  moe_run_position at = {.step = t->step, .tokens = t->tokens};
+  at.samples = t->step_tokens / t->engine.config.data.sequence_length * t->step;
+  at.data_fingerprint = moe_loader_fingerprint(t->loader);
+  return at;
 }
 
 /* ---- one step
@@ -175,7 +116,7 @@ static moe_status train_step(trainer *t) {
   MOE_TRY(record_step(t, &result, lr, moe_clock_s() - start));
   int64_t limit = t->engine.config.train.nonfinite_limit;
   if (t->nonfinite_in_a_row < limit) return MOE_OK;
-  MOE_TRY(go_on_saving(t, true));
+  MOE_TRY(moe_run_saves_go_on(&t->saves, t->step, true));
   return moe_fail(MOE_DIVERGED,
                   "training diverged: the gradient was not finite in %" PRId64
                   " steps in a row, up to step %" PRId64
@@ -222,7 +163,8 @@ static bool due(int64_t step, int64_t interval) {
 }
 
 static moe_status stop_here(trainer *t) {
-  MOE_TRY(save_now(t));
+  moe_run_position at = position(t);
+  MOE_TRY(moe_run_saves_now(&t->saves, &at));
   return moe_fail(MOE_STOPPED,
                   "stopped %s after step %" PRId64 " of %" PRId64
                   ": %s: run the same command again to go on",
@@ -236,17 +178,18 @@ static moe_status between_steps(trainer *t) {
   if (!t->stop && due(t->step, c->train.eval_interval)) MOE_TRY(evaluate(t));
   /* Not while the gradient is non-finite: the state worth keeping is the one before. */
   if (!t->stop && due(t->step, c->checkpoint.interval) && t->nonfinite_in_a_row == 0) {
-    MOE_TRY(save_or_warn(t));
+    moe_run_position at = position(t);
+    MOE_TRY(moe_run_saves_begin(&t->saves, &at));
     MOE_TRY(agree_to_stop(t, false)); /* a step later would need a save of its own */
   }
   if (t->stop && t->step < c->train.steps) return stop_here(t); /* done is better than stopped */
-  return go_on_saving(t, false);
+  return moe_run_saves_go_on(&t->saves, t->step, false);
 }
 
 /* Bytes of the device the model lives on: a host also holds the copies that saves are made from. */
 static int64_t planned_bytes(const trainer *t) {
   const moe_engine *e = &t->engine;
-  return moe_engine_planned_bytes(e) + (moe_device_is_host(e->dev) ? t->save_plan.memory : 0);
+  return moe_engine_planned_bytes(e) + (moe_device_is_host(e->dev) ? t->saves.plan.memory : 0);
 }
 
 /* The plan beside what the process came to hold. */
@@ -273,7 +216,9 @@ static moe_status run(trainer *t) {
     if (status == MOE_STOPPED || status == MOE_DIVERGED) return status;
     if (status != MOE_OK) moe_abort(status);
   }
-  MOE_TRY(c->checkpoint.save_final ? save_now(t) : go_on_saving(t, true));
+  moe_run_position at = position(t);
+  MOE_TRY(c->checkpoint.save_final ? moe_run_saves_now(&t->saves, &at)
+                                   : moe_run_saves_go_on(&t->saves, t->step, true));
   return report_memory(t);
 }
 
@@ -304,7 +249,7 @@ static moe_status start_state(trainer *t, const char *resume) {
   }
   moe_run_state state;
   MOE_TRY(moe_checkpoint_read_state(e->world, path, &state));
-  t->step = t->saved_step = state.step;
+  t->step = t->saves.saved_step = state.step;
   t->tokens = state.tokens;
   moe_status status = moe_run_restore(e, path, &state);
   if (status == MOE_OK) status = prepare_folder(t, path);
@@ -334,21 +279,12 @@ static moe_status peak_rate(trainer *t, double *tflops) {
   return moe_matrix_rate(e->dev, 1024, MOE_F32, tflops);
 }
 
-static moe_status set_up_saving(trainer *t) {
-  moe_engine *e = &t->engine;
-  const moe_config *c = &e->config;
-  moe_keep keep = {(int)c->checkpoint.keep, c->checkpoint.keep_every, c->checkpoint.keep_hours};
-  MOE_TRY(moe_save_plan_make(e, &t->save_plan));
-  if (moe_comm_rank(e->world) == 0) moe_save_plan_print(&t->save_plan, stderr);
-  return moe_saver_create(e->world, e->dev, c->run.dir, keep, t->save_plan.memory, &t->saver);
-}
-
 static moe_status set_up(trainer *t, const char *resume) {
   moe_engine *e = &t->engine;
   t->dims = moe_dims_of(&e->config);
   t->schedule = moe_schedule_of(&e->config);
   MOE_TRY(moe_run_lock_take(e->world, e->config.run.dir, &t->lock));
-  MOE_TRY(set_up_saving(t));
+  MOE_TRY(moe_run_saves_create(e, &t->clock, &t->saves));
   MOE_TRY(moe_agree(e->world, open_data(t)));
   MOE_TRY(moe_agree(e->world, start_state(t, resume)));
   MOE_TRY(moe_agree(e->world, moe_loader_seek(t->loader, t->step)));
@@ -395,7 +331,7 @@ moe_status moe_train(const moe_config *config, moe_device *dev, const char *resu
   MOE_TRY_OR(status, done, run(&t));
 done:
   moe_progress_enter(MOE_PHASE_END, t.step);
-  moe_saver_destroy(t.saver);
+  moe_run_saves_destroy(&t.saves);
   moe_metrics_destroy(t.metrics);
   moe_loader_destroy(t.valid);
   moe_loader_destroy(t.loader);
