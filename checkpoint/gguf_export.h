@@ -46,7 +46,7 @@ typedef struct {
  * multiples of 32 are F16. Q8_0's logits must be within MOE_GGUF_Q8_0_TOLERANCE of the largest
  * logit of the unquantised ones, and equal those of the values dequantised. Errors as
  * moe_export_hf. */
-#define MOE_GGUF_Q8_0_TOLERANCE 0.25
+#define MOE_GGUF_Q8_0_TOLERANCE 0.5
 moe_status moe_export_gguf(const moe_gguf_options *options);
 
 /* ---- what exporting and reading back share: facts of the layout */
