@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(skinny_threads, 4) decode_down_kernel(decode_a
     int row = (int)blockIdx.x * skinny_rows + (int)threadIdx.x % 32 / 4;
     int64_t next = p.begin, pairs = p.end - p.begin;
     if (e >= 0) n = take_pairs<TILES * 8>(p, e, &next, list);
-    const T *first = static_cast<const T *>(p.w2) + ((int64_t)e * p.width + row) * p.ffn;
+    const T *first = static_cast<const T *>(p.w2) + ((int64_t)max(e, 0) * p.width + row) * p.ffn;
     const T *low = row < p.width ? first : nullptr;
     const T *high = row + 8 < p.width ? first + 8LL * p.ffn : nullptr;
     int part = (int)div_up(p.chunks, p.slices), begin = (int)blockIdx.z * part;

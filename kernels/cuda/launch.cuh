@@ -41,10 +41,13 @@ static inline bool launch_overlaps(const moe_device *dev) {
   return cuda_of(dev)->arch >= 90 && !one_by_one;
 }
 
-/* Queue kernel(args...) on the device's stream. */
+/* Up to so many rows an operation's launch costs more than its work. */
+constexpr int64_t launch_few = 64;
+
+/* Queue kernel(args...) on the device's stream; `overlap`: it may begin early. */
 template <typename... P, typename... A>
-static moe_status cuda_start(moe_device *dev, void (*kernel)(P...), dim3 grid, int threads,
-                             int shared, A... args) {
+static moe_status cuda_launch(moe_device *dev, bool overlap, void (*kernel)(P...), dim3 grid,
+                              int threads, int shared, A... args) {
   if (shared > 48 << 10) /* what a kernel gets without asking */
     CUDA_TRY(dev,
              cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
@@ -57,9 +60,15 @@ static moe_status cuda_start(moe_device *dev, void (*kernel)(P...), dim3 grid, i
   config.dynamicSmemBytes = (size_t)shared;
   config.stream = cuda_of(dev)->stream;
   config.attrs = &early;
-  config.numAttrs = launch_overlaps(dev) ? 1 : 0;
+  config.numAttrs = overlap && launch_overlaps(dev) ? 1 : 0;
   CUDA_TRY(dev, cudaLaunchKernelEx(&config, kernel, P(args)...));
   return MOE_OK;
+}
+
+template <typename... P, typename... A>
+static moe_status cuda_start(moe_device *dev, void (*kernel)(P...), dim3 grid, int threads,
+                             int shared, A... args) {
+  return cuda_launch(dev, true, kernel, grid, threads, shared, args...);
 }
 
 #endif

@@ -78,7 +78,7 @@ moe_status moe_cuda_rms_norm(moe_device *dev, moe_tensor x, moe_tensor residual,
                             ? fused ? norm_kernel<T, N, true, true> : norm_kernel<T, N, true, false>
                         : fused ? norm_kernel<T, N, false, true>
                                 : norm_kernel<T, N, false, false>;
-          return cuda_start(dev, kernel, dim3((unsigned)rows), threads, 0, p);
+          return cuda_launch(dev, rows <= launch_few, kernel, dim3((unsigned)rows), threads, 0, p);
         },
         (char *)x.data, (char *)residual.data, (char *)sum.data, (char *)out.data,
         (char *)gain.data);
