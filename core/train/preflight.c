@@ -87,7 +87,7 @@ static moe_status check_data(moe_preflight_job *p) {
 /* ---- devices ------------------------------------------------------------------------------- */
 
 typedef struct {
-  char name[128], host[64];
+  char name[128];
   int64_t free_bytes;
   bool is_host;
 } device_seen;
@@ -107,11 +107,11 @@ static moe_status check_taken(const device_seen *mine, const device_seen *all, i
                   moe_text_bytes(there, (double)most));
 }
 
-static int count_hosts(const device_seen *all, int ranks) {
+static int count_hosts(const moe_preflight_job *p) {
   int hosts = 0;
-  for (int r = 0; r < ranks; r++) {
+  for (int r = 0; r < moe_comm_size(p->world); r++) {
     int first = 0;
-    while (strcmp(all[first].host, all[r].host) != 0) first++;
+    while (strcmp(p->hosts[first], p->hosts[r]) != 0) first++;
     hosts += first == r;
   }
   return hosts;
@@ -128,11 +128,10 @@ static moe_status check_devices(moe_preflight_job *p) {
   mine.is_host = moe_device_is_host(p->dev);
   mine.free_bytes = moe_device_free_bytes(p->dev);
   snprintf(mine.name, sizeof mine.name, "%s", moe_device_name(p->dev));
-  snprintf(mine.host, sizeof mine.host, "%s", p->host);
   MOE_TRY_OR(status, done, moe_comm_host_all_gather(p->world, &mine, (int64_t)sizeof mine, all));
+  int hosts = count_hosts(p);
   snprintf(p->detail, sizeof p->detail, "%s; %d rank%s on %d host%s%s%s", mine.name, ranks,
-           ranks > 1 ? "s" : "", count_hosts(all, ranks), count_hosts(all, ranks) > 1 ? "s" : "",
-           mine.is_host ? "" : "; free: ",
+           ranks > 1 ? "s" : "", hosts, hosts > 1 ? "s" : "", mine.is_host ? "" : "; free: ",
            mine.is_host ? "" : moe_text_bytes(free_text, (double)mine.free_bytes));
   status = check_taken(&mine, all, ranks);
 done:
@@ -219,30 +218,45 @@ static const struct {
 };
 enum { CHECKS = sizeof checks / sizeof *checks };
 
+/* "rank 3: ..." becomes "rank 3 (node2): ...": a person looks for a machine. */
+static void print_failure(const moe_preflight_job *p, const char *message, FILE *out) {
+  int rank = -1, length = 0;
+  if (sscanf(message, "rank %d: %n", &rank, &length) == 1 && rank >= 0 &&
+      rank < moe_comm_size(p->world) && length > 0)
+    fprintf(out, "rank %d (%s): %s\n", rank, p->hosts[rank], message + length);
+  else
+    fprintf(out, "%s\n", message);
+}
+
 /* One row; true when the check passed on every rank. */
 static bool run_check(moe_preflight_job *p, int i, FILE *out) {
   p->detail[0] = '\0';
-  moe_status status = checks[i].check(p);
-  if (status != MOE_OK && moe_comm_size(p->world) > 1) {
-    char message[1024];
-    snprintf(message, sizeof message, "%s", moe_error_message());
-    if (strncmp(message, "rank ", 5) != 0) moe_fail(status, "%s: %s", p->host, message);
-  }
-  status = moe_agree(p->world, status);
+  moe_status status = moe_agree(p->world, checks[i].check(p));
   if (moe_comm_rank(p->world) == 0) {
-    fprintf(out, "%-20s %-5s %s\n", checks[i].name, status == MOE_OK ? "pass" : "FAIL",
-            status == MOE_OK ? p->detail : moe_error_message());
+    fprintf(out, "%-20s %-5s ", checks[i].name, status == MOE_OK ? "pass" : "FAIL");
+    if (status == MOE_OK)
+      fprintf(out, "%s\n", p->detail);
+    else
+      print_failure(p, moe_error_message(), out);
     fflush(out);
   }
   moe_error_clear();
   return status == MOE_OK;
 }
 
+static moe_status name_hosts(moe_preflight_job *p) {
+  moe_host_name mine = "?";
+  p->hosts = calloc((size_t)moe_comm_size(p->world), sizeof *p->hosts);
+  MOE_TRY(moe_agree(p->world, p->hosts ? MOE_OK : moe_fail(MOE_NO_MEMORY, "out of memory")));
+  gethostname(mine, sizeof mine - 1);
+  return moe_comm_host_all_gather(p->world, mine, (int64_t)sizeof mine, p->hosts);
+}
+
 moe_status moe_preflight(const moe_config *config, moe_comm *world, FILE *out) {
-  moe_preflight_job p = {.config = config, .world = world, .host = "?"};
+  moe_preflight_job p = {.config = config, .world = world};
   int failed = 0;
-  gethostname(p.host, sizeof p.host - 1);
-  for (int i = 0; i < CHECKS; i++) {
+  moe_status status = name_hosts(&p);
+  for (int i = 0; i < CHECKS && status == MOE_OK; i++) {
     if (!checks[i].needs_device || p.dev) {
       failed += !run_check(&p, i, out);
     } else if (moe_comm_rank(world) == 0) {
@@ -250,6 +264,8 @@ moe_status moe_preflight(const moe_config *config, moe_comm *world, FILE *out) {
     }
   }
   moe_device_close(p.dev);
+  free(p.hosts);
+  MOE_TRY(status);
   if (failed == 0) return MOE_OK;
   return moe_fail(MOE_FAILED, "preflight: %d of %d checks failed: mend what the table names",
                   failed, CHECKS);

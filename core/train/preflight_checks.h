@@ -13,11 +13,13 @@
 extern "C" {
 #endif
 
+typedef char moe_host_name[64];
+
 typedef struct {
   const moe_config *config;
   moe_comm *world;
-  moe_device *dev; /* NULL when it could not be opened */
-  char host[64];
+  moe_host_name *hosts; /* of each rank */
+  moe_device *dev;      /* NULL when it could not be opened */
   char detail[256];
 } moe_preflight_job;
 

@@ -12,11 +12,17 @@ make_cluster() {
   export OMPI_MCA_oob_tcp_keepalive_probes=2
 }
 
+need_namespaces() {
+  [ "$(cat cluster/kind)" = namespaces ] && return
+  echo "network namespaces are not permitted here"
+  exit 77
+}
+
 # 6 ranks, or 4, or 2: always 12 sequences in a step. With the balance loss per sequence it does not
 # matter how many of them are in one pass, so the curves must agree to rounding.
 cluster_config() {
   make_config cfg.ini '[train]' 'aux_scope = sequence'
-  sed -i -e 's/^steps = .*/steps = 150/' -e 's/^global_batch = .*/global_batch = 12/' \
+  sed -i -e 's/^steps = .*/steps = 100/' -e 's/^global_batch = .*/global_batch = 12/' \
     -e 's/^micro_batch = .*/micro_batch = 1/' -e 's/^interval = .*/interval = 10/' cfg.ini
 }
 
@@ -53,13 +59,10 @@ lose() {
   local action=$1 trial=$2 host job code left
   shift 2
   make_cluster
-  if [ "$action" = cut ] && [ "$(cat cluster/kind)" = names ]; then
-    echo "network namespaces are not permitted here"
-    exit 77
-  fi
+  [ "$action" = off ] || need_namespaces
   uninterrupted
   cluster_config
-  timeout -k 5 "${limit:-90}" "$here/../../launch/moe-run" --program "$bin/moe-train" --elastic \
+  timeout -k 5 "${limit:-180}" "$here/../../launch/moe-run" --program "$bin/moe-train" --elastic \
     --backoff 0 --hosts h1:2,h2:2,h3:2 cfg.ini >log 2>&1 &
   job=$!
   wait_for_steps $((20 + trial * 7 % 40))
@@ -71,7 +74,7 @@ lose() {
   says "no answer from: $*"
   says "$left of 6 ranks"
   grep -q "resuming after step [1-9]" log || violation "it began anew: $(grep moe-run log)"
-  whole_curve 150
+  whole_curve 100
   same_curve "$root/uninterrupted/run" run
 }
 
@@ -90,3 +93,20 @@ two_hosts_off() {
   lose off "$1" h2 h3
 }
 fault "two of three hosts are switched off" 0 3 two_hosts_off "the same, on one host"
+
+# The one fault of file systems that a run would not notice before it is resumed.
+unshared() {
+  local host=h$((1 + $1 % 3)) code
+  make_cluster
+  need_namespaces
+  cluster_config
+  mkdir run
+  "$here/cluster.sh" own cluster "$host" run
+  "$here/../../launch/moe-run" --program "$bin/moe-train" --preflight --hosts h1:2,h2:2,h3:2 \
+    cfg.ini >log 2>&1
+  code=$?
+  [ "$code" = 1 ] || violation "exit code $code: $(cat log)"
+  grep -Eq "^run directory +FAIL +rank [0-9] .(h1|h2|h3).: run/.preflight/rank-.* is not seen here" log ||
+    violation "not named: $(cat log)"
+}
+fault "a host does not share the run directory" 0 3 unshared "preflight names it, exit 1"

@@ -6,6 +6,7 @@
 #   cluster.sh cut DIR HOST      pull its network cable: its processes go on, nobody hears of them
 #   cluster.sh off DIR HOST      switch it off: its processes die without a word
 #   cluster.sh on DIR HOST       it is back
+#   cluster.sh own DIR HOST PATH what it has at PATH is not shared with the others any more
 #   cluster.sh down DIR          remove all of it
 #   cluster.sh rsh DIR HOST CMD  what ssh would do: mpirun starts its daemons with it
 #
@@ -20,7 +21,7 @@ fail() {
   exit 1
 }
 
-[ $# -ge 2 ] || { sed -n '2,16s/^# \{0,1\}//p' "$0" && exit 2; }
+[ $# -ge 2 ] || { sed -n '2,17s/^# \{0,1\}//p' "$0" && exit 2; }
 action=$1 dir=$(realpath -m "$2") name=${3-}
 self=$(realpath "$0")
 
@@ -118,8 +119,11 @@ run_there() { # COMMAND...
   export MOE_HOST=$dir/$name TMPDIR=$dir/$name/tmp
   if [ "$kind" = names ]; then exec sh -c "$*"; fi
   # shellcheck disable=SC2016
-  exec ip netns exec "$tag-$name" unshare --uts \
-    sh -c 'hostname "$1" && shift && exec sh -c "$*"' sh "$name" "$@"
+  exec ip netns exec "$tag-$name" unshare --uts --mount sh -c '
+    hostname "$1"
+    [ ! -e "$2" ] || mount -t tmpfs none "$(cat "$2")"
+    shift 2
+    exec sh -c "$*"' sh "$name" "$dir/$name/own" "$@"
 }
 
 case $action in
@@ -136,6 +140,11 @@ on)
   link up
   rm -f "$dir/$name/gone"
   ;;
+own)
+  known
+  [ "$kind" = namespaces ] || fail "no namespaces here"
+  realpath "$4" >"$dir/$name/own"
+  ;;
 down)
   tag=$(cat "$dir/tag")
   for place in "$dir"/h*/; do end_processes "$(basename "$place")"; done
@@ -147,5 +156,5 @@ rsh)
   shift 3
   run_there "$@"
   ;;
-*) fail "$action: up, cut, off, on, down or rsh" ;;
+*) fail "$action: up, cut, off, on, own, down or rsh" ;;
 esac

@@ -52,29 +52,29 @@ Test(preflight, passes_where_a_run_can_start_and_leaves_no_probe) {
 
 Test(preflight, names_the_rank_that_runs_another_program) {
   expect("cp $B/moe-train other && echo >>other && $M -np 1 $T : -np 1 ./other cfg.ini --preflight",
-         1, "same program         FAIL  rank 1: ", "/other is not the program of rank 0",
+         1, "same program         FAIL  rank 1 (", "/other is not the program of rank 0",
          "1 of 8 checks failed", NULL);
 }
 
 Test(preflight, names_the_rank_with_other_settings) {
-  expect("$M -np 2 $T : -np 1 $T --set train.seed=5", 1,
-         "same configuration   FAIL  rank 2: ", "not those of rank 0", NULL);
+  expect("$M -np 2 $T : -np 1 $T --set train.seed=5", 1, "same configuration   FAIL  rank 2 (",
+         "not those of rank 0", NULL);
 }
 
 Test(preflight, names_the_rank_with_other_data) {
   expect("seq 8888 >text && $B/moe-data tokenize --input text --tokenizer bytes --output others && "
          "mkdir there && cd there && cp ../cfg.ini . && mv ../others.bin tokens.bin && "
          "mv ../others.idx tokens.idx && cd .. && $M -np 1 $T : -np 1 --wdir there $T",
-         1, "training data        FAIL  rank 1: ", "are not the token files rank 0 has", NULL);
+         1, "training data        FAIL  rank 1 (", "are not the token files rank 0 has", NULL);
 }
 
 Test(preflight, says_why_the_run_directory_cannot_be_made) {
-  expect("touch run; $M -np 2 $T", 1, "run directory        FAIL  rank 0: ", "run", NULL);
+  expect("touch run; $M -np 2 $T", 1, "run directory        FAIL  rank 0 (", "run", NULL);
 }
 
 Test(preflight, refuses_a_run_that_another_job_works_on) {
-  expect("mkdir run; flock run/.lock $M -np 2 $T", 1,
-         "run directory        FAIL  rank 0: ", "another job", NULL);
+  expect("mkdir run; flock run/.lock $M -np 2 $T", 1, "run directory        FAIL  rank 0 (",
+         "another job", NULL);
 }
 
 Test(preflight, counts_the_room_for_checkpoints) {
