@@ -218,19 +218,23 @@ evaluates() {
 fault "TERM, INT or USR2 in an evaluation" 1 10 is_stopped_in_evaluation \
   "the evaluation is left, exit 75"
 
-# A second INT does not wait for anything.
+# A second INT does not wait for anything: here the first cannot be obeyed, since a rank is stopped.
 is_interrupted_twice() {
   endless_config
+  sed -i "s|^train = .*|&\nvalid = $root/tokens|; s/^interval = 5/interval = 1/" cfg.ini
   start 2 --set train.eval_interval=3 --set train.eval_batches=10000000
-  let_run
+  wait_until evaluates
   local pid
+  kill -STOP "$(rank_pid 0)"
   pid=$(rank_pid 1)
-  kill -STOP "$(rank_pid 0)" # so that the first cannot be obeyed
   kill -INT "$pid"
-  sleep 0.2
+  sleep 0.5
+  kill -0 "$pid" || violation "the first ended it"
   kill -INT "$pid"
   ends 130 10
-  goes_on 2
+  mv log fault.log
+  train 2 cfg.ini --set train.steps=5 || violation "cannot go on: $(grep moe-train: log | tail -n 3)"
+  whole_curve 5
 }
 fault "a second INT" 0 5 is_interrupted_twice "ends at once"
 
