@@ -124,7 +124,7 @@ static moe_status check_devices(moe_preflight_job *p) {
   moe_status status =
       all ? moe_engine_open_device(p->config, &p->dev) : moe_fail(MOE_NO_MEMORY, "out of memory");
   status = moe_agree(p->world, status);
-  if (status != MOE_OK) goto done;
+  if (status != MOE_OK || !all) goto done;
   mine.is_host = moe_device_is_host(p->dev);
   mine.free_bytes = moe_device_free_bytes(p->dev);
   snprintf(mine.name, sizeof mine.name, "%s", moe_device_name(p->dev));
@@ -179,7 +179,8 @@ static moe_status check_all_reduce(moe_preflight_job *p) {
   void *data = moe_device_alloc(p->dev, SUM_ELEMENTS * (int64_t)sizeof *host);
   x = moe_tensor_1d(data, MOE_F32, SUM_ELEMENTS);
   if (!host || !data) status = moe_fail(MOE_NO_MEMORY, "no memory for an all-reduce of 4 MiB");
-  MOE_TRY_OR(status, done, moe_agree(p->world, status));
+  status = moe_agree(p->world, status);
+  if (status != MOE_OK || !host) goto done;
   status = check_sum(p, comm, x, host);
 done:
   if (x.data) moe_device_free(p->dev, x.data);

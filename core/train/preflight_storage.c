@@ -132,7 +132,8 @@ moe_status moe_preflight_run_dir(moe_preflight_job *p) {
   char folder[MOE_PATH];
   moe_run_lock *lock = NULL;
   moe_status status = speaking ? MOE_OK : moe_fail(MOE_NO_MEMORY, "out of memory");
-  MOE_TRY_OR(status, done, moe_agree(p->world, status));
+  status = moe_agree(p->world, status);
+  if (status != MOE_OK || !speaking) goto done;
   MOE_TRY_OR(status, done, moe_comm_host_all_gather(p->world, &mine, sizeof mine, speaking));
   MOE_TRY_OR(status, done, moe_run_lock_take(p->world, p->config->run.dir, &lock));
   snprintf(folder, sizeof folder, "%.3900s/.preflight", p->config->run.dir);
