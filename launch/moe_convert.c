@@ -16,6 +16,7 @@
 #include "checkpoint/inspect.h"
 #include "checkpoint/reshard.h"
 #include "core/base/log.h"
+#include "launch/options.h"
 #include "launch/program.h"
 
 enum {
@@ -136,29 +137,6 @@ static void print_help(int command) {
 
 /* ---- the command line ---- */
 
-static moe_status parse_int(const char *name, const char *text, int64_t low, int64_t high,
-                            int64_t *out) {
-  char *end;
-  errno = 0;
-  long long value = strtoll(text, &end, 10);
-  if (end == text || *end || errno || value < low || value > high)
-    return moe_fail(MOE_USAGE, "not a number from %" PRId64 " to %" PRId64 ": --%s %s: see --help",
-                    low, high, name, text);
-  *out = value;
-  return MOE_OK;
-}
-
-static moe_status parse_real(const char *name, const char *text, double low, double high,
-                             double *out) {
-  char *end;
-  double value = strtod(text, &end);
-  if (end == text || *end || !(value >= low && value <= high))
-    return moe_fail(MOE_USAGE, "not a number from %g to %g: --%s %s: see --help", low, high, name,
-                    text);
-  *out = value;
-  return MOE_OK;
-}
-
 /* "5GB", "500MB", "4096": units of 1000, as others write file sizes. */
 static moe_status parse_bytes(const char *name, const char *text, int64_t *out) {
   static const char *const units[] = {"", "KB", "MB", "GB", "TB", NULL};
@@ -171,17 +149,6 @@ static moe_status parse_bytes(const char *name, const char *text, int64_t *out) 
     return MOE_OK;
   }
   return moe_fail(MOE_USAGE, "not a size such as 5GB: --%s %s: see --help", name, text);
-}
-
-/* The place of `text` in a list of choices that ends in NULL. */
-static moe_status parse_choice(const char *name, const char *text, const char *const *choices,
-                               int *out) {
-  for (int i = 0; choices[i]; i++) {
-    if (strcmp(choices[i], text) != 0) continue;
-    *out = i;
-    return MOE_OK;
-  }
-  return moe_fail(MOE_USAGE, "unknown choice: --%s %s: see --help", name, text);
 }
 
 /* What --dtype may be, and what the two kinds of export call it. */
@@ -217,12 +184,12 @@ static moe_status set_option(request *r, int id, const char *text) {
   case OPTION_DTYPE:
     return parse_dtype(r, text, &r->dtype);
   case OPTION_ALPHA:
-    return parse_real(name, text, 0.01, 1e6, &r->export.common.alpha);
+    return moe_option_real(name, text, 0.01, 1e6, &r->export.common.alpha);
   case OPTION_TOKENIZER:
     r->export.common.tokenizer = text;
     break;
   case OPTION_VOCAB:
-    MOE_TRY(parse_choice(name, text, vocabs, &choice));
+    MOE_TRY(moe_option_choice(name, text, vocabs, &choice));
     r->export.vocab = (moe_gguf_vocab)choice;
     break;
   case OPTION_NAME:
@@ -234,12 +201,12 @@ static moe_status set_option(request *r, int id, const char *text) {
   case OPTION_SHARD:
     return parse_bytes(name, text, &r->export.common.shard_bytes);
   case OPTION_STEP:
-    return parse_int(name, text, 0, INT64_MAX / 2, &r->step);
+    return moe_option_int(name, text, 0, INT64_MAX / 2, &r->step);
   case OPTION_OVERWRITE:
     r->export.common.overwrite = true;
     break;
   case OPTION_RANKS:
-    return parse_int(name, text, 1, 4096, &r->ranks);
+    return moe_option_int(name, text, 1, 4096, &r->ranks);
   case OPTION_VALUES:
     r->no_values = true;
     break;
@@ -253,7 +220,7 @@ static moe_status set_option(request *r, int id, const char *text) {
     r->all = true;
     break;
   case OPTION_TOLERANCE:
-    return parse_real(name, text, 0.0, 1.0, &r->tolerance);
+    return moe_option_real(name, text, 0.0, 1.0, &r->tolerance);
   case OPTION_HELP:
     r->help = true;
     break;

@@ -12,6 +12,7 @@
 #include "core/base/log.h"
 #include "data/encode_pool.h"
 #include "data/tokenize.h"
+#include "launch/options.h"
 
 enum { TRAIN = 1, TOKENIZE = 2, INSPECT = 4, VERIFY = 8, TEXT = TRAIN | TOKENIZE, ANY = 15 };
 
@@ -113,18 +114,6 @@ static void print_help(int command) {
 
 /* ---- the command line ---- */
 
-static moe_status parse_int(const char *name, const char *text, int64_t low, int64_t high,
-                            int64_t *out) {
-  char *end;
-  errno = 0;
-  long long value = strtoll(text, &end, 10);
-  if (end == text || *end || errno || value < low || value > high)
-    return moe_fail(MOE_USAGE, "not a number from %" PRId64 " to %" PRId64 ": --%s %s: see --help",
-                    low, high, name, text);
-  *out = value;
-  return MOE_OK;
-}
-
 static moe_status parse_share(const char *name, const char *text, double *out) {
   char *end;
   double value = strtod(text, &end);
@@ -132,17 +121,6 @@ static moe_status parse_share(const char *name, const char *text, double *out) {
     return moe_fail(MOE_USAGE, "not a share above 0 and up to 1: --%s %s: see --help", name, text);
   *out = value;
   return MOE_OK;
-}
-
-/* The place of `text` in a list of choices that ends in NULL. */
-static moe_status parse_choice(const char *name, const char *text, const char *const *choices,
-                               int *out) {
-  for (int i = 0; choices[i]; i++) {
-    if (strcmp(choices[i], text) != 0) continue;
-    *out = i;
-    return MOE_OK;
-  }
-  return moe_fail(MOE_USAGE, "unknown choice: --%s %s: see --help", name, text);
 }
 
 static moe_status set_option(request *r, int id, const char *text) {
@@ -165,17 +143,17 @@ static moe_status set_option(request *r, int id, const char *text) {
     r->tokenizer = text;
     break;
   case OPTION_VOCAB:
-    return parse_int(name, text, 1, 1 << 24, &r->vocab_size);
+    return moe_option_int(name, text, 1, 1 << 24, &r->vocab_size);
   case OPTION_TYPE:
-    MOE_TRY(parse_choice(name, text, types, &choice));
+    MOE_TRY(moe_option_choice(name, text, types, &choice));
     r->training.model_type = types[choice];
     break;
   case OPTION_COVERAGE:
     return parse_share(name, text, &r->training.character_coverage);
   case OPTION_SENTENCES:
-    return parse_int(name, text, 1, 1 << 30, &r->training.max_sentences);
+    return moe_option_int(name, text, 1, 1 << 30, &r->training.max_sentences);
   case OPTION_WORKERS:
-    return parse_int(name, text, 1, MOE_ENCODE_WORKERS, &r->workers);
+    return moe_option_int(name, text, 1, MOE_ENCODE_WORKERS, &r->workers);
   case OPTION_EOS:
     r->append_eos = true;
     break;
@@ -189,11 +167,11 @@ static moe_status set_option(request *r, int id, const char *text) {
     r->prepend_bos = false;
     break;
   case OPTION_FORMAT:
-    MOE_TRY(parse_choice(name, text, formats, &choice));
+    MOE_TRY(moe_option_choice(name, text, formats, &choice));
     r->text.format = (moe_text_format)choice;
     break;
   case OPTION_SPLIT:
-    MOE_TRY(parse_choice(name, text, splits, &choice));
+    MOE_TRY(moe_option_choice(name, text, splits, &choice));
     r->text.documents = (moe_text_documents)choice;
     break;
   case OPTION_SEPARATOR:
