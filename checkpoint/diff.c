@@ -28,11 +28,17 @@ typedef struct {
   double aa, bb, ab, dd;    /* sums of a a, b b, a b, (a - b)(a - b) */
 } difference;
 
+static uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
 static void add_values(difference *d, const float *a, const float *b, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
     double x = (double)a[i], y = (double)b[i], gap = fabs(x - y);
     if (!isfinite(gap)) {
-      d->not_finite += memcmp(&a[i], &b[i], sizeof *a) != 0;
+      d->not_finite += bits_of(a[i]) != bits_of(b[i]);
       continue;
     }
     d->aa += x * x;

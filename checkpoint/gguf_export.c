@@ -32,7 +32,7 @@ typedef struct {
   char temporary[MOE_PATH + 32];
   /* one tensor's elements on their way */
   float *values, *exchanged;
-  char *raw;
+  void *raw;
   moe_progress progress;
   int64_t done, total; /* bytes of data */
 } export;

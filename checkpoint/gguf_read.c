@@ -93,6 +93,7 @@ static moe_status take(cursor *c, void *out, int64_t bytes, const char *what) {
 static moe_status take_count(cursor *c, int64_t each, int64_t *out, const char *what) {
   uint64_t count = 0;
   int64_t at = c->at;
+  *out = 0;
   MOE_TRY(take(c, &count, sizeof count, what));
   if (count > (uint64_t)(left(c) / each))
     return damaged(c, at, "%s is %" PRIu64 ", more than the rest of the file can hold", what,

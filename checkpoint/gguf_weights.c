@@ -53,7 +53,7 @@ int64_t moe_gguf_rotary_heads(const moe_param *p, const moe_dims *dims) {
 typedef struct {
   moe_weights base;
   moe_gguf *file;
-  char *raw; /* PART elements as stored */
+  void *raw; /* PART elements as stored */
 } source;
 
 static const moe_gguf_tensor *tensor_of(const source *s, const moe_param *p) {
@@ -243,7 +243,7 @@ typedef struct {
   moe_weights *exact; /* borrowed */
   moe_ggml_type type;
   float *values; /* PART elements */
-  char *raw;
+  void *raw;
 } stored;
 
 /* A range of whole blocks, encoded and decoded. */
