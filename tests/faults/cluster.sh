@@ -116,10 +116,11 @@ link() { # STATE
 
 run_there() { # COMMAND...
   [ ! -e "$dir/$name/gone" ] || exit 255
-  export MOE_HOST=$dir/$name TMPDIR=$dir/$name/tmp
-  if [ "$kind" = names ]; then exec sh -c "$*"; fi
+  # As with ssh, nothing of the caller's environment comes along.
+  local clean=(env -i HOME="$HOME" PATH="$PATH" MOE_HOST="$dir/$name" TMPDIR="$dir/$name/tmp")
+  if [ "$kind" = names ]; then exec "${clean[@]}" sh -c "$*"; fi
   # shellcheck disable=SC2016
-  exec ip netns exec "$tag-$name" unshare --uts --mount sh -c '
+  exec "${clean[@]}" ip netns exec "$tag-$name" unshare --uts --mount sh -c '
     hostname "$1"
     [ ! -e "$2" ] || mount -t tmpfs none "$(cat "$2")"
     shift 2
