@@ -43,20 +43,31 @@ __device__ __forceinline__ int block_expert(const decode_args &p) {
 }
 
 /* The next up to MOST pairs of expert e, from pair *next on, into this warp's list; returns how
- * many. *next: where the search goes on. */
+ * many. *next: where the search goes on. Looks at 128 at once: one wait for 32 tokens. */
 template <int MOST>
 __device__ __forceinline__ int take_pairs(const decode_args &p, int e, int64_t *next, int *list) {
+  constexpr int look = 4;
   int found = 0, lane = (int)threadIdx.x % 32;
   __syncwarp(); /* an earlier list has been read */
   while (*next < p.end && found < MOST) {
-    int64_t i = *next + lane;
-    bool mine = i < p.end && p.experts[i] == e;
-    unsigned who = __ballot_sync(full_warp, mine);
-    int at = found + __popc(who & ((1u << lane) - 1));
-    if (mine && at < MOST) list[at] = (int)i;
-    unsigned left = __ballot_sync(full_warp, mine && at == MOST); /* the first that has no place */
-    *next += left != 0 ? __ffs((int)left) - 1 : 32;
-    found = min(found + __popc(who), MOST);
+    int who[look];
+#pragma unroll
+    for (int j = 0; j < look; j++) {
+      int64_t i = *next + 32 * j + lane;
+      who[j] = i < p.end ? p.experts[i] : -1;
+    }
+    int64_t begin = *next, end = begin + 32 * look;
+    *next = end;
+#pragma unroll
+    for (int j = 0; j < look; j++) {
+      unsigned mine = __ballot_sync(full_warp, who[j] == e);
+      int at = found + __popc(mine & ((1u << lane) - 1));
+      if (who[j] == e && at < MOST) list[at] = (int)(begin + 32 * j + lane);
+      unsigned over = __ballot_sync(full_warp, who[j] == e && at == MOST);
+      if (over != 0 && *next == end) /* the first that has no place */
+        *next = begin + 32 * j + __ffs((int)over) - 1;
+      found = min(found + __popc(mine), MOST);
+    }
   }
   __syncwarp();
   return found;
@@ -99,12 +110,17 @@ __global__ void __launch_bounds__(skinny_threads, TILES == 1 ? 5 : 4)
       batch.load(gate, up, r);
       const T *rows[TILES];
       pair_rows<T, TILES>(rows, static_cast<const T *>(p.x), p.width, list, n, p.k);
-      float c[TILES][4];
+      float c[TILES][4], scale[2]; /* asked for early: of the two columns this lane will finish */
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        int slot = skinny_slot(i);
+        scale[i] = slot < n ? p.gates[list[slot]] : 0.0f;
+      }
       skinny_product(c, batch, gate, up, rows, n, r);
       skinny_finish<TILES>(sums, c, n, [&](int slot, float g, float u) {
         if (f < p.ffn)
           static_cast<T *>(p.hidden)[(int64_t)list[slot] * p.ffn + f] =
-              from_float<T>(swiglu<T>(p.gates[list[slot]], g, u));
+              from_float<T>(swiglu<T>(scale[slot % 2], g, u));
       });
     }
   }

@@ -106,9 +106,14 @@ skinny_product(float (&c)[TILES][4], skinny_batch<T, U> &batch, const T *low, co
   }
 }
 
+/* The i-th (of two) row of x whose results this lane finishes: warp j has tile j. */
+__device__ __forceinline__ int skinny_slot(int i) {
+  return (int)threadIdx.x / 32 * 8 + (int)threadIdx.x % 4 * 2 + i;
+}
+
 /* Sum c over the block's warps, in their order, and call put(slot, low, high) with the elements of
- * rows g and g + 8 for row `slot` < n of x. Tile j is warp j's. All threads of the block must call;
- * `sums` is shared memory. */
+ * rows g and g + 8 for row `slot` < n of x. All threads of the block must call; `sums` is shared
+ * memory. */
 template <int TILES> using skinny_sums = float[skinny_warps][TILES * 4][32];
 
 template <int TILES, typename F>
@@ -131,7 +136,7 @@ __device__ __forceinline__ void skinny_finish(skinny_sums<TILES> &sums, const fl
     for (int i = 0; i < 4; i++) total[i] += sums[w][warp * 4 + i][lane];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    int slot = warp * 8 + lane % 4 * 2 + i;
+    int slot = skinny_slot(i);
     if (slot < n) put(slot, total[i], total[2 + i]);
   }
 }
