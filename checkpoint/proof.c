@@ -14,6 +14,7 @@
 #include "checkpoint/manifest.h"
 #include "core/base/log.h"
 #include "core/base/rng.h"
+#include "data/progress.h"
 #include "data/tokenizer.h"
 
 enum {
@@ -35,9 +36,8 @@ typedef struct {
   int64_t at; /* elements of the current tensor hashed so far */
 } hasher;
 
-static moe_status hash_seen(void *context, const moe_param *p, int64_t begin, int64_t count,
+static moe_status hash_part(hasher *h, const moe_param *p, int64_t begin, int64_t count,
                             const float *values) {
-  hasher *h = context;
   int64_t i = p - h->params->list;
   if (begin == 0) {
     XXH3_128bits_reset(h->state);
@@ -80,6 +80,8 @@ typedef struct {
   float *original, *expected, *written; /* logits [tokens, V]; original may be expected */
   int64_t *used;
   hasher expected_hash, written_hash;
+  moe_progress progress;
+  int64_t done, total; /* bytes of f32 values */
 } proof;
 
 static void free_prompts(proof *p) {
@@ -127,13 +129,24 @@ static moe_status check_same_model(const proof *p) {
                         a->norm_eps);
 }
 
+typedef struct {
+  proof *p;
+  hasher *hash; /* or NULL */
+} passer;
+
+static moe_status see(void *context, const moe_param *t, int64_t begin, int64_t count,
+                      const float *values) {
+  passer *at = context;
+  at->p->done += count * (int64_t)sizeof *values;
+  moe_progress_show(&at->p->progress, at->p->done, at->p->total, "");
+  return at->hash ? hash_part(at->hash, t, begin, count, values) : MOE_OK;
+}
+
 static moe_status logits_of(proof *p, moe_weights *w, hasher *hash, int64_t *used, float *out) {
-  moe_weights_watch watch = {.used = used, .stop = p->options->stop};
-  if (hash) {
-    MOE_TRY(hasher_create(&w->params, hash));
-    watch.seen = hash_seen;
-    watch.context = hash;
-  }
+  passer passing = {p, hash};
+  moe_weights_watch watch = {
+      .seen = see, .context = &passing, .used = used, .stop = p->options->stop};
+  if (hash) MOE_TRY(hasher_create(&w->params, hash));
   return moe_weights_logits(w, p->tokens, p->batch, PROMPT, &watch, out);
 }
 
@@ -154,7 +167,10 @@ static moe_status run_expected(proof *p) {
   if (!p->used) return moe_fail(MOE_NO_MEMORY, "no memory to count experts");
   p->batch = 1 + 8 * d->experts / (PROMPT * d->top_k);
   if (p->batch > FEW_PROMPTS) p->batch = FEW_PROMPTS;
+  int64_t pass = moe_dims_parameters(d) * (int64_t)sizeof(float);
+  p->total = p->options->original == p->options->expected ? pass : 2 * pass; /* after this one */
   for (;; p->batch *= 2) {
+    p->total += pass;
     MOE_TRY(draw_prompts(p));
     hasher_destroy(&p->expected_hash);
     MOE_TRY(logits_of(p, p->options->expected, &p->expected_hash, p->used, p->expected));
@@ -247,7 +263,10 @@ moe_status moe_proof(const moe_proof_options *options, moe_proof_report *out) {
   moe_status status;
   *out = (moe_proof_report){0};
   MOE_TRY_OR(status, done, check_same_model(&p));
-  MOE_TRY_OR(status, done, run_all(&p));
+  moe_progress_start(&p.progress, "proving");
+  status = run_all(&p);
+  moe_progress_end(&p.progress);
+  if (status != MOE_OK) goto done;
   MOE_TRY_OR(status, done, compare_hashes(&p));
   status = compare_logits(&p);
 done:

@@ -190,8 +190,9 @@ static moe_status read_file(int fd, int64_t size, const char *path, moe_safetens
   if (status == MOE_OK)
     status = moe_safetensors_parse(header, length, size - start - length, path, out);
   free(header);
+  MOE_TRY(status);
   for (int64_t i = 0; i < out->count; i++) out->list[i].offset += start + length;
-  return status;
+  return MOE_OK;
 }
 
 moe_status moe_safetensors_open(const char *path, moe_safetensors *out) {
@@ -208,15 +209,17 @@ moe_status moe_safetensors_open(const char *path, moe_safetensors *out) {
 }
 
 void moe_safetensors_close(moe_safetensors *f) {
-  if (f->list && f->fd >= 0) close(f->fd); /* a zeroed one has no list, and its 0 is no file */
-  for (int64_t i = 0; i < f->count; i++) free(f->list[i].name);
-  free(f->list);
+  if (f->list) { /* a zeroed one has no list, and its 0 is no file */
+    if (f->fd >= 0) close(f->fd);
+    for (int64_t i = 0; i < f->count; i++) free(f->list[i].name);
+    free(f->list);
+  }
   *f = (moe_safetensors){.fd = -1};
 }
 
 const moe_safetensor *moe_safetensors_find(const moe_safetensors *f, const char *name) {
   moe_safetensor key = {.name = (char *)(uintptr_t)name};
-  if (f->count == 0) return NULL;
+  if (!f->list) return NULL;
   return bsearch(&key, f->list, (size_t)f->count, sizeof key, by_name);
 }
 
