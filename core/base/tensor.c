@@ -87,24 +87,26 @@ uint16_t moe_f32_to_f16(float value) {
   return (uint16_t)(sign | ((size - (112u << 23)) >> 13));
 }
 
-static float element(const void *from, moe_dtype type, int64_t i) {
-  if (type == MOE_F32) return ((const float *)from)[i];
-  uint16_t bits = ((const uint16_t *)from)[i];
-  return type == MOE_BF16 ? moe_bf16_to_f32(bits) : moe_f16_to_f32(bits);
-}
-
+/* One loop per pair of types, so that the compiler makes each of whole vectors. */
 void moe_convert(const void *from, moe_dtype from_type, void *to, moe_dtype to_type, int64_t n) {
-  if (from_type == to_type) {
+  const float *wide = from;
+  const uint16_t *narrow = from;
+  float *to_wide = to;
+  uint16_t *to_narrow = to;
+  if (from_type == to_type)
     memcpy(to, from, (size_t)(n * moe_dtype_size(to_type)));
-    return;
-  }
-  for (int64_t i = 0; i < n; i++) {
-    float x = element(from, from_type, i);
-    if (to_type == MOE_F32)
-      ((float *)to)[i] = x;
-    else
-      ((uint16_t *)to)[i] = to_type == MOE_BF16 ? moe_f32_to_bf16(x) : moe_f32_to_f16(x);
-  }
+  else if (from_type == MOE_F32 && to_type == MOE_BF16)
+    for (int64_t i = 0; i < n; i++) to_narrow[i] = moe_f32_to_bf16(wide[i]);
+  else if (from_type == MOE_F32)
+    for (int64_t i = 0; i < n; i++) to_narrow[i] = moe_f32_to_f16(wide[i]);
+  else if (from_type == MOE_BF16 && to_type == MOE_F32)
+    for (int64_t i = 0; i < n; i++) to_wide[i] = moe_bf16_to_f32(narrow[i]);
+  else if (to_type == MOE_F32)
+    for (int64_t i = 0; i < n; i++) to_wide[i] = moe_f16_to_f32(narrow[i]);
+  else if (from_type == MOE_BF16)
+    for (int64_t i = 0; i < n; i++) to_narrow[i] = moe_f32_to_f16(moe_bf16_to_f32(narrow[i]));
+  else
+    for (int64_t i = 0; i < n; i++) to_narrow[i] = moe_f32_to_bf16(moe_f16_to_f32(narrow[i]));
 }
 
 bool moe_all_finite(const void *data, moe_dtype type, int64_t n) {

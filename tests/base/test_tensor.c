@@ -108,3 +108,54 @@ Test(tensor, bfloats_round_to_the_nearest_even) {
     if (!isnan(moe_bf16_to_f32((uint16_t)b)))
       cr_assert_eq(moe_f32_to_bf16(moe_bf16_to_f32((uint16_t)b)), b);
 }
+
+/* ---- many at a time ---- */
+
+static float one_to_f32(const void *data, moe_dtype type, int64_t i) {
+  if (type == MOE_F32) return ((const float *)data)[i];
+  uint16_t bits = ((const uint16_t *)data)[i];
+  return type == MOE_BF16 ? moe_bf16_to_f32(bits) : moe_f16_to_f32(bits);
+}
+
+Test(tensor, many_elements_convert_as_each_does_alone) {
+  static const moe_dtype types[] = {MOE_F32, MOE_BF16, MOE_F16};
+  enum { N = 65536 + 13 };
+  static uint32_t from[N];
+  static char to[4 * N];
+  for (int64_t i = 0; i < N; i++) { /* any bits: NaNs, infinities, subnormals of each type */
+    uint32_t draw[4];
+    moe_philox(3, (uint64_t)i, 0, draw);
+    from[i] = draw[0];
+  }
+  for (int a = 0; a < 3; a++)
+    for (int b = 0; b < 3; b++) {
+      moe_convert(from, types[a], to, types[b], N);
+      for (int64_t i = 0; i < N; i++) {
+        float x = one_to_f32(from, types[a], i);
+        uint32_t bits;
+        uint16_t half = types[b] == MOE_BF16 ? moe_f32_to_bf16(x) : moe_f32_to_f16(x);
+        if (a == b) half = ((uint16_t *)from)[i];
+        memcpy(&bits, &x, sizeof bits);
+        if (types[b] == MOE_F32)
+          cr_assert_eq(((uint32_t *)to)[i], bits, "%d to %d, element %d", a, b, (int)i);
+        else
+          cr_assert_eq(((uint16_t *)to)[i], half, "%d to %d, element %d", a, b, (int)i);
+      }
+    }
+}
+
+Test(tensor, one_value_that_is_not_finite_is_found_anywhere) {
+  static float wide[1000];
+  static uint16_t narrow[1000];
+  for (int at = 0; at < 1000; at += 37) {
+    for (int i = 0; i < 1000; i++) wide[i] = 3e38f, narrow[i] = 0x7bff;
+    cr_assert(moe_all_finite(wide, MOE_F32, 1000));
+    cr_assert(moe_all_finite(narrow, MOE_F16, 1000) && moe_all_finite(narrow, MOE_BF16, 1000));
+    wide[at] = at % 2 ? INFINITY : -NAN;
+    narrow[at] = at % 2 ? 0xfc00 : 0x7c01;
+    cr_assert(!moe_all_finite(wide, MOE_F32, 1000));
+    cr_assert(!moe_all_finite(narrow, MOE_F16, 1000));
+    narrow[at] = at % 2 ? 0xff80 : 0x7fff;
+    cr_assert(!moe_all_finite(narrow, MOE_BF16, 1000));
+  }
+}
