@@ -87,7 +87,8 @@ static void print_state(const inspection *c, const char *folder) {
           moe_text_count(tokens, (double)s->tokens), s->samples);
   fprintf(c->out, "data         seed %" PRIu64 ", fingerprint %016" PRIx64 "\n", s->seed,
           s->data_fingerprint);
-  if (s->loss_scale > 0.0 && s->loss_scale != 1.0) fprintf(c->out, "loss scale   %g\n", s->loss_scale);
+  if (s->loss_scale > 0.0 && s->loss_scale != 1.0)
+    fprintf(c->out, "loss scale   %g\n", s->loss_scale);
   if (s->router_bias_count > 0) {
     spread b = {0};
     for (int64_t i = 0; i < s->router_bias_count; i++) add_number(&b, (double)s->router_bias[i]);

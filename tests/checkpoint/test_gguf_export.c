@@ -186,6 +186,66 @@ Test(gguf_export, the_bytes_tokenizer_fills_the_vocabulary) {
   moe_gguf_close(g);
 }
 
+/* The vocabulary of a seed model of tests/fuzz in a file of its own. */
+static moe_gguf *vocab_of(const char *model, moe_gguf_vocab kind) {
+  moe_tokenizer *t;
+  moe_gguf_writer *w;
+  moe_gguf *g;
+  char name[512];
+  snprintf(name, sizeof name, "%s/tests/fuzz/seeds/tokenizer/%s", MOE_SOURCE_DIR, model);
+  snprintf(out, sizeof out, "%s/%s-%d.gguf", run, model, (int)kind);
+  EXPECT_OK(moe_tokenizer_open(name, &t));
+  EXPECT_OK(moe_gguf_writer_create(&w));
+  EXPECT_OK(moe_gguf_put_vocab(w, t, moe_tokenizer_vocab_size(t) + 2, kind));
+  EXPECT_OK(moe_gguf_writer_open(w, out));
+  EXPECT_OK(moe_gguf_writer_finish(w));
+  moe_gguf_writer_destroy(w);
+  moe_tokenizer_close(t);
+  EXPECT_OK(moe_gguf_open(out, &g));
+  return g;
+}
+
+/* The type of the token with this text, 0 when there is none; there is at most one. */
+static int type_of(const moe_gguf *g, const char *text) {
+  moe_gguf_entry tokens, types;
+  int32_t type = 0;
+  cr_assert(moe_gguf_find(g, "tokenizer.ggml.tokens", &tokens) &&
+            moe_gguf_find(g, "tokenizer.ggml.token_type", &types) && types.count == tokens.count);
+  const char *at = tokens.data;
+  for (int64_t i = 0; i < tokens.count; i++) {
+    uint64_t length;
+    memcpy(&length, at, sizeof length);
+    at += sizeof length;
+    if (length == strlen(text) && memcmp(at, text, length) == 0) {
+      cr_assert_eq(type, 0, "\"%s\" is there twice", text);
+      memcpy(&type, (const char *)types.data + i * 4, sizeof type);
+    }
+    at += length;
+  }
+  return type;
+}
+
+static void expect_vocab(const char *model, moe_gguf_vocab kind, const char *algorithm) {
+  char *text;
+  moe_gguf *g = vocab_of(model, kind);
+  EXPECT_OK(moe_gguf_text(g, "tokenizer.ggml.model", &text));
+  cr_assert_str_eq(text, algorithm);
+  bool spelled = strcmp(algorithm, "t5") == 0;
+  cr_assert_eq(type_of(g, "\n"), spelled ? 1 : 0);
+  cr_assert_eq(type_of(g, "<0x0A>"), spelled ? 0 : 6);
+  cr_assert_eq(type_of(g, "<0xFF>"), 6);
+  cr_assert_eq(type_of(g, "<eos>"), 3);
+  cr_assert_eq(type_of(g, "<unk>"), 2);
+  free(text);
+  moe_gguf_close(g);
+}
+
+Test(gguf_export, each_kind_of_tokenizer_asks_for_the_algorithm_that_gives_its_tokens) {
+  expect_vocab("unigram", MOE_GGUF_VOCAB_AUTO, "t5");
+  expect_vocab("unigram", MOE_GGUF_VOCAB_LLAMA, "llama");
+  expect_vocab("bpe", MOE_GGUF_VOCAB_AUTO, "llama");
+}
+
 Test(gguf_export, a_tokenizer_larger_than_the_model_is_refused) {
   moe_config *c = model_config(2, MOE_PRECISION_FP32);
   save_model(c, SEED, 1);
