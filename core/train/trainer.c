@@ -213,7 +213,8 @@ static moe_status run(trainer *t) {
   while (t->step < c->train.steps) {
     moe_status status = train_step(t);
     if (status == MOE_OK) status = between_steps(t);
-    if (status == MOE_STOPPED || status == MOE_DIVERGED) return status;
+    /* told to stop, all fail alike: their save */
+    if (status == MOE_DIVERGED || (status != MOE_OK && t->stop)) return status;
     if (status != MOE_OK) moe_abort(status);
   }
   moe_run_position at = position(t);

@@ -64,13 +64,13 @@ END
 }
 
 # train RANKS CONFIG [OPTION...]: a job; its output goes to ./log, its exit code is returned. A job
-# that lasts longer than $limit seconds (60) is ended and counts as a hang. Each rank is started by
+# that lasts longer than $limit seconds (120) is ended and counts as a hang. Each rank is started by
 # $under, when that is set: `prlimit --fsize=9`, `env NAME=VALUE`.
 train() {
   local ranks=$1 code
   shift
   # shellcheck disable=SC2086 # $under is words
-  timeout -k 5 "${limit:-60}" mpirun --oversubscribe --bind-to none -np "$ranks" \
+  timeout -k 5 "${limit:-120}" mpirun --oversubscribe --bind-to none -np "$ranks" \
     ${under-} "$bin/moe-train" "$@" >log 2>&1
   code=$?
   [ "$code" = 124 ] && violation "the job hung: $(tail -n 3 log)"

@@ -32,7 +32,7 @@ with_shim() {
   export FAULT_AFTER=$PWD/run/checkpoints/step-00000002/manifest.json
   local ranks=$1 code
   shift
-  timeout -k 5 60 mpirun --oversubscribe --bind-to none -np "$ranks" -x FAULT_AFTER "${exports[@]}" \
+  timeout -k 5 "${limit:-120}" mpirun --oversubscribe --bind-to none -np "$ranks" -x FAULT_AFTER "${exports[@]}" \
     -x "LD_PRELOAD=$shim" "$bin/moe-train" "$@" >log 2>&1
   code=$?
   [ "$code" = 124 ] && violation "the job hung: $(tail -n 3 log)"
@@ -144,7 +144,7 @@ disk_full() {
   local disk=$PWD/disk code
   mkdir disk
   make_config cfg.ini "[log]" "interval = 100"
-  sed -i "s/^ffn_size = .*/ffn_size = 600/; s/^steps = .*/steps = 120/; s/^interval = 2$/interval = 20/
+  sed -i "s/^ffn_size = .*/ffn_size = 600/; s/^steps = .*/steps = 48/; s/^interval = 2$/interval = 8/
     s|^dir = run|dir = $disk/run|" cfg.ini
   RANDOM=$1
   if [ $(($1 % 2)) = 1 ] && mount -t tmpfs -o size=40m faults disk 2>/dev/null; then
@@ -160,12 +160,12 @@ disk_full() {
   code=$?
   [ "$code" = 1 ] || violation "exit code $code: $(tail -n 5 log)"
   says "was not saved:"
-  [ "$(curve disk/run | wc -l)" = 120 ] || violation "training did not go on: $(tail -n 3 log)"
+  [ "$(curve disk/run | wc -l)" = 48 ] || violation "training did not go on: $(tail -n 3 log)"
   [ -z "$(find disk/run/checkpoints -name '.tmp-*')" ] || violation "left-overs"
   [ "$(newest_step disk/run)" -ge "$(acknowledged_step)" ] || violation "a checkpoint is gone"
   rm -f disk/other
   train 2 cfg.ini || violation "with room again it fails: $(tail -n 3 log)"
-  [ "$(newest_step disk/run)" = 120 ] || violation "not saved with room again"
+  [ "$(newest_step disk/run)" = 48 ] || violation "not saved with room again"
 }
 fault "disk full" 2 20 disk_full \
   "warnings, no left-overs, training goes on to its end; saved once there is room"
