@@ -81,14 +81,18 @@ int64_t moe_cpu_attention_cached_scratch(moe_device *dev, moe_attention_shape sh
 
 static work make_work(const problem *p, float *base) {
   int64_t rows = p->tokens * p->rep, d = p->s.head_dim;
-  work w = {.q = base, .p = base + rows * d, .k = base + rows * (d + KEY_BLOCK)};
+  work w;
+  w.q = base;
+  w.p = w.q + rows * d;
+  w.k = w.p + rows * KEY_BLOCK;
   w.v = w.k + KEY_BLOCK * d;
   return w;
 }
 
 static part make_part(const problem *p, float *base, int64_t index) {
   int64_t rows = p->tokens * p->rep;
-  part x = {.out = base + index * part_floats(p)};
+  part x;
+  x.out = base + index * part_floats(p);
   x.peak = x.out + rows * p->s.head_dim;
   x.sum = x.peak + rows;
   return x;
