@@ -49,7 +49,7 @@ for suite in experts gpu_experts gpu_determinism; do
     --filter "$suite/*" --timeout 600
 done
 for suite in attention_cached experts_decode gpu_decode; do
-  check "$suite, launches one by one, exact attention" "$@" env MOE_PLAIN=overlap,gemv,router \
+  check "$suite, plain" "$@" env MOE_PLAIN=overlap,router \
     MOE_ATTENTION=exact "$program" -j2 --filter "$suite/*" --timeout 600
 done
 exit $failed
