@@ -8,7 +8,7 @@
 #include "tests/checkpoint/fixture.h"
 #include "tests/checkpoint/model.h"
 
-TestSuite(hf, .init = open_world, .fini = close_world, .timeout = 120);
+TestSuite(hf, .init = open_world, .fini = close_world, .timeout = 300);
 
 static char out[128], imported[128];
 
