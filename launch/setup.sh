@@ -9,7 +9,7 @@ packages="cmake ninja-build gcc g++ pkg-config
   libopenmpi-dev openmpi-bin libhdf5-dev libopenblas-openmp-dev libinih-dev libcjson-dev
   libxxhash-dev libprotobuf-c-dev protobuf-c-compiler libcriterion-dev libsentencepiece-dev
   sentencepiece ccache"
-ci_packages="clang-format clang-tidy clang valgrind libclang-rt-14-dev libomp-14-dev"
+ci_packages="clang-format clang-tidy clang valgrind procps libclang-rt-14-dev libomp-14-dev"
 
 case "${1-}" in
 '') ;;
