@@ -79,4 +79,21 @@ static inline void save_model(const moe_config *c, uint64_t seed, int64_t step) 
   free(pieces);
 }
 
+/* Every tensor of the source holds the values of a model saved with seed 5, rounded to `dtype` in
+ * its pool. */
+static inline void expect_values(moe_weights *w, moe_dtype dtype) {
+  for (int i = 0; i < w->params.count; i++) {
+    const moe_param *p = &w->params.list[i];
+    moe_dtype kept = moe_pool_dtype(p->row->pool, dtype);
+    float *expected = model_values(p, 5), *got = malloc((size_t)p->count * sizeof *got);
+    void *bits = rounded_copy(expected, p->count, kept);
+    moe_convert(bits, kept, expected, MOE_F32, p->count);
+    EXPECT_OK(moe_weights_read(w, p, 0, p->count, got));
+    cr_assert_arr_eq(got, expected, (size_t)p->count * sizeof *got, "%s", p->name);
+    free(bits);
+    free(expected);
+    free(got);
+  }
+}
+
 #endif

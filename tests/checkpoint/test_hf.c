@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 
 #include "checkpoint/hf.h"
+#include "checkpoint/hf_tokenizer.h"
 #include "checkpoint/json.h"
 #include "checkpoint/safetensors.h"
 #include "tests/checkpoint/fixture.h"
@@ -26,22 +27,6 @@ static void make_export(int groups, int precision, int dtype) {
   free(c);
   moe_export_options o = exporting(dtype);
   EXPECT_OK(moe_export_hf(&o));
-}
-
-/* Every tensor of the source holds the test's values, rounded to `dtype` in its pool. */
-static void expect_values(moe_weights *w, moe_dtype dtype) {
-  for (int i = 0; i < w->params.count; i++) {
-    const moe_param *p = &w->params.list[i];
-    moe_dtype kept = moe_pool_dtype(p->row->pool, dtype);
-    float *expected = model_values(p, 5), *got = malloc((size_t)p->count * sizeof *got);
-    void *bits = rounded_copy(expected, p->count, kept);
-    moe_convert(bits, kept, expected, MOE_F32, p->count);
-    EXPECT_OK(moe_weights_read(w, p, 0, p->count, got));
-    cr_assert_arr_eq(got, expected, (size_t)p->count * sizeof *got, "%s", p->name);
-    free(bits);
-    free(expected);
-    free(got);
-  }
 }
 
 static void expect_export(moe_dtype dtype) {
@@ -195,6 +180,71 @@ Test(hf, a_router_bias_is_not_lost_in_silence) {
   EXPECT_SAYS("--drop-router-bias");
   o.drop_router_bias = true;
   EXPECT_OK(moe_export_hf(&o));
+}
+
+/* ---- tokenizers ---- */
+
+Test(hf, a_tokenizer_of_more_pieces_than_the_vocabulary_is_refused) {
+  moe_config *c = model_config(2, MOE_PRECISION_FP32);
+  save_model(c, 5, 1);
+  free(c);
+  moe_export_options o = exporting(MOE_F32);
+  o.tokenizer = "bytes";
+  cr_assert_eq(moe_export_hf(&o), MOE_USAGE);
+  EXPECT_SAYS("260 pieces");
+  cr_assert_eq(count_like("hf*"), 0);
+}
+
+/* tokenizer.json of a SentencePiece model, written into the run's folder. */
+static cJSON *tokenizer_json(const char *name) {
+  char path[256];
+  moe_tokenizer *t;
+  cJSON *root;
+  snprintf(path, sizeof path, MOE_SOURCE_DIR "/tests/fuzz/seeds/tokenizer/%s", name);
+  EXPECT_OK(moe_tokenizer_open(path, &t));
+  EXPECT_OK(moe_hf_tokenizer_write(t, path, 40, run));
+  moe_tokenizer_close(t);
+  SHELL("cmp %s %s/tokenizer.model", path, run);
+  cr_assert(there(run, "tokenizer_config.json") && there(run, "special_tokens_map.json"));
+  snprintf(path, sizeof path, "%s/tokenizer.json", run);
+  EXPECT_OK(moe_json_read(path, 1 << 20, &root));
+  return root;
+}
+
+Test(hf, merges_of_a_bpe_tokenizer_make_its_pieces_best_first) {
+  cJSON *root = tokenizer_json("bpe");
+  const cJSON *model = moe_json_member(root, "model"), *merge;
+  const cJSON *vocab = moe_json_member(model, "vocab");
+  double last = 0.0; /* pieces are numbered by score */
+  int merges = 0;
+  cJSON_ArrayForEach(merge, moe_json_member(model, "merges")) {
+    char made[128];
+    snprintf(made, sizeof made, "%s%s", cJSON_GetArrayItem(merge, 0)->valuestring,
+             cJSON_GetArrayItem(merge, 1)->valuestring);
+    const cJSON *id = moe_json_member(vocab, made);
+    cr_assert(cJSON_IsNumber(id), "%s is no piece", made);
+    cr_assert_geq(id->valuedouble, last);
+    last = id->valuedouble;
+    merges++;
+  }
+  cr_assert_eq(merges, 5); /* er, _e, es, ou, to: each of two characters */
+  cJSON_Delete(root);
+}
+
+Test(hf, a_unigram_tokenizer_keeps_its_pieces_and_scores) {
+  cJSON *root = tokenizer_json("unigram");
+  const cJSON *vocab = moe_json_member(moe_json_member(root, "model"), "vocab");
+  moe_tokenizer *t;
+  EXPECT_OK(moe_tokenizer_open(MOE_SOURCE_DIR "/tests/fuzz/seeds/tokenizer/unigram", &t));
+  cr_assert_eq(cJSON_GetArraySize(vocab), moe_tokenizer_vocab_size(t));
+  for (int32_t id = 0; id < moe_tokenizer_vocab_size(t); id++) {
+    const cJSON *piece = cJSON_GetArrayItem(vocab, id);
+    cr_assert_str_eq(cJSON_GetArrayItem(piece, 0)->valuestring, moe_tokenizer_piece(t, id));
+    cr_assert_eq((float)cJSON_GetArrayItem(piece, 1)->valuedouble,
+                 moe_tokenizer_piece_score(t, id));
+  }
+  moe_tokenizer_close(t);
+  cJSON_Delete(root);
 }
 
 /* ---- round trip --------------------------------------------------------------------------------

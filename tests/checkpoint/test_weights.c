@@ -16,20 +16,6 @@ static moe_weights *open_model(moe_config *c) {
   return w;
 }
 
-static void expect_values(moe_weights *w, moe_dtype rounded_to) {
-  for (int i = 0; i < w->params.count; i++) {
-    const moe_param *p = &w->params.list[i];
-    float *expected = model_values(p, 5), *got = malloc((size_t)p->count * sizeof *got);
-    void *bits = rounded_copy(expected, p->count, moe_pool_dtype(p->row->pool, rounded_to));
-    moe_convert(bits, moe_pool_dtype(p->row->pool, rounded_to), expected, MOE_F32, p->count);
-    EXPECT_OK(moe_weights_read(w, p, 0, p->count, got));
-    cr_assert_arr_eq(got, expected, (size_t)p->count * sizeof *got, "%s", p->name);
-    free(bits);
-    free(expected);
-    free(got);
-  }
-}
-
 Test(weights, of_a_checkpoint_are_its_masters) {
   moe_config *c = model_config(2, MOE_PRECISION_BF16);
   moe_weights *w = open_model(c);
