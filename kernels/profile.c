@@ -22,9 +22,14 @@ struct moe_profile {
   span span[SPANS];
 };
 
+/* Lanes beside MAIN are seen by what MAIN waits for them. */
+static bool sees(const moe_device *dev, const struct moe_profile *p) {
+  return p && dev->lane == MOE_LANE_MAIN && !dev->recording && p->spans < SPANS;
+}
+
 void moe_profile_begin(moe_device *dev, const char *op, double flops) {
   struct moe_profile *p = dev ? dev->profile : NULL;
-  if (!p || dev->recording || p->spans == SPANS || p->open++ > 0) return;
+  if (!sees(dev, p) || p->open++ > 0) return;
   span *s = &p->span[p->spans];
   *s = (span){.op = op, .label = dev->label ? dev->label : "", .flops = flops};
   p->inner->mark(dev, &s->begin);
@@ -32,7 +37,7 @@ void moe_profile_begin(moe_device *dev, const char *op, double flops) {
 
 void moe_profile_end(moe_device *dev) {
   struct moe_profile *p = dev ? dev->profile : NULL;
-  if (!p || dev->recording || p->spans == SPANS || --p->open > 0) return;
+  if (!sees(dev, p) || --p->open > 0) return;
   p->inner->mark(dev, &p->span[p->spans++].end);
 }
 

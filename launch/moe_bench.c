@@ -21,6 +21,9 @@ static const char help[] =
     "  --steps N                steps measured (default 8)\n"
     "  --warmup N               steps before (default 2)\n"
     "  --no-collectives         leave out the collectives\n"
+    "  --balanced               tokens go to experts in turn: without it, the price of real "
+    "routing\n"
+    "                           from initial weights is included\n"
     "  --operations             also list every operation of the timed steps\n"
     "  --json FILE              also write the figures as JSON\n"
     "  --help, --version\n";
@@ -29,7 +32,7 @@ typedef struct {
   moe_config config;
   const char *answer, *json;
   int steps, warmup;
-  bool collectives, operations;
+  bool collectives, operations, balanced;
 } command;
 
 typedef struct {
@@ -51,15 +54,12 @@ static moe_status parse_count(const char *option, const char *text, int least, i
 }
 
 static moe_status parse(int argc, char **argv, command *cmd) {
-  static const struct option options[] = {{"set", required_argument, NULL, 's'},
-                                          {"steps", required_argument, NULL, 'n'},
-                                          {"warmup", required_argument, NULL, 'w'},
-                                          {"no-collectives", no_argument, NULL, 'c'},
-                                          {"operations", no_argument, NULL, 'o'},
-                                          {"json", required_argument, NULL, 'j'},
-                                          {"help", no_argument, NULL, 'h'},
-                                          {"version", no_argument, NULL, 'v'},
-                                          {NULL, 0, NULL, 0}};
+  static const struct option options[] = {
+      {"set", required_argument, NULL, 's'},    {"steps", required_argument, NULL, 'n'},
+      {"warmup", required_argument, NULL, 'w'}, {"no-collectives", no_argument, NULL, 'c'},
+      {"operations", no_argument, NULL, 'o'},   {"balanced", no_argument, NULL, 'b'},
+      {"json", required_argument, NULL, 'j'},   {"help", no_argument, NULL, 'h'},
+      {"version", no_argument, NULL, 'v'},      {NULL, 0, NULL, 0}};
   moe_config file;
   int option;
   moe_config_defaults(&cmd->config);
@@ -76,6 +76,7 @@ static moe_status parse(int argc, char **argv, command *cmd) {
       if (option == 'v') cmd->answer = "moe-bench " MOE_VERSION "\n";
       if (option == 'c') cmd->collectives = false;
       if (option == 'o') cmd->operations = true;
+      if (option == 'b') cmd->balanced = true;
       if (option == 'j') cmd->json = optarg;
       if (option == 'n') MOE_TRY(parse_count("--steps", optarg, 1, &cmd->steps));
       if (option == 'w') MOE_TRY(parse_count("--warmup", optarg, 0, &cmd->warmup));
@@ -111,6 +112,7 @@ done:
 
 static moe_status measure_step(moe_engine *e, const command *cmd, figures *f) {
   MOE_TRY(moe_optimizer_init_weights(e->optimizer, (uint64_t)e->config.train.seed));
+  if (cmd->balanced) MOE_TRY(moe_model_force_balance(e->model));
   return moe_bench_step(e, cmd->warmup, cmd->steps, &f->step);
 }
 
@@ -131,10 +133,11 @@ static void print_figures(const moe_engine *e, const command *cmd, const figures
   int64_t experts = 0, blocks = 0;
   moe_model_recompute(e->model, &experts, &blocks);
   printf("step: %" PRId64 " tokens, %s, exchange %s, %s planned, recomputed: experts of %" PRId64
-         " and blocks of %" PRId64 " layers; median of %d\n",
+         " and blocks of %" PRId64 " layers%s; median of %d\n",
          s->tokens, moe_dtype_name(moe_config_compute_dtype(&e->config)),
          moe_model_exchange_name(e->model),
-         moe_text_bytes(memory, (double)moe_engine_planned_bytes(e)), experts, blocks, cmd->steps);
+         moe_text_bytes(memory, (double)moe_engine_planned_bytes(e)), experts, blocks,
+         cmd->balanced ? ", balanced routing" : "", cmd->steps);
   printf("  %.1f ms (%.1f to %.1f), %.0f tokens/s, %.4f TFLOP/s per rank = %.1f %% of the product",
          1e3 * s->seconds, 1e3 * s->fastest, 1e3 * s->slowest, (double)s->tokens / s->seconds,
          s->model_tflops, 100.0 * s->model_tflops / f->ceilings.product_tflops);

@@ -64,6 +64,7 @@ typedef struct {
   moe_dtype dtype;
   moe_work work;
   moe_due_grad due;
+  moe_tensor forced;  /* i32 [T, K] experts in place of the router's; absent but in benchmarks */
   int32_t *rows_host; /* [1], pinned: a row count on its way to the host */
   moe_mark rows_asked;
   moe_tensor rope_table;                               /* f32 [S, d] */

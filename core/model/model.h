@@ -84,6 +84,10 @@ moe_status moe_model_evaluate(moe_model *m, const moe_batch *batch, double loss[
 /* Forward only; logits f32 [T, V] to host memory. Collective over the expert group. */
 moe_status moe_model_logits(moe_model *m, const moe_batch *batch, float *logits);
 
+/* For benchmarks: from now on tokens go to experts in turn, whatever the router says, so that every
+ * expert gets as many. Gates are still the router's of the experts it chose. Local; waits. */
+moe_status moe_model_force_balance(moe_model *m);
+
 /* Seconds and bytes of expert exchange since the last call. */
 void moe_model_exchange_cost(moe_model *m, double *seconds, double *bytes);
 const char *moe_model_exchange_name(const moe_model *m);

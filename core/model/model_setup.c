@@ -219,6 +219,7 @@ void moe_model_destroy(moe_model *m) {
   if (m->env.rows_host) moe_device_free_host(m->env.dev, m->env.rows_host);
   moe_device_forget(m->env.dev, &m->env.rows_asked);
   for (int i = 0; i < m->stash_count; i++) moe_stash_destroy(&m->stashes[i]);
+  if (moe_tensor_present(m->env.forced)) moe_device_free(m->env.dev, m->env.forced.data);
   moe_graph_destroy(m->env.dev, m->forward.graph);
   for (int i = 0; i < 2; i++) moe_graph_destroy(m->env.dev, m->backward[i].graph);
   moe_dispatcher_destroy(m->env.dispatcher);
@@ -251,6 +252,24 @@ float *moe_model_router_bias(moe_model *m) {
 
 moe_status moe_model_router_bias_changed(moe_model *m) {
   return moe_device_upload(m->env.dev, m->bias.data, m->bias_host, moe_tensor_bytes(m->bias));
+}
+
+/* Token t of this rank begins at expert t + rank, so that ranks' rows are alike too. */
+moe_status moe_model_force_balance(moe_model *m) {
+  moe_block_env *env = &m->env;
+  int64_t k = env->dims.top_k, n = env->tokens * k, first = moe_comm_rank(m->options.mesh->world);
+  int32_t *experts = malloc((size_t)n * sizeof *experts);
+  if (!experts) return moe_fail(MOE_NO_MEMORY, "out of memory: balanced experts");
+  for (int64_t i = 0; i < n; i++)
+    experts[i] = (int32_t)((i / k + first + i % k * (env->dims.experts / k)) % env->dims.experts);
+  if (!moe_tensor_present(env->forced))
+    env->forced = moe_tensor_2d(moe_device_alloc(env->dev, n * 4), MOE_I32, env->tokens, k);
+  moe_status status = moe_tensor_present(env->forced)
+                          ? moe_device_upload(env->dev, env->forced.data, experts, n * 4)
+                          : moe_fail(MOE_NO_MEMORY, "out of memory: balanced experts");
+  if (status == MOE_OK) status = moe_device_sync(env->dev);
+  free(experts);
+  return status;
 }
 
 void moe_model_exchange_cost(moe_model *m, double *seconds, double *bytes) {

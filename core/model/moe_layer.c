@@ -76,6 +76,11 @@ static moe_status route_tokens(moe_block_env *env, moe_block *b, moe_tensor stat
   MOE_TRY(moe_dispatch_send_early(env->dispatcher, s->h2, &s->route));
   MOE_TRY(moe_router(env->dev, s->h2, b->w.router, b->bias, s->probs, s->router_lse, s->experts,
                      s->gates, stats));
+  if (moe_tensor_present(env->forced)) { /* bits, not numbers: f32 to f32 is a copy */
+    int64_t n = moe_tensor_count(s->experts);
+    MOE_TRY(moe_copy(env->dev, moe_tensor_1d(s->experts.data, MOE_F32, n),
+                     moe_tensor_1d(env->forced.data, MOE_F32, n)));
+  }
   double factor = env->config->train.capacity_factor;
   if (factor > 0.0) {
     double share = factor * (double)(env->tokens * d->top_k) / (double)d->experts;

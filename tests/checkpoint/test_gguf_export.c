@@ -32,7 +32,7 @@ static void make_export(int groups, int precision, int type, const char *const *
 }
 
 /* Every tensor read back is the test's values, encoded and decoded. */
-static void expect_values(moe_ggml_type type) {
+static void expect_file_values(moe_ggml_type type) {
   moe_weights *w;
   EXPECT_OK(moe_weights_open_gguf(out, &w));
   for (int i = 0; i < w->params.count; i++) {
@@ -68,18 +68,18 @@ static int count_like(const char *pattern) {
 
 Test(gguf_export, fp32_comes_back_bit_for_bit) {
   make_export(2, MOE_PRECISION_FP32, MOE_GGUF_RUN_TYPE, NULL);
-  expect_values(MOE_GGML_F32);
+  expect_file_values(MOE_GGML_F32);
   cr_assert_eq(count_like("m*"), 1, "something is left beside it");
 }
 
 Test(gguf_export, a_bf16_run_leaves_in_bf16_with_one_key_value_head) {
   make_export(1, MOE_PRECISION_BF16, MOE_GGUF_RUN_TYPE, NULL);
-  expect_values(MOE_GGML_BF16);
+  expect_file_values(MOE_GGML_BF16);
 }
 
 Test(gguf_export, fp16_rounds_once) {
   make_export(2, MOE_PRECISION_BF16, MOE_GGML_F16, NULL);
-  expect_values(MOE_GGML_F16);
+  expect_file_values(MOE_GGML_F16);
 }
 
 static const char *const blocks[] = {"model.hidden_size=64", "model.ffn_size=96",
@@ -87,12 +87,12 @@ static const char *const blocks[] = {"model.hidden_size=64", "model.ffn_size=96"
 
 Test(gguf_export, q8_0_comes_back_as_what_its_blocks_say) {
   make_export(2, MOE_PRECISION_FP32, MOE_GGML_Q8_0, blocks);
-  expect_values(MOE_GGML_Q8_0);
+  expect_file_values(MOE_GGML_Q8_0);
 }
 
 Test(gguf_export, q8_0_keeps_rows_that_are_not_whole_blocks_in_fp16) {
   make_export(2, MOE_PRECISION_FP32, MOE_GGML_Q8_0, NULL);
-  expect_values(MOE_GGML_Q8_0);
+  expect_file_values(MOE_GGML_Q8_0);
   moe_gguf *g;
   EXPECT_OK(moe_gguf_open(out, &g));
   cr_assert_eq(moe_gguf_tensor_find(g, "output.weight")->type, MOE_GGML_F16);
@@ -268,7 +268,7 @@ Test(gguf_export, failures_leave_nothing_and_what_was_there) {
   o.common.overwrite = true;
   o.common.stop = &stop;
   cr_assert_eq(moe_export_gguf(&o), MOE_STOPPED);
-  expect_values(MOE_GGML_F32);
+  expect_file_values(MOE_GGML_F32);
   cr_assert_eq(count_like("m*"), 1);
 }
 
