@@ -1,10 +1,10 @@
 /* Hopper: da = dy w2 and SwiGLU's derivative in one kernel; g, u become dg, du in place.
  *
  * The one product of the experts that is bound by memory: per routed row it moves 10 F bytes and
- * multiplies 2 D F times. So each consumer warp brings its own g and u (16 rows by 64 columns at a
- * time) through two slots of shared memory, the first two before its products begin, and dg, du and
- * a leave from the same slots. The gates' gradients are sums over all columns: each tile leaves its
- * part in scratch memory and a second, small kernel adds the parts in order.
+ * multiplies 2 D F times. So a second producer brings g and u, 64 rows and columns at a time, while
+ * the tile's products still run; dg, du and a leave from the same slots of shared memory. The
+ * gates' gradients are sums over all columns: each tile leaves its part in scratch memory and a
+ * second, small kernel adds the parts in order.
  * Source: Shazeer 2020, arXiv:2002.05202. */
 #include "kernels/cuda/sm90_gemm.cuh"
 #include "kernels/cuda/swiglu.cuh"
@@ -12,19 +12,32 @@
 namespace sm90 {
 
 struct down_backward {
-  static constexpr int N = 192, STAGES = 3, A_MN = 0, B_MN = 1;
-  static constexpr int WIDE = 64,
-                       PART = 16 * WIDE * 2; /* a slab's columns; bytes of one tensor's */
-  static constexpr int SLOT = 3 * PART, SLAB = 2 * SLOT;      /* g, u, a */
-  static constexpr int ACROSS = N / WIDE, STEPS = 2 * ACROSS; /* slabs of a warp's part of a tile */
-  static constexpr bool ROWS_ARE_K = false;
+  static constexpr int N = 128, STAGES = 4, A_MN = 0, B_MN = 1;
+  static constexpr bool ROWS_ARE_K = false, FEEDS = true;
+  static constexpr int WIDE = 64, ACROSS = N / WIDE; /* a slot's columns, slots across a tile */
+  static constexpr int SLOTS = SM90_M / 64 * ACROSS; /* of a tile, and there are no more */
+  static constexpr int PART = 16 * WIDE * 2;         /* bytes of a warp's part of a tensor */
+  static constexpr int BLOCK = 4 * PART, SLOT = 3 * BLOCK; /* of a tensor's, of g's, u's and a's */
 
   struct args : sm90_sizes {
-    CUtensorMap dy, w2, gu_map, a_map;
+    CUtensorMap dy, w2, gu_in, gu_out, a_out;
     const float *gates;
     float *dgates; /* [n_tiles, C] */
     __nv_bfloat16 *gu, *a;
     int ffn;
+  };
+
+  /* The slots of the tile whose turn it is; the warps of the group that has the tile turn 16 rows
+   * each into dg, du and a, and send them off. */
+  struct work {
+    char slot[SLOTS][SLOT];
+    uint64_t full[SLOTS], empty[SLOTS]; /* g and u are there; what became of them has been read */
+    __device__ __forceinline__ void begin() {
+      for (int i = 0; i < SLOTS; i++) {
+        barrier_init(shared_address(&full[i]), 1);
+        barrier_init(shared_address(&empty[i]), 4);
+      }
+    }
   };
 
   static __device__ __forceinline__ void load(const args &p, const sm90_tile &t, int k,
@@ -33,64 +46,88 @@ struct down_backward {
     tma_load(b, &p.w2, bar, 0, k, t.column / 64, t.expert);
   }
 
+  static __device__ __forceinline__ void feed(const args &p, work &w, const sm90_tile &t) {
+    for (int i = 0; i < SLOTS; i++) {
+      uint32_t full = shared_address(&w.full[i]);
+      barrier_wait(shared_address(&w.empty[i]), (uint32_t)(t.number + 1) & 1);
+      barrier_expect(full, 2 * BLOCK);
+      tma_load(shared_address(w.slot[i]), &p.gu_in, full, t.column + i % ACROSS * WIDE,
+               t.row + i / ACROSS * 64, 0, 0);
+    }
+  }
+
   struct epilogue {
     const args &p;
-    uint32_t slabs, slots;
+    work &w;
     float fetched; /* gates */
 
-    /* Lane 0: bring step s's g and u, when what left its slot has been read. */
-    __device__ __forceinline__ void fetch(const sm90_tile &t, int s) {
-      barrier_expect(slots + s % 2 * 8, 2 * PART);
-      tma_load(slabs + s % 2 * SLOT, &p.gu_map, slots + s % 2 * 8, t.column + s % ACROSS * WIDE,
-               t.row + s / ACROSS * 64 + warp_of_group() * 16, 0, 0);
-    }
+    __device__ __forceinline__ epilogue(const args &p_, work &w_, int)
+        : p(p_), w(w_), fetched(0.0f) {}
 
     __device__ __forceinline__ void prepare(const sm90_tile &t) {
-      if (lane_of_warp() == 0) {
-        tma_wait_read<0>();
-        fetch(t, 0);
-        fetch(t, 1);
-      }
-      __syncwarp();
       fetched = gates_fetch(p.gates, t);
     }
 
-    /* 16 x 16 elements at `at`: v holds da. sum: of da silu(g) u in rows lane / 4 and 8 below. */
-    static __device__ __forceinline__ void derive(uint32_t at, const float *v,
+    /* 16 x 16 elements of da, g and u: g, u become dg, du, and a is found. sum: of da silu(g) u in
+     * rows lane / 4 and 8 below. */
+    static __device__ __forceinline__ void derive(const float *da, uint32_t (&g)[4],
+                                                  uint32_t (&u)[4], uint32_t (&a)[4],
                                                   const float (&gate)[2], float (&sum)[2]) {
-      uint32_t g[4], u[4], a[4];
-      load_blocks(g, at);
-      load_blocks(u, at + PART);
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         float g0 = low(g[i]), g1 = high(g[i]), u0 = low(u[i]), u1 = high(u[i]);
-        float a0 = swiglu_backward<__nv_bfloat16>(gate[i % 2], v[2 * i], &g0, &u0, &sum[i % 2]);
-        float a1 = swiglu_backward<__nv_bfloat16>(gate[i % 2], v[2 * i + 1], &g1, &u1, &sum[i % 2]);
+        float a0 = swiglu_backward<__nv_bfloat16>(gate[i % 2], da[2 * i], &g0, &u0, &sum[i % 2]);
+        float a1 =
+            swiglu_backward<__nv_bfloat16>(gate[i % 2], da[2 * i + 1], &g1, &u1, &sum[i % 2]);
         g[i] = pack(g0, g1), u[i] = pack(u0, u1), a[i] = pack(a0, a1);
       }
-      store_blocks(at, g);
-      store_blocks(at + PART, u);
-      store_blocks(at + 2 * PART, a);
     }
 
-    __device__ __forceinline__ void send(const sm90_tile &t, int s) {
-      uint32_t slab = slabs + s % 2 * SLOT;
-      int top = s / ACROSS * 64 + warp_of_group() * 16, rows = t.rows - top,
-          column = t.column + s % ACROSS * WIDE;
+    /* The warp's part of a slot: `at` its g, da 16 x 64. */
+    static __device__ __forceinline__ void turn(uint32_t at, const float *da,
+                                                const float (&gate)[2], float (&sum)[2]) {
+      uint32_t g[2][4], u[2][4];
+      load_blocks(g[0], slab_blocks<128>(at, 0));
+      load_blocks(u[0], slab_blocks<128>(at + BLOCK, 0));
+#pragma unroll
+      for (int c = 0; c < WIDE / 16; c++) {
+        uint32_t a[4];
+        if (c + 1 < WIDE / 16) { /* before this one's stores, which the compiler keeps in order */
+          load_blocks(g[(c + 1) % 2], slab_blocks<128>(at, c + 1));
+          load_blocks(u[(c + 1) % 2], slab_blocks<128>(at + BLOCK, c + 1));
+        }
+        derive(da + 8 * c, g[c % 2], u[c % 2], a, gate, sum);
+        store_blocks(slab_blocks<128>(at, c), g[c % 2]);
+        store_blocks(slab_blocks<128>(at + BLOCK, c), u[c % 2]);
+        store_blocks(slab_blocks<128>(at + 2 * BLOCK, c), a);
+      }
+    }
+
+    __device__ __forceinline__ void send(const sm90_tile &t, int slot, uint32_t at) {
+      int top = slot / ACROSS * 64 + warp_of_group() * 16, rows = t.rows - top,
+          column = t.column + slot % ACROSS * WIDE;
       int64_t row = t.row + top;
       slab_written();
       if (rows < 16) {
 #pragma unroll 1
         for (int part = 0; part < 3; part++)
-          slab_rows<128, WIDE>(slab + part * PART, rows, p.ffn - column,
+          slab_rows<128, WIDE>(at + part * BLOCK, rows, p.ffn - column,
                                (part < 2 ? p.gu + (row * 2 + part) * p.ffn : p.a + row * p.ffn) +
                                    column,
                                part < 2 ? 2 * p.ffn : p.ffn);
       } else if (lane_of_warp() == 0) {
-        tma_store(&p.gu_map, slab, column, (int)row, 0, 0);
-        tma_store(&p.a_map, slab + 2 * PART, column, (int)row, 0, 0);
+        tma_store(&p.gu_out, at, column, (int)row, 0, 0);
+        tma_store(&p.gu_out, at + BLOCK, column, (int)row, 1, 0);
+        tma_store(&p.a_out, at + 2 * BLOCK, column, (int)row, 0, 0);
       }
       slab_sent();
+    }
+
+    /* When all but the newest LATER slots that were sent have been read: `slot` is free. */
+    template <int LATER> __device__ __forceinline__ void release(int slot) {
+      if (lane_of_warp() != 0) return;
+      tma_wait_read<LATER>();
+      barrier_arrive(shared_address(&w.empty[slot]));
     }
 
     __device__ __forceinline__ void finish(const sm90_tile &t, float (&acc)[2][N / 2]) {
@@ -100,21 +137,12 @@ struct down_backward {
         float sum[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int q = 0; q < ACROSS; q++) {
-          int s = h * ACROSS + q;
-          barrier_wait(slots + s % 2 * 8, (uint32_t)(STEPS / 2 % 2 * t.turn + s / 2) & 1);
-#pragma unroll
-          for (int c = 0; c < WIDE / 16; c++) {
-            if (c == 2 && s > 0 && s + 1 < STEPS) { /* the slot of the step before is read by now */
-              if (lane_of_warp() == 0) {
-                tma_wait_read<0>();
-                fetch(t, s + 1);
-              }
-              __syncwarp();
-            }
-            derive(slab_blocks<128>(slabs + s % 2 * SLOT, c), acc[h] + q * (WIDE / 2) + 8 * c, gate,
-                   sum);
-          }
-          send(t, s);
+          int slot = h * ACROSS + q;
+          uint32_t at = shared_address(w.slot[slot]) + warp_of_group() * PART;
+          barrier_wait(shared_address(&w.full[slot]), (uint32_t)t.number & 1);
+          turn(at, acc[h] + q * (WIDE / 2), gate, sum);
+          send(t, slot, at);
+          if (slot > 0) release<1>(slot - 1);
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -125,6 +153,7 @@ struct down_backward {
             p.dgates[(int64_t)(t.column / N) * p.rows + t.row + row] = sum[i];
         }
       }
+      release<0>(SLOTS - 1);
     }
   };
 };
@@ -170,10 +199,12 @@ moe_status sm90_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor 
   MOE_TRY(sm90_map(
       dev, &p.w2,
       {w2.data, MOE_BF16, {64, d, f / 64, e}, {f, 64, d * f}, {64, SM90_K, op::N / 64, 1}, 128}));
-  MOE_TRY(sm90_map(dev, &p.gu_map,
-                   {gu.data, MOE_BF16, {f, rows, 2, 1}, {2 * f, f}, {op::WIDE, 16, 2, 1}, 128}));
+  MOE_TRY(sm90_map(dev, &p.gu_in,
+                   {gu.data, MOE_BF16, {f, rows, 2, 1}, {2 * f, f}, {op::WIDE, 64, 2, 1}, 128}));
+  MOE_TRY(sm90_map(dev, &p.gu_out,
+                   {gu.data, MOE_BF16, {f, rows, 2, 1}, {2 * f, f}, {op::WIDE, 16, 1, 1}, 128}));
   MOE_TRY(
-      sm90_map(dev, &p.a_map, {a.data, MOE_BF16, {f, rows, 1, 1}, {f}, {op::WIDE, 16, 1, 1}, 128}));
+      sm90_map(dev, &p.a_out, {a.data, MOE_BF16, {f, rows, 1, 1}, {f}, {op::WIDE, 16, 1, 1}, 128}));
   MOE_TRY(sm90_launch<op>(dev, p));
   sm90::add_gates<<<(unsigned)div_up(rows, 256), 256, 0, cuda_of(dev)->stream>>>(
       p.dgates, p.offsets, p.experts, p.rows, p.n_tiles, cuda_data<float>(dgates));

@@ -10,8 +10,9 @@ namespace sm90 {
 
 template <int b_mn> struct product {
   static constexpr int N = 192, STAGES = 4, A_MN = 0, B_MN = b_mn;
-  static constexpr int WIDE = 64, ACROSS = N / WIDE, BUFFER = 16 * WIDE * 2, SLAB = 2 * BUFFER;
-  static constexpr bool ROWS_ARE_K = false;
+  static constexpr int WIDE = 64, ACROSS = N / WIDE, BUFFER = 16 * WIDE * 2;
+  static constexpr bool ROWS_ARE_K = false, FEEDS = false;
+  using work = sm90_slabs<2 * BUFFER>;
 
   struct args : sm90_sizes {
     CUtensorMap left, weights, out_map;
@@ -30,7 +31,10 @@ template <int b_mn> struct product {
 
   struct epilogue {
     const args &p;
-    uint32_t slabs, slots;
+    uint32_t slabs;
+
+    __device__ __forceinline__ epilogue(const args &p_, work &w, int place)
+        : p(p_), slabs(shared_address(w.slab[place])) {}
 
     __device__ __forceinline__ void prepare(const sm90_tile &) {}
 

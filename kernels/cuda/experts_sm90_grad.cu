@@ -10,8 +10,9 @@ namespace sm90 {
 
 struct weight_grad {
   static constexpr int N = 192, STAGES = 4, A_MN = 1, B_MN = 1;
-  static constexpr int WIDE = 64, ACROSS = N / WIDE, BUFFER = 16 * WIDE * 4, SLAB = 2 * BUFFER;
-  static constexpr bool ROWS_ARE_K = true;
+  static constexpr int WIDE = 64, ACROSS = N / WIDE, BUFFER = 16 * WIDE * 4;
+  static constexpr bool ROWS_ARE_K = true, FEEDS = false;
+  using work = sm90_slabs<2 * BUFFER>;
 
   struct args : sm90_sizes {
     CUtensorMap left, right, dw;
@@ -26,7 +27,10 @@ struct weight_grad {
 
   struct epilogue {
     const args &p;
-    uint32_t slabs, slots;
+    uint32_t slabs;
+
+    __device__ __forceinline__ epilogue(const args &p_, work &w, int place)
+        : p(p_), slabs(shared_address(w.slab[place])) {}
 
     __device__ __forceinline__ void prepare(const sm90_tile &) {}
 

@@ -11,8 +11,9 @@ namespace sm90 {
 
 struct up {
   static constexpr int N = 192, WIDE = N / 2, STAGES = 4, A_MN = 0, B_MN = 0;
-  static constexpr int BUFFER = 16 * WIDE * 2, SLAB = 2 * BUFFER;
-  static constexpr bool ROWS_ARE_K = false;
+  static constexpr int BUFFER = 16 * WIDE * 2;
+  static constexpr bool ROWS_ARE_K = false, FEEDS = false;
+  using work = sm90_slabs<2 * BUFFER>;
 
   struct args : sm90_sizes {
     CUtensorMap x, w13, gu_map, a_map;
@@ -29,8 +30,11 @@ struct up {
 
   struct epilogue {
     const args &p;
-    uint32_t slabs, slots;
+    uint32_t slabs;
     float fetched; /* gates */
+
+    __device__ __forceinline__ epilogue(const args &p_, work &w, int place)
+        : p(p_), slabs(shared_address(w.slab[place])), fetched(0.0f) {}
 
     __device__ __forceinline__ void prepare(const sm90_tile &t) {
       fetched = gates_fetch(p.gates, t);

@@ -10,12 +10,14 @@
  *   N, STAGES                tile columns and ring length
  *   A_MN, B_MN               0: K runs fastest in the operand, 1: the other index does
  *   ROWS_ARE_K               weight gradients: an expert's rows are what is summed over
- *   SLAB                     bytes of shared memory for each consumer warp's epilogue
+ *   work                     shared memory of the epilogues; begin() by one thread before all else
  *   args                     tensor maps and sizes, with the members of sm90_sizes
  *   load(args, tile, k, bar, a, b)       copy one k-block's operands (k: its first column or row)
- *   epilogue{args, slabs, slots}           made once per consumer warp, which owns SLAB bytes of
- * shared memory at `slabs` and SM90_MOST_SLOTS mbarriers at `slots`; prepare(tile) before the
- * products of a tile, finish(tile, acc) after
+ *   FEEDS, feed(args, work, tile)        whether and how a second producer brings what the tile's
+ *                                        epilogue reads
+ *   epilogue(args, work, place)          made once per consumer warp, number `place` of 8;
+ *                                        prepare(tile) before the products of a tile,
+ *                                        finish(tile, acc) after
  *
  * Segments may have any number of rows: what a tile holds beyond its expert's rows is computed and
  * not stored. Source: the warp-specialised kernels of CUTLASS 3 (Thakkar et al.) and DeepGEMM. */
@@ -29,7 +31,6 @@ enum {
   SM90_M = 128,            /* rows of a tile */
   SM90_K = 64,             /* of a k-block: 128 bytes, the width of the swizzle */
   SM90_MOST_EXPERTS = 128, /* whose segments shared memory can hold */
-  SM90_MOST_SLOTS = 2,     /* barriers of its own for each consumer warp */
   SM90_GROUP = 16,      /* tiles down before the next to the right: what they share stays in L2 */
   SM90_HALF = 64 * 128, /* bytes between the two 64-row halves of A, or 64-column parts of B */
 };
@@ -68,7 +69,7 @@ struct sm90_tile {
                               the expert's matrix where rows are K */
   int rows;                /* of the segment from `row` on; all of them where rows are K */
   int k, k_blocks;         /* the first row of the segment where rows are K, else 0 */
-  int turn;                /* how many tiles its group of consumers made before */
+  int number;              /* how many tiles its block made before */
 };
 
 struct sm90_segments {
@@ -206,11 +207,16 @@ template <class Op> struct sm90_shared {
   static constexpr int STAGES = Op::STAGES, A_BYTES = SM90_M * 128, B_BYTES = Op::N * 128;
   alignas(1024) char a[STAGES][A_BYTES];
   alignas(1024) char b[STAGES][B_BYTES];
-  alignas(1024) char slab[8][Op::SLAB];
+  alignas(1024) typename Op::work work;
   uint64_t full[STAGES], empty[STAGES]; /* a stage has its bytes; the consumers are done with it */
   uint64_t turn[2];                     /* a group may begin to multiply */
-  uint64_t slot[8][SM90_MOST_SLOTS];    /* the epilogues' own loads */
   sm90_segments segments;
+};
+
+/* The work of epilogues that want BYTES for each consumer warp and no more. */
+template <int BYTES> struct sm90_slabs {
+  char slab[8][BYTES];
+  __device__ __forceinline__ void begin() {}
 };
 
 /* A place in the ring of stages, and the parity of its phase. */
@@ -227,19 +233,30 @@ template <int STAGES> struct sm90_ring {
   }
 };
 
+/* visit(tile) for each of this block's tiles. */
+template <class Op, class Visit>
+__device__ __forceinline__ void tiles_each(const typename Op::args &p, const sm90_segments &s,
+                                           Visit visit) {
+  int index = (int)blockIdx.x, expert = 0;
+  sm90_tile t;
+  for (int number = 0; tile_find<Op::ROWS_ARE_K, Op::N>(s, p, index, &expert, &t); number++) {
+    t.number = number;
+    visit(t);
+    index += (int)gridDim.x;
+  }
+}
+
 template <class Op>
 __device__ __forceinline__ void produce(const typename Op::args &p, sm90_shared<Op> &s) {
   sm90_ring<Op::STAGES> ring;
-  sm90_tile t;
-  int expert = 0;
-  for (int index = (int)blockIdx.x;
-       tile_find<Op::ROWS_ARE_K, Op::N>(s.segments, p, index, &expert, &t); index += (int)gridDim.x)
+  tiles_each<Op>(p, s.segments, [&](const sm90_tile &t) {
     for (int k = 0; k < t.k_blocks; k++, ring.next()) {
       barrier_wait(shared_address(&s.empty[ring.stage]), ring.parity ^ 1);
       barrier_expect(shared_address(&s.full[ring.stage]), s.A_BYTES + s.B_BYTES);
       Op::load(p, t, t.k + k * SM90_K, shared_address(&s.full[ring.stage]),
                shared_address(s.a[ring.stage]), shared_address(s.b[ring.stage]));
     }
+  });
 }
 
 /* Rows of K from `rows` on belong to another expert: nothing of them may reach the sums. */
@@ -294,26 +311,20 @@ __device__ __forceinline__ void multiply(sm90_shared<Op> &s, const sm90_tile &t,
 
 template <class Op>
 __device__ __forceinline__ void consume(const typename Op::args &p, sm90_shared<Op> &s, int group) {
-  int warp = warp_of_group(), place = group * 4 + warp;
-  typename Op::epilogue out{p, shared_address(s.slab[place]), shared_address(s.slot[place])};
+  typename Op::epilogue out(p, s.work, group * 4 + warp_of_group());
   sm90_ring<Op::STAGES> ring;
-  sm90_tile t;
-  int expert = 0, number = 0; /* of this block's tile */
-  for (int index = (int)blockIdx.x;
-       tile_find<Op::ROWS_ARE_K, Op::N>(s.segments, p, index, &expert, &t);
-       index += (int)gridDim.x, number++) {
-    if (number % 2 != group) {
+  tiles_each<Op>(p, s.segments, [&](const sm90_tile &t) {
+    if (t.number % 2 != group) {
       ring.skip(t.k_blocks);
-      continue;
+      return;
     }
-    t.turn = number / 2;
     out.prepare(t);
     float acc[2][Op::N / 2] = {};
     /* group 0 begins: for it the phase before the first counts as ended */
-    barrier_wait(shared_address(&s.turn[group]), (uint32_t)(t.turn + 1 - group) & 1);
+    barrier_wait(shared_address(&s.turn[group]), (uint32_t)(t.number / 2 + 1 - group) & 1);
     multiply<Op>(s, t, group, &ring, acc);
     out.finish(t, acc);
-  }
+  });
   if (lane_of_warp() == 0) tma_wait<0>();
 }
 
@@ -331,14 +342,16 @@ __global__ void __launch_bounds__(384, 1) sm90_kernel(const __grid_constant__ ty
       barrier_init(shared_address(&s.empty[i]), 4);
     }
     for (int i = 0; i < 2; i++) barrier_init(shared_address(&s.turn[i]), 4);
-    for (int i = 0; i < 8 * SM90_MOST_SLOTS; i++)
-      barrier_init(shared_address(&s.slot[i / SM90_MOST_SLOTS][i % SM90_MOST_SLOTS]), 1);
+    s.work.begin();
     barrier_init_fence();
   }
   __syncthreads();
   if (warp < 4) {
     registers_fewer<40>();
     if (threadIdx.x == 0) produce<Op>(p, s);
+    if constexpr (Op::FEEDS)
+      if (threadIdx.x == 32)
+        tiles_each<Op>(p, s.segments, [&](const sm90_tile &t) { Op::feed(p, s.work, t); });
   } else {
     registers_more<232>();
     consume<Op>(p, s, warp / 4 - 1);
