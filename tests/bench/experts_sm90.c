@@ -8,7 +8,9 @@
  *   cuBLAS   the cuBLAS path of the same operation: the products, then SwiGLU in passes of its own
  * Columns are medians of ROUNDS launches between device events, the device idle before each
  * ("burst"), then own and GEMM again in unbroken runs of SUSTAINED launches, where the power limit
- * rules. Inputs are random and, where they would fit the cache, rotate over several copies. */
+ * rules. Inputs are random and, where they would fit the cache, rotate over several copies.
+ * down_backward changes gu in place: in its unbroken run each launch has a fresh copy, and there
+ * are as many launches as FRESH_GB holds copies. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +19,8 @@
 #include "core/base/rng.h"
 #include "kernels/backend.h"
 
-enum { D = 768, F = 6144, MOST_EXPERTS = 16, MOST_COPIES = 3, ROUNDS = 21, SUSTAINED = 40 };
+enum { D = 768, F = 6144, MOST_EXPERTS = 16, FEW_COPIES = 3, ROUNDS = 21, SUSTAINED = 40 };
+enum { FRESH_GB = 40 };
 enum { BLOCK = 1 << 22, OWN = 0, GEMM, CUBLAS, CONTESTANTS };
 typedef enum { UP, DOWN, DOWN_BACKWARD, UP_BACKWARD, GRAD_W13, GRAD_W2, PRODUCTS } product;
 static const char *const names[] = {"up",          "down",     "down_backward",
@@ -35,7 +38,7 @@ static void must(moe_status status) {
 /* ---- tensors --------------------------------------------------------------------------------- */
 
 typedef struct {
-  moe_tensor copy[MOST_COPIES];
+  moe_tensor copy[SUSTAINED];
   int copies;
 } rotating;
 
@@ -53,16 +56,19 @@ static void fill(moe_tensor x, double scale) {
   must(moe_scale(own, x, (float)scale));
 }
 
-static rotating make(moe_dtype dtype, int64_t n0, int64_t n1, int64_t n2, double scale) {
-  rotating x = {.copies = 1};
-  moe_tensor t = {NULL, dtype, n2 > 0 ? 3 : n1 > 0 ? 2 : 1, {n0, n1, n2, 1}};
-  if (moe_tensor_bytes(t) < 256 << 20) x.copies = MOST_COPIES;
-  for (int i = 0; i < x.copies; i++) {
-    x.copy[i] = t;
-    x.copy[i].data = moe_device_alloc(own, moe_tensor_bytes(t));
-    if (x.copy[i].data == NULL) must(moe_fail(MOE_NO_MEMORY, "experts_sm90: no device memory"));
-    if (dtype != MOE_I32) fill(x.copy[i], scale);
+static void copy_more(rotating *x, moe_tensor t, int copies, double scale) {
+  for (; x->copies < copies; x->copies++) {
+    t.data = moe_device_alloc(own, moe_tensor_bytes(t));
+    if (t.data == NULL)
+      must(moe_fail(MOE_NO_MEMORY, "experts_sm90: no device memory: give fewer EXPERTS"));
+    fill(t, scale);
+    x->copy[x->copies] = t;
   }
+}
+static rotating make(moe_dtype dtype, int64_t n0, int64_t n1, int64_t n2, double scale) {
+  rotating x = {.copies = 0};
+  moe_tensor t = {NULL, dtype, n2 > 0 ? 3 : n1 > 0 ? 2 : 1, {n0, n1, n2, 1}};
+  copy_more(&x, t, moe_tensor_bytes(t) < 256 << 20 ? FEW_COPIES : 1, scale);
   return x;
 }
 static void release(rotating *x) {
@@ -190,8 +196,22 @@ static int by_value(const void *p, const void *q) {
   return (b > c) - (b < c);
 }
 
+/* Seconds per launch of own and GEMM in unbroken runs. */
+static void sustain(product k, double seconds[2]) {
+  int count = SUSTAINED;
+  if (k == DOWN_BACKWARD) {
+    int64_t most = ((int64_t)FRESH_GB << 30) / moe_tensor_bytes(gu.copy[0]);
+    count = most < gu.copies ? gu.copies : most < SUSTAINED ? (int)most : SUSTAINED;
+    for (int i = 0; i < gu.copies; i++) fill(gu.copy[i], 1);
+    copy_more(&gu, gu.copy[0], count, 1);
+  }
+  for (int who = OWN; who <= GEMM; who++) seconds[who] = launches(who, k, count);
+  if (k == DOWN_BACKWARD || k == UP) /* these wrote over gu */
+    for (int i = 0; i < gu.copies; i++) fill(gu.copy[i], 1);
+}
+
 static void measure(product k) {
-  double s[CONTESTANTS][ROUNDS], sustained[2] = {0};
+  double s[CONTESTANTS][ROUNDS], sustained[2];
   for (int round = -2; round < ROUNDS; round++)
     for (int who = 0; who < CONTESTANTS; who++) {
       if (k == DOWN_BACKWARD && who != GEMM) must(moe_copy(own, at(gu), at(pristine)));
@@ -199,10 +219,7 @@ static void measure(product k) {
       if (round >= 0) s[who][round] = one;
     }
   for (int who = 0; who < CONTESTANTS; who++) qsort(s[who], ROUNDS, sizeof(double), by_value);
-  if (k == DOWN_BACKWARD) fill(gu.copy[0], 1);
-  for (int i = 0; i < 2; i++) sustained[i] = launches(i == 0 ? OWN : GEMM, k, SUSTAINED);
-  if (k == DOWN_BACKWARD || k == UP) /* these wrote over gu */
-    for (int i = 0; i < gu.copies; i++) fill(gu.copy[i], 1);
+  sustain(k, sustained);
   double tera = 1e-12 * (double)C * D * F * (k == UP || k == UP_BACKWARD || k == GRAD_W13 ? 4 : 2);
   double *m[] = {&s[OWN][ROUNDS / 2], &s[GEMM][ROUNDS / 2], &s[CUBLAS][ROUNDS / 2]};
   printf("%-14s %8.4f %8.4f %8.4f  %6.1f %6.1f %6.1f   %5.2f %5.2f   %6.1f %6.1f %5.2f\n", names[k],
@@ -210,6 +227,14 @@ static void measure(product k) {
          *m[1] / *m[0], *m[2] / *m[0], tera / sustained[0], tera / sustained[1],
          sustained[1] / sustained[0]);
   fflush(stdout);
+}
+
+/* 4096 rows for each expert on average, the j-th with 1 / j of the first one's; whole tiles. */
+static void zipf(int64_t *rows) {
+  double sum = 0.0;
+  for (int64_t j = 0; j < e; j++) sum += 1.0 / (double)(j + 1);
+  for (int64_t j = 0; j < e; j++)
+    rows[j] = 128 * (int64_t)(4096.0 * (double)e / (sum * (double)(j + 1)) / 128.0 + 0.5);
 }
 
 static void compare(const char *what, const int64_t *rows, const char *only) {
@@ -261,6 +286,8 @@ int main(int argc, char **argv) {
   int64_t uneven[MOST_EXPERTS];
   for (int64_t j = 0; j < e; j++) uneven[j] = 128 * (8 + 54 * (e - 1 - j) / (e > 1 ? e - 1 : 1));
   compare("1024 to 7936", uneven, only);
+  zipf(uneven);
+  compare("Zipf's", uneven, only);
   moe_device_close(own);
   moe_device_close(cublas);
   return 0;
