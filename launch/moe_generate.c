@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "checkpoint/run_tokenizer.h"
 #include "core/base/log.h"
 #include "core/train/inference.h"
 #include "core/train/perplexity.h"
@@ -40,7 +41,9 @@ static moe_status configure(job *j) {
 
 static moe_status open_tokenizer(job *j) {
   const moe_config *c = &j->inference.config;
-  const char *name = j->request.tokenizer ? j->request.tokenizer : c->data.tokenizer;
+  char name[MOE_PATH];
+  MOE_TRY(moe_run_tokenizer(j->inference.path, NULL, j->request.tokenizer, name));
+  if (!*name) snprintf(name, sizeof name, "%s", c->data.tokenizer);
   if (!*name)
     return moe_fail(MOE_USAGE, "no tokenizer: the run names none in data.tokenizer: give "
                                "--tokenizer MODEL, or --ids for token ids");

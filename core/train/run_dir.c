@@ -76,6 +76,21 @@ typedef struct {
   char host[NAME], device[NAME];
 } place;
 
+void moe_run_dir_keep_tokenizer(const moe_config *config) {
+  enum { LIMIT = 256 << 20 };
+  const char *from = config->data.tokenizer;
+  char to[MOE_PATH], *model = NULL;
+  int64_t length = 0;
+  if (!from[0] || strcmp(from, "bytes") == 0) return;
+  snprintf(to, sizeof to, "%s/tokenizer.model", config->run.dir);
+  moe_status status = moe_files_read(from, LIMIT, &model, &length);
+  if (status == MOE_OK) status = moe_files_replace(to, model, length);
+  free(model);
+  if (status == MOE_OK) return;
+  moe_warn("data.tokenizer is not kept with the run: %s", moe_error_message());
+  moe_error_clear();
+}
+
 /* The words of this process's command line. */
 static cJSON *command_line(void) {
   cJSON *words = cJSON_CreateArray();

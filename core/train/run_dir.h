@@ -1,6 +1,7 @@
 /* The run's folder: what stands in it beside checkpoints and curves.
  *
  *   RUN/config.ini          the configuration as resolved, of the latest start
+ *   RUN/tokenizer.model     a copy of data.tokenizer, when that is a file
  *   RUN/provenance.jsonl    one line per start: when, what program, where, on what
  *
  * docs/formats.md lists the keys. */
@@ -27,6 +28,9 @@ moe_status moe_run_dir_check_disk(const moe_config *config);
 
 /* Local, for one rank: write config.ini. */
 moe_status moe_run_dir_write_config(const moe_config *config);
+/* Local, for one rank: keep data.tokenizer with the run, so that text can be generated wherever the
+ * folder goes. Training needs none: what cannot be copied is a warning. */
+void moe_run_dir_keep_tokenizer(const moe_config *config);
 /* Collective: append this start to provenance.jsonl; `step` is where it begins, `from` the
  * checkpoint or "". What cannot be written is a warning. */
 moe_status moe_run_dir_record_start(const moe_engine *e, int64_t step, const char *from);

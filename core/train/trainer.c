@@ -233,6 +233,7 @@ static moe_status prepare_folder(trainer *t, const char *from) {
   if (moe_comm_rank(t->engine.world) == 0) {
     status = moe_run_dir_check_disk(c);
     if (status == MOE_OK) status = moe_run_dir_write_config(c);
+    if (status == MOE_OK) moe_run_dir_keep_tokenizer(c);
   }
   MOE_TRY(moe_agree(t->engine.world, status));
   return moe_run_dir_record_start(&t->engine, t->step, from);
