@@ -4,10 +4,10 @@
  * rank sums its experts' outputs, so one row comes back. Two exchanges with the same result:
  *
  *   all-to-all   rows sorted by destination; row counts are exchanged first
- *   all-gather   every rank receives all rows of the group; reduce-scatter returns them. Moves
- *                less when most tokens visit most ranks (ep = 2, K = 4). `auto` takes it unless
- *                all-to-all is expected to send under 90 % of its rows (uniform routing,
- *                dispatch_plan.h).
+ *   all-gather   every rank receives all rows of the group, and returns each rank its tokens' sums.
+ *                Moves less when most tokens visit most ranks (ep = 2, K = 4). `auto` takes it
+ *                unless all-to-all is expected to send under 90 % (on a GPU: 40 %) of its rows
+ *                (uniform routing, dispatch_plan.h).
  *
  * Exchanges run on the device's exchange lane (kernels/lanes.h): every call below starts what it
  * names, and moe_dispatch_wait must follow before results are used or sources are written. Work
