@@ -154,6 +154,12 @@ int plan_splits(const moe_device *dev, int64_t blocks, int64_t room, bool few) {
   return (int)(fill < 1 ? 1 : fill);
 }
 
+/* Whether a few blocks, each with some of the keys, do best as a cluster. */
+bool near_enough(const moe_device *dev, int64_t rows, int64_t room) {
+  static const bool plain = cuda_plain("cluster");
+  return cuda_of(dev)->arch >= 90 && !plain && rows <= 16 && room <= cached_near;
+}
+
 /* Sizes; the tensors are the caller's. */
 cached_args plan(const moe_device *dev, moe_attention_shape s, int64_t room, bool by_mma) {
   cached_args p = {};
@@ -165,12 +171,23 @@ cached_args plan(const moe_device *dev, moe_attention_shape s, int64_t room, boo
   int rows = by_mma ? cuda_attention_cached_mma_rows(p.rows, p.d) : plain_warps;
   p.blocks = (int)div_up(p.rows, rows);
   p.splits = plan_splits(dev, s.batch * s.kv_heads * p.blocks, room, rows <= 16);
+  p.together = by_mma && p.splits > 1 && near_enough(dev, rows, room);
+  if (p.together) { /* a power of two */
+    int most = p.splits;
+    for (p.splits = cached_cluster; p.splits > most; p.splits /= 2) {
+    }
+  }
   p.scale = (float)(1.0 / sqrt((double)s.head_dim));
   return p;
 }
 
+/* Whether the splits meet in memory. */
+bool apart(const cached_args &p) {
+  return p.splits > 1 && !p.together;
+}
+
 int64_t part_bytes(const cached_args &p) {
-  return p.splits > 1 ? 4 * p.splits * p.rows_all * (p.d + 2) : 0;
+  return apart(p) ? 4 * p.splits * p.rows_all * (p.d + 2) : 0;
 }
 
 } /* namespace */
@@ -201,11 +218,11 @@ moe_status moe_cuda_attention_cached(moe_device *dev, moe_attention_shape shape,
   p.qkv = qkv.data, p.keys = keys.data, p.values = values.data, p.out = out.data;
   p.lengths = cuda_data<int32_t>(lengths);
   p.partial = static_cast<float *>(moe_device_scratch(dev, part_bytes(p)));
-  if (p.splits > 1 && p.partial == nullptr)
+  if (apart(p) && p.partial == nullptr)
     return moe_fail(MOE_NO_MEMORY,
                     "cuda: kernel scratch is too small: attention over a cache needs %lld bytes: "
                     "plan it with moe_attention_cached_scratch",
                     (long long)part_bytes(p));
   MOE_TRY(by_mma ? cuda_attention_cached_mma(dev, qkv.dtype, p) : start_plain(dev, qkv.dtype, p));
-  return p.splits > 1 ? merge_splits(dev, qkv.dtype, p) : MOE_OK;
+  return apart(p) ? merge_splits(dev, qkv.dtype, p) : MOE_OK;
 }

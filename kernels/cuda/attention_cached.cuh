@@ -7,9 +7,11 @@
  * sequence's keys are cut into splits, so that one query fills the chip; where the cut falls
  * depends on the sequence's length, which only the device knows. Each split leaves, for each row,
  * the sum of its values weighted by exp(score - peak), the peak and the sum of weights; one more
- * kernel adds them. A sequence that fits one split is written at once. New keys and values are read
- * where they are, in qkv, and stored to the cache by one block on the way, so nothing waits for the
- * cache. Source: "Flash-Decoding for long-context inference", Dao et al. 2023. */
+ * kernel adds them; on Hopper, while caches are short, the splits' blocks are a cluster and read
+ * each other's shared memory instead. A sequence that fits one split is written at once. New keys
+ * and values are read where they are, in qkv, and stored to the cache by one block on the way, so
+ * nothing waits for the cache. Source: "Flash-Decoding for long-context inference", Dao et al.
+ * 2023. */
 #ifndef MOE_KERNELS_CUDA_ATTENTION_CACHED_CUH
 #define MOE_KERNELS_CUDA_ATTENTION_CACHED_CUH
 
@@ -25,11 +27,14 @@ struct cached_args {
   int batch, n, kv_heads, rep, d;
   int rows;           /* of one sequence and K/V head: n rep */
   int blocks, splits; /* blocks of rows; at most so many splits */
+  bool together;      /* the splits of a sequence are a cluster, which adds them itself */
   float scale;
 };
 
 constexpr int cached_step = 64, cached_least = 128; /* keys: a split is whole steps, no less */
 constexpr int cached_most_splits = 512;
+/* Up to so many positions, and in so many splits, blocks of a cluster share a sequence. */
+constexpr int cached_near = 8192, cached_cluster = 8, cached_near_step = 16, cached_near_least = 64;
 
 /* One sequence and K/V head, as a kernel sees it. */
 template <typename T> struct cached_group {
@@ -41,10 +46,12 @@ template <typename T> struct cached_group {
   T *out;
   int64_t out_stride;
 
-  __device__ __forceinline__ cached_group(const cached_args &p, int group) {
+  __device__ __forceinline__ cached_group(const cached_args &p, int group)
+      : cached_group(p, group, p.lengths[group / p.kv_heads]) {}
+  __device__ __forceinline__ cached_group(const cached_args &p, int group, int cached_before) {
     int b = group / p.kv_heads, g = group % p.kv_heads, heads = p.kv_heads * p.rep;
     first_row = (int64_t)group * p.rows;
-    length = p.lengths[b];
+    length = cached_before;
     keys = (int)max((int64_t)0, min((int64_t)length + p.n, p.room));
     stride = (int64_t)(heads + 2 * p.kv_heads) * p.d;
     width = (int64_t)p.kv_heads * p.d;
@@ -81,8 +88,8 @@ template <typename T> struct cached_group {
   }
   /* Keys in one split, and how many splits have any. */
   __device__ __forceinline__ int span(const cached_args &p) const {
-    int even = (int)round_up(div_up(keys, p.splits), cached_step);
-    return max(even, cached_least);
+    int even = (int)round_up(div_up(keys, p.splits), p.together ? cached_near_step : cached_step);
+    return max(even, p.together ? cached_near_least : cached_least);
   }
   __device__ __forceinline__ int splits_used(const cached_args &p) const {
     return (int)div_up(keys, span(p));

@@ -12,14 +12,65 @@ namespace {
 constexpr int few_rows = 64; /* four blocks of 16, each reading all keys, are still the cheapest */
 
 template <int D, bool FEW> struct cached_shape {
-  static constexpr int warps = FEW ? (D <= 64 ? 4 : 2) : (D <= 64 ? 8 : 4);
+  static constexpr int warps = D <= 64 ? 8 : FEW ? 2 : 4;
   static constexpr int threads = 32 * warps, rows = FEW ? 16 : 16 * warps;
-  static constexpr int keys = D <= 64 ? 64 : 32, own = FEW ? keys / warps : keys;
+  static constexpr int keys = D > 64 ? 32 : FEW ? 128 : 64, own = FEW ? keys / warps : keys;
   static constexpr int tile = keys * tile_row<D>; /* elements */
   static constexpr int shared = 2 * 2 * tile * 2; /* K and V, twice, 2 bytes */
   static_assert(!FEW || own == 16, "a step of a product");
-  static_assert(!FEW || 4 * warps * 16 * (D + 2) <= shared, "the warps' sums fit the tiles");
+  static constexpr int sums = 16 * (D + 2); /* floats: of 16 rows, with peaks and sums of weights */
+  static_assert(!FEW || 4 * (warps + 1) * sums <= shared,
+                "the warps' and the block's fit the tiles");
 };
+
+/* Copies started since the last call are a group; wait for all but this thread's newest. */
+__device__ __forceinline__ void copy_group() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void copy_wait_older() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group 1;" ::: "memory");
+#endif
+}
+
+/* All blocks of the cluster meet, and see what each other stored before. */
+__device__ __forceinline__ void cluster_meet() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+/* The float that block z of the cluster has where this block has *p. */
+__device__ __forceinline__ float cluster_load(const float *p, int z) {
+  float v = 0.0f;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .u32 at;\nmapa.shared::cluster.u32 at, %1, %2;\n"
+               "ld.shared::cluster.f32 %0, [at];\n}"
+               : "=f"(v)
+               : "r"(shared_address(p)), "r"(z)
+               : "memory");
+#endif
+  return v;
+}
+
+/* Ask for the cached keys and values of split z. The kernel before may be about to change the
+ * length: then these are the wrong lines, at no more than their cost. */
+template <typename T>
+__device__ __forceinline__ void prefetch_split(const cached_args &p, int group, int z) {
+#ifdef __CUDA_ARCH__
+  int length =
+      min(max(__ldcg(p.lengths + group / p.kv_heads), 0), (int)min(p.room, (int64_t)INT_MAX));
+  cached_group<T> g(p, group, length);
+  int begin = z * g.span(p), end = min(begin + g.span(p), length);
+  for (int j = begin + (int)threadIdx.x; j < end; j += (int)blockDim.x)
+    for (int c = 0; c < p.d; c += 64) {
+      prefetch_line(g.key(j) + c);
+      prefetch_line(g.value(j) + c);
+    }
+#endif
+}
 
 /* Start copying keys and values [n0, n0 + N) to two tiles; zeros from `end` on and past d. */
 template <int N, int D, int THREADS, typename T>
@@ -95,6 +146,55 @@ template <typename T> struct cached_sink {
   }
 };
 
+/* The same for the block's own shared memory: sums [16, D], then peaks and sums of weights. */
+template <int D> struct shared_sink {
+  float *memory;
+  int row0;
+  __device__ __forceinline__ float *peak(int row) const {
+    return memory + 16 * D + row;
+  }
+  __device__ __forceinline__ void stats(int row, float peak_of_row, float sum) const {
+    *peak(row - row0) = peak_of_row;
+    peak(row - row0)[16] = sum;
+  }
+  __device__ __forceinline__ void put(int row, int c, float x, float y, float) const {
+    *reinterpret_cast<float2 *>(memory + (row - row0) * D + c) = make_float2(x, y);
+  }
+};
+
+/* Add what the first `used` blocks of the cluster have in their memory, in order: each finishes
+ * some of the elements. */
+template <int D, typename T>
+__device__ __forceinline__ void finish_cluster(const cached_sink<T> &out,
+                                               const shared_sink<D> &mine, int used, int splits,
+                                               float scale) {
+  cluster_meet();
+  int step = splits * (int)blockDim.x;
+  for (int i = (int)(blockIdx.y * blockDim.x + threadIdx.x); i < 16 * D / 2; i += step) {
+    int row = i / (D / 2), c = i % (D / 2) * 2;
+    float peak[cached_cluster], sums[cached_cluster], x[cached_cluster], y[cached_cluster];
+#pragma unroll
+    for (int z = 0; z < cached_cluster; z++) {
+      if (z >= used) peak[z] = -INFINITY, sums[z] = x[z] = y[z] = 0.0f;
+      if (z >= used) continue;
+      peak[z] = cluster_load(mine.peak(row), z);
+      sums[z] = cluster_load(mine.peak(row) + 16, z);
+      x[z] = cluster_load(mine.memory + row * D + c, z);
+      y[z] = cluster_load(mine.memory + row * D + c + 1, z);
+    }
+    float top = -INFINITY, sum = 0.0f, first = 0.0f, second = 0.0f;
+#pragma unroll
+    for (int z = 0; z < cached_cluster; z++) top = fmaxf(top, peak[z]);
+#pragma unroll
+    for (int z = 0; z < cached_cluster; z++) {
+      float weight = peak[z] == -INFINITY ? 0.0f : expf((peak[z] - top) * scale);
+      sum += weight * sums[z], first += weight * x[z], second += weight * y[z];
+    }
+    out.put(mine.row0 + row, c, first, second, sum);
+  }
+  cluster_meet(); /* nobody's memory goes while it is read */
+}
+
 /* Each warp has 16 rows. */
 template <typename T, int C>
 __device__ __forceinline__ void finish_own_rows(const cached_sink<T> &sink, const two_rows &r,
@@ -112,8 +212,8 @@ __device__ __forceinline__ void finish_own_rows(const cached_sink<T> &sink, cons
 
 /* All warps have the same 16 rows: added in warp order. memory: floats [warps, 16, 8 C], then peaks
  * and sums [warps, 16]. */
-template <int WARPS, typename T, int C>
-__device__ __forceinline__ void finish_shared_rows(const cached_sink<T> &sink, const two_rows &r,
+template <int WARPS, typename S, int C>
+__device__ __forceinline__ void finish_shared_rows(const S &sink, const two_rows &r,
                                                    const float (&o)[C][4], int row0, float scale,
                                                    float *memory) {
   constexpr int D = 8 * C;
@@ -157,8 +257,12 @@ __device__ __forceinline__ void cached_block(const cached_args &p, uint4 *shared
   int z = (int)blockIdx.y, m0 = (int)blockIdx.x % p.blocks * shape::rows;
   if (z == 0) cached_append<T, 8>(p, g, m0, shape::rows);
   int span = g.span(p), used = g.splits_used(p);
-  if (z >= used) return;
-  cached_sink<T> sink = {p, g, used > 1 ? z : -1};
+  shared_sink<D> mine = {reinterpret_cast<float *>(shared) + shape::warps * shape::sums, m0};
+  if (z >= used) {
+    if (FEW && p.together) finish_cluster<D, T>({p, g, -1}, mine, used, p.splits, p.scale);
+    return;
+  }
+  cached_sink<T> sink = {p, g, used > 1 && !p.together ? z : -1};
 
   int row0 = m0 + (FEW ? 0 : 16 * warp_of());
   int block_last = g.position(p, min(m0 + shape::rows, p.rows) - 1);
@@ -168,6 +272,9 @@ __device__ __forceinline__ void cached_block(const cached_args &p, uint4 *shared
     start_keys<shape::keys, D, shape::threads>(memory + 2 * buffer * shape::tile, g, n0, end, p.d);
   };
   if (begin < end) start(begin, 0);
+  copy_group();
+  if (FEW && begin + shape::keys < end) start(begin + shape::keys, 1);
+  if (FEW) copy_group();
   left_rows<T, D, true> q;
   load_queries<D>(q.a, p, g, row0);
   two_rows r;
@@ -178,25 +285,44 @@ __device__ __forceinline__ void cached_block(const cached_args &p, uint4 *shared
   }
   float o[D / 8][4] = {};
   for (int n0 = begin, buffer = 0; n0 < end; n0 += shape::keys, buffer ^= 1) {
-    copy_wait();
+    /* With few rows, time is the way to memory: two tiles are on it. With many, arithmetic: one. */
+    if constexpr (FEW)
+      copy_wait_older();
+    else
+      copy_wait();
     __syncthreads(); /* this buffer has arrived, and all are done with the other */
-    if (n0 + shape::keys < end) start(n0 + shape::keys, buffer ^ 1);
+    if (!FEW && n0 + shape::keys < end) start(n0 + shape::keys, buffer ^ 1);
     int k0 = n0 + (FEW ? shape::own * warp_of() : 0); /* this warp's keys */
-    if (k0 > warp_last || k0 >= end) continue;
-    const T *tile = memory + 2 * buffer * shape::tile + (k0 - n0) * tile_row<D>;
-    float s[shape::own / 8][4];
-    product_nt<shape::own>(s, q, tile);
-    if (k0 + shape::own > end || k0 + shape::own - 1 > g.position(p, row0))
-      hide(s, p, g, row0, k0, end);
-    soften(s, r, o, p.scale * log2_e);
-    uint32_t probs[shape::own / 16][4];
-    round_rows<T>(probs, s);
-    product_nn<D, shape::own>(o, probs, tile + shape::tile);
+    if (k0 <= warp_last && k0 < end) {
+      const T *tile = memory + 2 * buffer * shape::tile + (k0 - n0) * tile_row<D>;
+      float s[shape::own / 8][4];
+      product_nt<shape::own>(s, q, tile);
+      if (k0 + shape::own > end || k0 + shape::own - 1 > g.position(p, row0))
+        hide(s, p, g, row0, k0, end);
+      soften(s, r, o, p.scale * log2_e);
+      uint32_t probs[shape::own / 16][4];
+      round_rows<T>(probs, s);
+      product_nn<D, shape::own>(o, probs, tile + shape::tile);
+    }
+    if constexpr (FEW) {
+      if (n0 + 2 * shape::keys < end) {
+        __syncthreads(); /* all are done with this buffer */
+        start(n0 + 2 * shape::keys, buffer);
+      }
+      copy_group();
+    }
   }
-  if constexpr (FEW)
-    finish_shared_rows<shape::warps>(sink, r, o, row0, p.scale, reinterpret_cast<float *>(shared));
-  else
+  if constexpr (FEW) {
+    float *sums = reinterpret_cast<float *>(shared);
+    if (p.together) {
+      finish_shared_rows<shape::warps>(mine, r, o, row0, p.scale, sums);
+      finish_cluster<D>(sink, mine, used, p.splits, p.scale);
+    } else {
+      finish_shared_rows<shape::warps>(sink, r, o, row0, p.scale, sums);
+    }
+  } else {
     finish_own_rows(sink, r, o, row0);
+  }
 }
 
 template <typename T, int D, bool FEW>
@@ -205,6 +331,7 @@ __global__ void __launch_bounds__(cached_shape<D, FEW>::threads, FEW       ? 1
                                                                            : 3)
     cached_kernel(cached_args p) {
   extern __shared__ uint4 memory[];
+  if (FEW && p.together) prefetch_split<T>(p, (int)blockIdx.x / p.blocks, (int)blockIdx.y);
   launch_wait();
   launch_release();
   if constexpr (mma_built<T>()) cached_block<T, D, FEW>(p, memory);
@@ -225,7 +352,8 @@ moe_status cuda_attention_cached_mma(moe_device *dev, moe_dtype dtype, const cac
     using few = cached_shape<D, true>;
     using many = cached_shape<D, false>;
     if (p.rows <= few_rows)
-      return cuda_start(dev, cached_kernel<T, D, true>, grid, few::threads, few::shared, p);
+      return cuda_launch_clusters(dev, true, p.together ? p.splits : 1, cached_kernel<T, D, true>,
+                                  grid, few::threads, few::shared, p);
     return cuda_start(dev, cached_kernel<T, D, false>, grid, many::threads, many::shared, p);
   });
 }

@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "core/base/philox.h"
-#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.cuh"
 
 constexpr int sample_threads = 1024;
 
@@ -66,18 +66,20 @@ static __device__ whole total_weight(const choice &c) {
   return block_sum(sum);
 }
 
-/* The largest logit's index, ties to the lower. */
-static __device__ int64_t greedy(const choice &c) {
-  __shared__ whole best;
-  whole mine = 0; /* key above, inverted index below: the maximum is what we want */
-  for (int64_t i = c.begin; i < c.end; i++) {
-    whole here = (whole)c.key(i) << 32 | (uint32_t) ~(uint32_t)i;
-    mine = here > mine ? here : mine;
+struct op_larger {
+  __device__ __forceinline__ whole operator()(whole a, whole b) const {
+    return a > b ? a : b;
   }
-  if (threadIdx.x == 0) best = 0;
-  __syncthreads();
-  atomicMax(&best, mine);
-  __syncthreads();
+};
+
+/* The largest logit's index, ties to the lower. Threads take turns at neighbouring logits here:
+ * nothing else reads them all when there is no more to draw. */
+static __device__ int64_t greedy(const choice &c, int64_t count) {
+  whole best = 0; /* key above, inverted index below: the maximum is what we want */
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < count; i += sample_threads)
+    best = op_larger{}(best, (whole)c.key(i) << 32 | (uint32_t) ~(uint32_t)i);
+  best = block_reduce(best, op_larger{}, (whole)0);
   return (int64_t)(uint32_t) ~(uint32_t)best;
 }
 
@@ -163,7 +165,9 @@ __global__ void __launch_bounds__(sample_threads)
               0,
               p.count,
               0};
-  int64_t token = greedy(c);
+  launch_wait();
+  launch_release();
+  int64_t token = greedy(c, p.count);
   if (p.temperature > 0.0) {
     c.largest = c.value(token);
     if (p.top_k > 0 && p.top_k < p.count) cut_at(&c, (double)p.top_k, false);
@@ -192,9 +196,8 @@ moe_status moe_cuda_sample(moe_device *dev, moe_tensor logits, moe_sample_args a
   p.seed = args.seed;
   p.streams = cuda_data<uint32_t>(streams);
   p.positions = cuda_data<uint32_t>(positions);
-  sample_kernel<<<(unsigned)rows, sample_threads, 0, cuda_of(dev)->stream>>>(p);
-  CUDA_LAUNCHED(dev);
-  return MOE_OK;
+  return cuda_launch(dev, rows <= launch_few, sample_kernel, dim3((unsigned)rows), sample_threads,
+                     0, p);
 }
 
 __global__ void advance_kernel(int32_t *counts, const int32_t *by, int64_t n) {

@@ -1,33 +1,22 @@
 /* The experts of a few tokens, for generation. Three kernels, no sorting, no host:
  *
- *   up        a block per 8 columns of one expert's hidden layer: the 8 rows of W1 and of W3 are
- * the two halves of a tile of 16, so gate and up meet in one lane (skinny.cuh) down      a block
- * per 16 rows of W2, one expert and a slice of F: partial sums, one row per pair combine   adds the
- * slices and the K choices of each token, in that order
+ *   up       a block per 8 columns of one expert's hidden layer: the 8 rows of W1 and of W3 are the
+ *            two halves of a tile of 16, so gate and up meet in one lane (skinny.cuh)
+ *   down     a block per 16 rows of W2, one expert and a slice of F: partial sums, a row per pair
+ *   combine  adds the slices and the K choices of each token, in a fixed order
  *
- * A pair is a token and one of its choices, number token * K + k. A block finds the pairs of its
- * expert by looking through all of them (128 for 32 tokens); up to 32 pairs share one pass over the
- * weights. With fewer pairs than experts, blocks are numbered by pairs and an expert's first pair
- * speaks for it, so no block looks for work in vain.
+ * A block finds the pairs of its expert by looking through all of them (128 for 32 tokens); up to
+ * 32 pairs share one pass over the weights. With fewer pairs than experts, blocks are numbered by
+ * pairs and an expert's first pair speaks for it, so no block looks for work in vain. On Hopper
+ * other kernels do up and down (experts_decode_stream.cu).
  *
  * Without the tensor cores, for float32 and for odd sizes a warp takes one row of weights and sums
  * in float32 FMA. The reading of weights is the cost in all of them. */
+#include "kernels/cuda/experts_decode.cuh"
 #include "kernels/cuda/skinny.cuh"
 #include "kernels/cuda/swiglu.cuh"
 
 namespace {
-
-struct decode_args {
-  const void *x, *w13, *w2;
-  const int32_t *experts; /* [T, K] */
-  const float *gates;     /* [T, K] */
-  void *hidden, *out;
-  float *partial;           /* [slices, pairs of this pass, D] */
-  int64_t begin, end;       /* pairs of this pass */
-  int k, count, width, ffn; /* K, e, D, F */
-  int slices, chunks;       /* of F: chunks in all, in `slices` equal parts */
-  bool by_pair;             /* blockIdx.y numbers pairs, else experts */
-};
 
 /* ---- who wants which expert ---------------------------------------------------------------- */
 
@@ -35,10 +24,10 @@ struct decode_args {
 __device__ __forceinline__ int block_expert(const decode_args &p) {
   if (!p.by_pair) return (int)blockIdx.y;
   int64_t pair = p.begin + blockIdx.y;
-  int e = p.experts[pair];
+  int e = decode_choice(p, pair);
   bool taken = e < 0 || e >= p.count;
   for (int64_t i = p.begin + threadIdx.x % 32; i < pair; i += 32)
-    if (p.experts[i] == e) taken = true;
+    if (decode_choice(p, i) == e) taken = true;
   return __any_sync(full_warp, taken) ? -1 : e;
 }
 
@@ -54,7 +43,7 @@ __device__ __forceinline__ int take_pairs(const decode_args &p, int e, int64_t *
 #pragma unroll
     for (int j = 0; j < look; j++) {
       int64_t i = *next + 32 * j + lane;
-      who[j] = i < p.end ? p.experts[i] : -1;
+      who[j] = i < p.end ? decode_choice(p, i) : -1;
     }
     int64_t begin = *next, end = begin + 32 * look;
     *next = end;
@@ -238,30 +227,47 @@ __global__ void __launch_bounds__(skinny_threads) plain_down_kernel(decode_args 
 
 /* ---- combine ------------------------------------------------------------------------------- */
 
-/* A thread per N neighbouring elements of one token (blockIdx.y); skipped choices wrote nothing. */
-template <typename T, int N> __global__ void decode_combine_kernel(decode_args p) {
+constexpr int combine_warps = 8, combine_threads = 32 * combine_warps;
+
+/* A block per 32 N neighbouring elements of one token (blockIdx.y), its terms (a choice and a
+ * slice) shared out among warps; skipped choices wrote nothing. */
+template <typename T, int N>
+__global__ void __launch_bounds__(combine_threads) decode_combine_kernel(decode_args p) {
+  __shared__ float sums[combine_warps][32 * N];
+  int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+  int64_t token = p.begin / p.k + blockIdx.y, pairs = p.end - p.begin, first = token * p.k;
+  auto taken = [&](int k) {
+    int e = k < p.k ? decode_choice(p, first + k) : -1;
+    return e >= 0 && e < p.count;
+  };
+  /* The kernel before is `down`, which does not write choices. */
+  unsigned early = __ballot_sync(full_warp, taken(lane));
   launch_wait();
   launch_release();
-  int64_t token = p.begin / p.k + blockIdx.y, pairs = p.end - p.begin;
-  int c = ((int)blockIdx.x * (int)blockDim.x + (int)threadIdx.x) * N;
-  if (c >= p.width) return;
+  int c = ((int)blockIdx.x * 32 + lane) * N;
   float sum[N] = {};
-  for (int k = 0; k < p.k; k++) {
-    int64_t pair = token * p.k + k;
-    int e = p.experts[pair];
-    if (e < 0 || e >= p.count) continue;
-    const float *from = p.partial + (pair - p.begin) * p.width + c;
-#pragma unroll 4
-    for (int z = 0; z < p.slices; z++) {
-      float v[N];
-      load<float, N>(v, from + z * pairs * p.width);
-#pragma unroll
-      for (int i = 0; i < N; i++) sum[i] += v[i];
+#pragma unroll 8
+  for (int i = warp; i < p.k * p.slices; i += combine_warps) {
+    int k = i / p.slices, z = i % p.slices;
+    const float *from = p.partial + (z * pairs + first + k - p.begin) * p.width + c;
+    bool wanted = c < p.width && (k < 32 ? early >> k & 1 : taken(k));
+    if constexpr (N == 4) {
+      uint4 v = load_once(from, wanted);
+      sum[0] += __uint_as_float(v.x), sum[1] += __uint_as_float(v.y);
+      sum[2] += __uint_as_float(v.z), sum[3] += __uint_as_float(v.w);
+    } else {
+      sum[0] += wanted ? *from : 0.0f;
     }
   }
-  T *to = static_cast<T *>(p.out) + token * p.width + c;
 #pragma unroll
-  for (int i = 0; i < N; i++) to[i] = from_float<T>(sum[i]);
+  for (int i = 0; i < N; i++) sums[warp][lane * N + i] = sum[i];
+  __syncthreads();
+  int at = (int)threadIdx.x, to = (int)blockIdx.x * 32 * N + at;
+  if (at >= 32 * N || to >= p.width) return;
+  float total = 0.0f;
+#pragma unroll
+  for (int w = 0; w < combine_warps; w++) total += sums[w][at];
+  static_cast<T *>(p.out)[token * p.width + to] = from_float<T>(total);
 }
 
 /* ---- launches ------------------------------------------------------------------------------ */
@@ -283,19 +289,23 @@ template <typename T, int N> moe_status by_plain_sums(moe_device *dev, const dec
 }
 
 template <typename T> moe_status combine(moe_device *dev, const decode_args &p) {
-  constexpr int threads = 128;
   unsigned tokens = (unsigned)((p.end - p.begin) / p.k);
   if (p.width % 4 == 0)
     return cuda_start(dev, decode_combine_kernel<T, 4>,
-                      dim3((unsigned)div_up(p.width, 4 * threads), tokens), threads, 0, p);
-  return cuda_start(dev, decode_combine_kernel<T, 1>,
-                    dim3((unsigned)div_up(p.width, threads), tokens), threads, 0, p);
+                      dim3((unsigned)div_up(p.width, 128), tokens), combine_threads, 0, p);
+  return cuda_start(dev, decode_combine_kernel<T, 1>, dim3((unsigned)div_up(p.width, 32), tokens),
+                    combine_threads, 0, p);
 }
 
 /* The pairs [begin, end) of p. */
 moe_status one_pass(moe_device *dev, moe_dtype dtype, decode_args p, bool tensor_cores) {
   int64_t pairs = p.end - p.begin, row = 4LL * p.width;
   p.by_pair = pairs < p.count;
+  p.slices = tensor_cores ? cuda_experts_stream_slices(dev, p) : 0;
+  if (p.slices > 0) {
+    MOE_TRY(cuda_experts_stream(dev, dtype, p));
+    return dtype == MOE_F16 ? combine<__half>(dev, p) : combine<__nv_bfloat16>(dev, p);
+  }
   if (tensor_cores) {
     /* slices of F for a few blocks on every multiprocessor */
     int64_t slots = p.by_pair ? pairs : p.count, blocks = div_up(p.width, skinny_rows) * slots;

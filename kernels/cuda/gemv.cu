@@ -1,14 +1,18 @@
-/* Products with few rows, c [m, n] = a [m, k] b [n, k]^T + beta c with m at most 32: a block per 16
- * rows of b (skinny.cuh). cuBLAS's tiles would leave most of the chip idle.
+/* Products with few rows, c [m, n] = a [m, k] b [n, k]^T + beta c with m at most 32. cuBLAS's tiles
+ * would leave most of the chip idle. A small b waits for its first byte, so a block takes 16 rows
+ * of b and only 8 of a (skinny.cuh): more blocks, of which later readers of b find it in the L2
+ * cache. A large b is read once: by blocks for 16 of its rows, or on Hopper as a stream
+ * (stream.cuh).
  *
  * b may be the result of the kernel before, so ahead of it b is only prefetched. */
 #include "kernels/cuda/gemv.h"
 
-#include "kernels/cuda/skinny.cuh"
+#include "kernels/cuda/stream.cuh"
 
 namespace {
 
-constexpr int gemv_batch = 6; /* chunks a warp has in flight: all of k = 768 */
+constexpr int gemv_batch = 6;            /* chunks a warp has in flight: all of k = 768 */
+constexpr int64_t gemv_large = 16 << 20; /* bytes of b, from here on */
 
 struct gemv_args {
   const void *a, *b;
@@ -16,6 +20,13 @@ struct gemv_args {
   int m, n, k;
   float beta;
 };
+
+/* c's element for row `slot` of a and `row` of b. */
+template <typename C>
+__device__ __forceinline__ void gemv_put(const gemv_args &p, int slot, int row, float value) {
+  C *to = static_cast<C *>(p.c) + (int64_t)slot * p.n + row;
+  if (row < p.n) *to = from_float<C>(p.beta != 0.0f ? value + to_float(*to) : value);
+}
 
 template <typename T, typename C, int TILES>
 __global__ void __launch_bounds__(skinny_threads) gemv_kernel(gemv_args p) {
@@ -34,27 +45,85 @@ __global__ void __launch_bounds__(skinny_threads) gemv_kernel(gemv_args p) {
     launch_wait();
     launch_release();
 
+    int first = (int)blockIdx.y * 8 * TILES, m = min(8 * TILES, p.m - first);
     const T *rows[TILES];
 #pragma unroll
     for (int j = 0; j < TILES; j++)
-      rows[j] = j * 8 + g < p.m ? a + (int64_t)(j * 8 + g) * p.k : nullptr;
+      rows[j] = j * 8 + g < m ? a + (int64_t)(first + j * 8 + g) * p.k : nullptr;
     skinny_batch<T, gemv_batch> batch;
     batch.load(low, high, r);
     float c[TILES][4];
-    skinny_product(c, batch, low, high, rows, p.m, r);
-    skinny_finish<TILES>(sums, c, p.m, [&](int slot, float x, float y) {
-      C *to = static_cast<C *>(p.c) + (int64_t)slot * p.n + row;
-      if (row < p.n) to[0] = from_float<C>(p.beta != 0.0f ? x + to_float(to[0]) : x);
-      if (row + 8 < p.n) to[8] = from_float<C>(p.beta != 0.0f ? y + to_float(to[8]) : y);
+    skinny_product(c, batch, low, high, rows, m, r);
+    skinny_finish<TILES>(sums, c, m, [&](int slot, float x, float y) {
+      gemv_put<C>(p, first + slot, row, x);
+      gemv_put<C>(p, first + slot, row + 8, y);
     });
   }
 }
 
-template <typename T, typename C> moe_status start(moe_device *dev, const gemv_args &p) {
+/* A warp per 16 rows of b and all rows of a. */
+template <typename T, typename C, int TILES>
+__global__ void __launch_bounds__(stream_threads, 2) gemv_stream_kernel(gemv_args p) {
+  extern __shared__ uint4 memory[];
+  __shared__ uint64_t barriers[stream_warps];
+  if constexpr (mma_built<T>()) {
+    stream_place place(memory, barriers);
+    int lane = (int)threadIdx.x % 32, items = (int)div_up(p.n, skinny_rows);
+    auto ask = [&](int item, int k0) {
+      int row = item * skinny_rows + lane;
+      const T *from = static_cast<const T *>(p.b) + (int64_t)row * p.k + k0;
+      place.ask(lane < skinny_rows && row < p.n ? from : nullptr, min(stream_segment, p.k - k0));
+    };
+    launch_wait();
+    launch_release();
+    const T *rows[TILES];
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+      int slot = j * 8 + lane / 4;
+      rows[j] = slot < p.m ? static_cast<const T *>(p.a) + (int64_t)slot * p.k : nullptr;
+    }
+    int item = stream_first();
+    if (item < items) ask(item, 0);
+    for (; item < items; item += stream_all()) {
+      stream_sums<TILES> sums;
+      sums.clear();
+      for (int k0 = 0; k0 < p.k; k0 += stream_segment) {
+        sums.multiply(place, rows, (p.m + 7) / 8, k0, min(stream_segment, p.k - k0));
+        if (k0 + stream_segment < p.k)
+          ask(item, k0 + stream_segment);
+        else if (item + stream_all() < items)
+          ask(item + stream_all(), 0);
+      }
+#pragma unroll
+      for (int j = 0; j < TILES; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          int slot = j * 8 + lane % 4 * 2 + i, row = item * skinny_rows + lane / 4;
+          if (slot >= p.m) continue;
+          gemv_put<C>(p, slot, row, sums.total(j, 0, i));
+          gemv_put<C>(p, slot, row + 8, sums.total(j, 1, i));
+        }
+    }
+  }
+}
+
+template <typename T, typename C, int TILES>
+moe_status start_large(moe_device *dev, const gemv_args &p) {
+  if (stream_fits(dev))
+    return stream_start(dev, gemv_stream_kernel<T, C, TILES>, dim3((unsigned)cuda_of(dev)->sms), p);
   dim3 grid((unsigned)div_up(p.n, skinny_rows));
-  if (p.m <= 8) return cuda_start(dev, gemv_kernel<T, C, 1>, grid, skinny_threads, 0, p);
-  if (p.m <= 16) return cuda_start(dev, gemv_kernel<T, C, 2>, grid, skinny_threads, 0, p);
-  return cuda_start(dev, gemv_kernel<T, C, 4>, grid, skinny_threads, 0, p);
+  return cuda_start(dev, gemv_kernel<T, C, TILES>, grid, skinny_threads, 0, p);
+}
+
+/* Which way depends on b alone, and all add a row's products in an order that only k decides. */
+template <typename T, typename C> moe_status start(moe_device *dev, const gemv_args &p) {
+  if (2LL * p.n * p.k < gemv_large) {
+    dim3 grid((unsigned)div_up(p.n, skinny_rows), (unsigned)div_up(p.m, 8));
+    return cuda_start(dev, gemv_kernel<T, C, 1>, grid, skinny_threads, 0, p);
+  }
+  if (p.m <= 8) return start_large<T, C, 1>(dev, p);
+  if (p.m <= 16) return start_large<T, C, 2>(dev, p);
+  return start_large<T, C, 4>(dev, p);
 }
 
 } /* namespace */

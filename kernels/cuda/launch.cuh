@@ -44,25 +44,41 @@ static inline bool launch_overlaps(const moe_device *dev) {
 /* Up to so many rows an operation's launch costs more than its work. */
 constexpr int64_t launch_few = 64;
 
-/* Queue kernel(args...) on the device's stream; `overlap`: it may begin early. */
+/* Queue kernel(args...) on the device's stream; `overlap`: it may begin early; so many blocks that
+ * are neighbours along y (1: each for itself) form a cluster. */
 template <typename... P, typename... A>
-static moe_status cuda_launch(moe_device *dev, bool overlap, void (*kernel)(P...), dim3 grid,
-                              int threads, int shared, A... args) {
+static moe_status cuda_launch_clusters(moe_device *dev, bool overlap, int cluster,
+                                       void (*kernel)(P...), dim3 grid, int threads, int shared,
+                                       A... args) {
   if (shared > 48 << 10) /* what a kernel gets without asking */
     CUDA_TRY(dev,
              cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute wishes[2] = {};
   cudaLaunchConfig_t config = {};
+  if (overlap && launch_overlaps(dev)) {
+    cudaLaunchAttribute *early = &wishes[config.numAttrs++];
+    early->id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early->val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute *together = &wishes[config.numAttrs++];
+    together->id = cudaLaunchAttributeClusterDimension;
+    together->val.clusterDim.x = together->val.clusterDim.z = 1;
+    together->val.clusterDim.y = (unsigned)cluster;
+  }
   config.gridDim = grid;
   config.blockDim = dim3((unsigned)threads);
   config.dynamicSmemBytes = (size_t)shared;
   config.stream = cuda_of(dev)->stream;
-  config.attrs = &early;
-  config.numAttrs = overlap && launch_overlaps(dev) ? 1 : 0;
+  config.attrs = wishes;
   CUDA_TRY(dev, cudaLaunchKernelEx(&config, kernel, P(args)...));
   return MOE_OK;
+}
+
+template <typename... P, typename... A>
+static moe_status cuda_launch(moe_device *dev, bool overlap, void (*kernel)(P...), dim3 grid,
+                              int threads, int shared, A... args) {
+  return cuda_launch_clusters(dev, overlap, 1, kernel, grid, threads, shared, args...);
 }
 
 template <typename... P, typename... A>

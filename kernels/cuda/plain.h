@@ -5,6 +5,8 @@
  *   norm     rms_norm_backward with a warp for a row (norm.cu)
  *   gather   rows taken from all over by neighbouring warps (permute.cu)
  *   gemv     products with few rows straight from memory (gemv.cu)
+ *   stream   weights for few tokens by Hopper's copy engine (stream.cuh)
+ *   cluster  attention over short caches in one kernel (attention_cached_mma.cu)
  *   overlap  small kernels that begin before the one before has ended (launch.cuh)
  *
  * The other switches of this kind: MOE_EXPERT_GEMM=cublas (experts.cu), MOE_ATTENTION=own, exact or

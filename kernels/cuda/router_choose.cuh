@@ -49,6 +49,25 @@ static __device__ int largest(const float *score, int count) {
   return best;
 }
 
+/* All K choices of at most 32 experts at once: a score's place is how many are ahead of it. */
+static __device__ void choose_narrow(const choose_args &a, int64_t t, const float *p,
+                                     float *score) {
+  int lane = (int)threadIdx.x % 32, place = 0;
+  __syncwarp();
+  float mine = lane < a.count ? score[lane] : -INFINITY;
+#pragma unroll 8
+  for (int j = 0; j < a.count; j++) {
+    float other = __shfl_sync(full_warp, mine, j);
+    place += other > mine || (other == mine && j < lane);
+  }
+  bool taken = lane < a.count && place < a.k;
+  float probability = taken ? p[lane] : 0.0f, sum = warp_sum(probability);
+  if (!taken) return;
+  score[lane] = NAN;
+  a.experts[t * a.k + place] = lane;
+  a.gates[t * a.k + place] = sum < FLT_MIN ? 1.0f / (float)a.k : probability / sum;
+}
+
 /* Token t: its logits `p` [E] become probabilities; lse, experts and gates are written. score [E]
  * is shared memory: afterwards what was taken is NaN there. */
 static __device__ void choose_one(const choose_args &a, int64_t t, float *p, float *lse,
@@ -56,6 +75,7 @@ static __device__ void choose_one(const choose_args &a, int64_t t, float *p, flo
   int lane = (int)threadIdx.x % 32;
   float sum = 0, *gates = a.gates + t * a.k;
   soften(p, a.bias, a.count, lse, score);
+  if (a.count <= 32) return choose_narrow(a, t, p, score);
   for (int k = 0; k < a.k; k++) {
     __syncwarp();
     int best = largest(score, a.count);

@@ -1,14 +1,15 @@
-/* The router of few tokens and few experts in one block: where launches cost more than the work.
+/* The router of few tokens and few experts: where launches cost more than the work.
  *
- * A warp multiplies one expert's row of weights with up to eight tokens; then a warp chooses for
- * each token, in shared memory; then a thread adds up each of the statistics, tokens in order. */
+ * A block per token: a warp multiplies one expert's row of weights with it, one warp chooses, in
+ * shared memory. The statistics of a single token are at hand there; those of several are added up,
+ * tokens in order, by one more block. */
 #ifndef MOE_KERNELS_CUDA_ROUTER_SMALL_CUH
 #define MOE_KERNELS_CUDA_ROUTER_SMALL_CUH
 
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/router_choose.cuh"
 
-constexpr int small_tokens = 32, small_experts = 64, small_together = 8, small_warps = 32;
+constexpr int small_tokens = 32, small_experts = 64, small_warps = 32;
 
 struct small_router_args {
   choose_args c;
@@ -22,75 +23,74 @@ static inline bool small_router_fits(int64_t tokens, int64_t experts, int64_t k)
   return tokens >= 1 && tokens <= small_tokens && experts <= small_experts && k <= experts;
 }
 
-/* Expert e's logits of tokens [first, first + small_together). */
-template <typename T, int N>
-static __device__ __forceinline__ void small_logits(const small_router_args &a, int e, int first,
-                                                    float (*logits)[small_experts]) {
-  const float *w = a.weight + (int64_t)e * a.width;
-  const T *x = static_cast<const T *>(a.x) + (int64_t)first * a.width;
-  float sum[small_together] = {};
-  int n = min(small_together, (int)a.c.tokens - first);
-#pragma unroll 4
-  for (int c = (int)threadIdx.x % 32 * N; c < a.width; c += 32 * N) {
-    float u[N], v[N];
-    load<float, N>(u, w + c);
-#pragma unroll
-    for (int t = 0; t < small_together; t++) {
-      if (t >= n) break;
-      load<T, N>(v, x + (int64_t)t * a.width + c);
-#pragma unroll
-      for (int i = 0; i < N; i++) sum[t] = fmaf(u[i], v[i], sum[t]);
-    }
-  }
-#pragma unroll
-  for (int t = 0; t < small_together; t++) {
-    if (t >= n) break;
-    float total = warp_sum(sum[t]);
-    if (threadIdx.x % 32 == 0) logits[first + t][e] = total;
-  }
-}
-
-/* Column c of a group's statistics: assignments, mass, squares of lse. */
-static __device__ float small_stat(const small_router_args &a, int group, int c,
-                                   const float (*p)[small_experts],
-                                   const float (*score)[small_experts], const float *lse) {
-  int each = (int)a.c.tokens / a.groups, e = c % a.c.count;
-  double sum = 0;
-  for (int t = group * each; t < (group + 1) * each; t++) {
-    if (c < a.c.count)
-      sum += score[t][e] != score[t][e] ? 1.0 : 0.0; /* taken */
-    else
-      sum += c < 2 * a.c.count ? (double)p[t][e] : (double)lse[t] * (double)lse[t];
-  }
-  return (float)sum;
-}
-
 template <typename T, int N>
 __global__ void __launch_bounds__(32 * small_warps) small_router_kernel(small_router_args a) {
-  __shared__ float p[small_tokens][small_experts], score[small_tokens][small_experts];
-  __shared__ float lse[small_tokens];
+  __shared__ float p[small_experts], score[small_experts], lse;
   int warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32, count = a.c.count;
-  int tokens = (int)a.c.tokens;
-  for (int i = (int)threadIdx.x * 32; i < count * a.width; i += (int)blockDim.x * 32)
+  int64_t t = blockIdx.x;
+  for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x) * 32; i < count * a.width;
+       i += (int)(gridDim.x * blockDim.x) * 32)
     prefetch_line(a.weight + i);
   launch_wait();
   launch_release();
 
-  int parts = (int)div_up(tokens, small_together);
-  for (int task = warp; task < count * parts; task += warps)
-    small_logits<T, N>(a, task % count, task / count * small_together, p);
+  const T *x = static_cast<const T *>(a.x) + t * a.width;
+  for (int e = warp; e < count; e += warps) {
+    const float *w = a.weight + (int64_t)e * a.width;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int c = (int)threadIdx.x % 32 * N; c < a.width; c += 32 * N) {
+      float u[N], v[N];
+      load<float, N>(u, w + c);
+      load<T, N>(v, x + c);
+#pragma unroll
+      for (int i = 0; i < N; i++) sum = fmaf(u[i], v[i], sum);
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) p[e] = sum;
+  }
   __syncthreads();
-  for (int t = warp; t < tokens; t += warps) choose_one(a.c, t, p[t], lse + t, score[t]);
+  if (warp == 0) choose_one(a.c, t, p, &lse, score);
   __syncthreads();
-  for (int i = (int)threadIdx.x; i < tokens * count; i += (int)blockDim.x)
-    a.c.probs[i] = p[i / count][i % count];
-  for (int t = (int)threadIdx.x; t < tokens; t += (int)blockDim.x) a.c.lse[t] = lse[t];
+  for (int i = (int)threadIdx.x; i < count; i += (int)blockDim.x) a.c.probs[t * count + i] = p[i];
+  if (threadIdx.x == 0) a.c.lse[t] = lse;
+  if (a.c.tokens > 1) return;
+  for (int i = (int)threadIdx.x; i <= 2 * count; i += (int)blockDim.x) {
+    int e = i % count; /* what was taken is NaN */
+    a.stats[i] = i == 2 * count         ? lse * lse
+                 : i >= count           ? p[e]
+                 : score[e] != score[e] ? 1.0f
+                                        : 0.0f;
+  }
+}
+
+/* One block. Column c of a group's statistics: assignments, mass, squares of lse. */
+__global__ void __launch_bounds__(256) small_stats_kernel(small_router_args a) {
+  __shared__ float p[small_tokens * small_experts];
+  __shared__ int experts[small_tokens * small_experts];
+  launch_wait();
+  launch_release();
+  int count = a.c.count, k = a.c.k, tokens = (int)a.c.tokens, each = tokens / a.groups;
   int columns = 2 * count + 1;
+  for (int i = (int)threadIdx.x; i < tokens * count; i += (int)blockDim.x) p[i] = a.c.probs[i];
+  for (int i = (int)threadIdx.x; i < tokens * k; i += (int)blockDim.x) experts[i] = a.c.experts[i];
+  __syncthreads();
   for (int i = (int)threadIdx.x; i < a.groups * columns; i += (int)blockDim.x) {
-    int group = i / columns, c = i % columns, block = c / count; /* load, mass, squares */
+    int group = i / columns, c = i % columns, begin = group * each, end = begin + each;
+    double sum = 0;
+    if (c < count) {
+      int load = 0;
+      for (int j = begin * k; j < end * k; j++) load += experts[j] == c;
+      sum = load;
+    } else {
+      for (int t = begin; t < end; t++)
+        sum += c < 2 * count ? (double)p[t * count + c - count]
+                             : (double)a.c.lse[t] * (double)a.c.lse[t];
+    }
+    int block = c / count; /* load, mass, squares */
     int at =
         block < 2 ? (block * a.groups + group) * count + c % count : 2 * a.groups * count + group;
-    a.stats[at] = small_stat(a, group, c, p, score, lse);
+    a.stats[at] = (float)sum;
   }
 }
 
@@ -102,19 +102,18 @@ static inline moe_status small_router(moe_device *dev, const choose_args &c, moe
                          cuda_data<float>(stats),
                          (int)x.shape[1],
                          (int)stats.shape[0]};
-  int64_t tasks = c.count * div_up(c.tokens, small_together);
-  if (tasks < c.tokens) tasks = c.tokens;
-  int threads = 32 * (int)(tasks < small_warps ? tasks : small_warps);
-  return cuda_act(x.dtype, [&](auto act) {
+  int threads = 32 * (c.count < small_warps ? c.count : small_warps);
+  MOE_TRY(cuda_act(x.dtype, [&](auto act) {
     using T = decltype(act);
     return cuda_width(
         a.width,
         [&](auto n) {
-          return cuda_start(dev, small_router_kernel<T, decltype(n)::value>, dim3(1), threads, 0,
-                            a);
+          return cuda_start(dev, small_router_kernel<T, decltype(n)::value>,
+                            dim3((unsigned)c.tokens), threads, 0, a);
         },
         (const char *)x.data, (const char *)weight.data);
-  });
+  }));
+  return c.tokens > 1 ? cuda_start(dev, small_stats_kernel, dim3(1), 256, 0, a) : MOE_OK;
 }
 
 #endif

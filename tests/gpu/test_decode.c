@@ -12,9 +12,17 @@ static double rounding(moe_dtype type) {
 }
 
 Test(gpu_decode, products_with_few_rows_agree, .init = both_open, .fini = both_close) {
-  const int64_t sizes[][3] = {{1, 896, 768},  {8, 768, 768},   {9, 1000, 776}, {32, 768, 6144},
-                              {17, 33, 2056}, {3, 32000, 768}, {1, 7, 8}};
-  for (int i = 0; i < 7; i++)
+  const int64_t sizes[][3] = {{1, 896, 768},
+                              {8, 768, 768},
+                              {9, 1000, 776},
+                              {32, 768, 6144},
+                              {17, 33, 2056},
+                              {3, 32000, 768},
+                              {1, 7, 8},
+                              /* large b, several segments of k, odd edges */
+                              {32, 11000, 776},
+                              {16, 9001, 1000}};
+  for (int i = 0; i < 9; i++)
     for (int n = 0; n < 3; n++)
       for (int wide = 0; wide < 2; wide++) {
         int64_t m = sizes[i][0], k = sizes[i][2];
@@ -33,15 +41,18 @@ Test(gpu_decode, products_with_few_rows_agree, .init = both_open, .fini = both_c
 
 /* Whatever stands beside it, a row comes out the same: texts do not depend on the batch. */
 Test(gpu_decode, a_row_does_not_depend_on_its_neighbours, .init = both_open, .fini = both_close) {
+  const int64_t sizes[] = {900, 11000}; /* small and large b */
   both a = both_random("a", MOE_BF16, SHAPE(32, 768), 1.0);
-  both b = both_random("b", MOE_BF16, SHAPE(900, 768), 0.05);
-  both one = both_output("one", MOE_F32, SHAPE(1, 900));
-  both all = both_output("all", MOE_F32, SHAPE(32, 900));
-  ON_GPU(moe_gemm(dev, MOE_NT, a.t[s], b.t[s], 0.0f, all.t[s]));
-  for (int64_t i = 0; i < 32; i += 5) {
-    ON_GPU(moe_gemm(dev, MOE_NT, moe_tensor_rows(a.t[s], i, 1), b.t[s], 0.0f, one.t[s]));
-    both row = {.t = {one.t[CPU_SIDE], moe_tensor_rows(all.t[GPU_SIDE], i, 1)}, .name = "row"};
-    cr_assert_eq(both_hash(one), both_hash(row), "row %lld", (long long)i);
+  for (int n = 0; n < 2; n++) {
+    both b = both_random("b", MOE_BF16, SHAPE(sizes[n], 768), 0.05);
+    both one = both_output("one", MOE_F32, SHAPE(1, sizes[n]));
+    both all = both_output("all", MOE_F32, SHAPE(32, sizes[n]));
+    ON_GPU(moe_gemm(dev, MOE_NT, a.t[s], b.t[s], 0.0f, all.t[s]));
+    for (int64_t i = 0; i < 32; i += 5) {
+      ON_GPU(moe_gemm(dev, MOE_NT, moe_tensor_rows(a.t[s], i, 1), b.t[s], 0.0f, one.t[s]));
+      both row = {.t = {one.t[CPU_SIDE], moe_tensor_rows(all.t[GPU_SIDE], i, 1)}, .name = "row"};
+      cr_assert_eq(both_hash(one), both_hash(row), "row %lld", (long long)i);
+    }
   }
 }
 
@@ -67,9 +78,16 @@ static void decode_experts(moe_dtype act, expert_shape n) {
 }
 
 Test(gpu_decode, experts_of_few_tokens_agree, .init = both_open, .fini = both_close) {
-  const expert_shape sizes[] = {{1, 4, 8, 768, 3072},   {32, 4, 16, 768, 520}, {8, 2, 4, 768, 2048},
-                                {100, 4, 16, 264, 520}, {9, 3, 7, 100, 333},   {5, 8, 300, 64, 72}};
-  for (int i = 0; i < 6; i++)
+  const expert_shape sizes[] = {{1, 4, 8, 768, 3072},
+                                {32, 4, 16, 768, 520},
+                                {8, 2, 4, 768, 2048},
+                                {100, 4, 16, 264, 520},
+                                {9, 3, 7, 100, 333},
+                                {5, 8, 300, 64, 72},
+                                /* more pairs of an expert than share a pass; segments, edges */
+                                {64, 4, 4, 776, 1000},
+                                {3, 3, 5, 1544, 392}};
+  for (int i = 0; i < 8; i++)
     for (int n = 0; n < 3; n++) decode_experts(types[n], sizes[i]);
 }
 
@@ -106,8 +124,10 @@ Test(gpu_decode, attention_over_long_caches_agrees, .init = both_open, .fini = b
   } list[] = {{{1, 1, 12, 1, 64}, 70000, 69999}, {{32, 1, 12, 1, 64}, 1500, 1499},
               {{1, 512, 12, 1, 64}, 3000, 2600}, {{2, 77, 8, 2, 128}, 1000, 990},
               {{3, 4, 12, 1, 64}, 5000, 4990},   {{2, 1, 6, 2, 80}, 4000, 3900},
-              {{2, 3, 3, 3, 250}, 700, 690},     {{1, 33, 16, 4, 32}, 2100, 2090}};
-  for (int i = 0; i < 8; i++)
+              {{2, 3, 3, 3, 250}, 700, 690},     {{1, 33, 16, 4, 32}, 2100, 2090},
+              {{3, 1, 12, 1, 64}, 300, 3},       {{2, 1, 12, 1, 64}, 9000, 8990},
+              {{2, 5, 12, 1, 64}, 1100, 1099},   {{40, 1, 4, 2, 128}, 500, 499}};
+  for (int i = 0; i < 12; i++)
     for (int n = 0; n < 3; n++) attend(types[n], list[i].shape, list[i].room, list[i].longest);
 }
 
