@@ -1,354 +1,11 @@
-/* Hopper's own expert products against float32 references, one table per product.
- *
- * Every product gets its own random inputs, rounded to bf16, so that one wrong kernel does not hide
- * another. The reference takes the same values as float32: the CPU backend where that is quick,
- * cuBLAS in float32 elsewhere. Outputs start as NaN, so do the inputs' rows after the last
- * segment; both must still be NaN there afterwards. A tensor that is wrong is shown as a map of its
- * first wrong 128 x 192 tile, 16 x 16 elements to a character: which part is wrong says why. */
+/* Hopper's own expert products against float32 references (expert_problem.h): chosen and random
+ * shapes, and what the model relies on. */
 #include <criterion/criterion.h>
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "core/base/rng.h"
-#include "kernels/ops.h"
-
-enum { MOST = 16, TAIL = 40, NORMALS = 1000003 };
-typedef enum { UP, DOWN, DOWN_BACKWARD, UP_BACKWARD, GRAD_W13, GRAD_W2, PRODUCTS } product;
-static const char *const names[] = {"up",          "down",     "down_backward",
-                                    "up_backward", "grad w13", "grad w2"};
-
-typedef struct {
-  int64_t d, f, e;
-  int64_t pad; /* segments begin at multiples of it */
-  int64_t rows[MOST];
-} shape;
-
-/* Host values, each representable in bf16. */
-typedef struct {
-  shape s;
-  int64_t used, c; /* rows of segments, rows of the buffers */
-  int32_t offsets[MOST + 1];
-  float *x, *dy, *gates, *gu, *a, *w13, *w2, *base; /* base: what gradients add to */
-} problem;
-
-static moe_device *hopper, *cublas, *cpu;
-static float *normals;
-
-static void *memory(int64_t bytes) {
-  void *p = calloc(1, (size_t)bytes + 1);
-  cr_assert(p != NULL, "no memory");
-  return p;
-}
-
-static void ok(moe_status status, const char *what) {
-  cr_assert(status == MOE_OK, "%s: %s", what, moe_error_message());
-}
-#define OK(call) ok((call), #call)
-
-static moe_device *device(moe_device_kind kind, const char *products) {
-  moe_device *dev = NULL;
-  moe_device_options options = {.kind = kind};
-  setenv("MOE_EXPERT_GEMM", products, 1);
-  if (moe_device_open(&options, &dev) != MOE_OK)
-    cr_skip_test("no Hopper GPU: %s", moe_error_message());
-  return dev;
-}
-
-static void begin(void) {
-  hopper = device(MOE_DEVICE_CUDA, "sm90");
-  cublas = device(MOE_DEVICE_CUDA, "cublas");
-  cpu = device(MOE_DEVICE_CPU, "");
-  normals = memory(sizeof(float) * NORMALS);
-  moe_rng_normal_fill(5, 6, 0, NORMALS, 1.0f, normals);
-}
-static void end(void) {
-  free(normals);
-  moe_device_close(hopper);
-  moe_device_close(cublas);
-  moe_device_close(cpu);
-}
-
-/* ---- problems -------------------------------------------------------------------------------- */
-
-static float rounded(float x) {
-  return moe_bf16_to_f32(moe_f32_to_bf16(x));
-}
-
-/* count values from place `seed` of the normals on; the prime period never lines up with rows. */
-static float *draws(int64_t count, int64_t seed, double std) {
-  float *v = memory(count * (int64_t)sizeof(float));
-  for (int64_t i = 0; i < count; i++)
-    v[i] = rounded((float)std * normals[(i + seed * 7919) % NORMALS]);
-  return v;
-}
-
-/* Rows of [C, width]: zero where a segment is padded, NaN after the last. */
-static float *row_draws(const problem *p, int64_t width, int64_t seed, double std) {
-  float *v = draws(p->c * width, seed, std);
-  for (int64_t j = 0; j < p->s.e; j++)
-    for (int64_t i = (p->offsets[j] + p->s.rows[j]) * width; i < p->offsets[j + 1] * width; i++)
-      v[i] = 0.0f;
-  for (int64_t i = p->used * width; i < p->c * width; i++) v[i] = NAN;
-  return v;
-}
-
-static problem make(shape s, int64_t seed) {
-  problem p = {.s = s};
-  for (int64_t j = 0; j < s.e; j++)
-    p.offsets[j + 1] = p.offsets[j] + (int32_t)((s.rows[j] + s.pad - 1) / s.pad * s.pad);
-  p.used = p.offsets[s.e];
-  p.c = p.used + TAIL;
-  p.x = row_draws(&p, s.d, seed + 1, 1.0);
-  p.dy = row_draws(&p, s.d, seed + 2, 1.0);
-  p.gates = row_draws(&p, 1, seed + 3, 0.5);
-  p.gu = row_draws(&p, 2 * s.f, seed + 4, 1.5);
-  p.a = row_draws(&p, s.f, seed + 5, 1.0);
-  p.w13 = draws(s.e * 2 * s.f * s.d, seed + 6, 1.0 / sqrt((double)s.d));
-  p.w2 = draws(s.e * s.d * s.f, seed + 7, 1.0 / sqrt((double)s.f));
-  p.base = draws(s.e * 2 * s.f * s.d, seed + 8, 3.0);
-  return p;
-}
-static void release(problem *p) {
-  float *all[] = {p->x, p->dy, p->gates, p->gu, p->a, p->w13, p->w2, p->base};
-  for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
-}
-
-/* ---- one product on one device --------------------------------------------------------------- */
-
-typedef struct {
-  const char *name;
-  int64_t rows, checked, columns; /* the first `checked` rows belong to segments */
-  double tolerance;               /* relative, of 2-norms */
-  moe_dtype dtype;                /* where the act type is bf16 */
-  float *v;
-} result;
-
-static int results(product k, const problem *p, result *r) {
-  int64_t d = p->s.d, f = p->s.f, e = p->s.e;
-  const double half = 3e-3, sums = 1e-4;
-  result gu = {k == UP ? "gu" : "dgu", p->c, p->used, 2 * f, half, MOE_BF16, NULL};
-  result a = {"a", p->c, p->used, f, k == UP ? 2 * half : half, MOE_BF16, NULL};
-  result gates = {"dgates", p->c, p->used, 1, sums, MOE_F32, NULL};
-  result rows = {k == DOWN ? "y" : "dx", p->c, p->used, d, half, MOE_BF16, NULL};
-  result w13 = {"dw13", e * 2 * f, e * 2 * f, d, sums, MOE_F32, NULL};
-  result w2 = {"dw2", e * d, e * d, f, sums, MOE_F32, NULL};
-  switch (k) {
-  case UP:
-    r[0] = gu, r[1] = a;
-    return 2;
-  case DOWN_BACKWARD:
-    r[0] = gu, r[1] = a, r[2] = gates;
-    return 3;
-  case GRAD_W13:
-    r[0] = w13;
-    return 1;
-  case GRAD_W2:
-    r[0] = w2;
-    return 1;
-  default:
-    r[0] = rows;
-    return 1;
-  }
-}
-
-enum { MOST_TENSORS = 16 };
-typedef struct {
-  moe_device *dev;
-  moe_dtype act;
-  void *data[MOST_TENSORS];
-  int count;
-} bench;
-
-static moe_tensor tensor(bench *b, moe_dtype dtype, int64_t n0, int64_t n1, int64_t n2) {
-  int dims = n2 > 0 ? 3 : n1 > 0 ? 2 : 1;
-  moe_tensor t = {NULL, dtype, dims, {n0, n1, n2, 1}};
-  t.data = b->data[b->count++] = moe_device_alloc(b->dev, moe_tensor_bytes(t) + 1);
-  cr_assert(t.data != NULL, "no device memory");
-  return t;
-}
-static void send(bench *b, moe_tensor t, const void *from) {
-  OK(moe_device_upload(b->dev, t.data, from, moe_tensor_bytes(t)));
-  OK(moe_device_sync(b->dev));
-}
-static moe_tensor put(bench *b, moe_dtype dtype, const float *v, int64_t n0, int64_t n1,
-                      int64_t n2) {
-  moe_tensor t = tensor(b, dtype, n0, n1, n2);
-  int64_t n = moe_tensor_count(t);
-  if (dtype == MOE_F32) {
-    send(b, t, v);
-    return t;
-  }
-  uint16_t *bits = memory(2 * n);
-  for (int64_t i = 0; i < n; i++) bits[i] = moe_f32_to_bf16(v[i]);
-  send(b, t, bits);
-  free(bits);
-  return t;
-}
-static moe_tensor poisoned(bench *b, moe_dtype dtype, int64_t n0, int64_t n1, int64_t n2) {
-  moe_tensor t = tensor(b, dtype, n0, n1, n2);
-  char *nan = memory(moe_tensor_bytes(t));
-  memset(nan, 0xff, (size_t)moe_tensor_bytes(t));
-  send(b, t, nan);
-  free(nan);
-  return t;
-}
-static float *get(bench *b, moe_tensor t) {
-  int64_t n = moe_tensor_count(t);
-  float *v = memory(n * (int64_t)sizeof(float));
-  uint16_t *bits = memory(2 * n);
-  bool half = t.dtype == MOE_BF16;
-  OK(moe_device_download(b->dev, half ? (void *)bits : v, t.data, moe_tensor_bytes(t)));
-  OK(moe_device_sync(b->dev));
-  for (int64_t i = 0; i < n && half; i++) v[i] = moe_bf16_to_f32(bits[i]);
-  free(bits);
-  return v;
-}
-
-/* The product's outputs as floats, with inputs and outputs of type act. */
-static int run(product k, moe_device *dev, moe_dtype act, const problem *p, int accumulate,
-               result *r) {
-  bench b = {.dev = dev, .act = act};
-  int64_t d = p->s.d, f = p->s.f, e = p->s.e, c = p->c;
-  moe_tensor offsets = tensor(&b, MOE_I32, e + 1, 0, 0), out[3];
-  send(&b, offsets, p->offsets);
-  int64_t bytes = moe_expert_scratch(dev, c, d, f, act);
-  moe_tensor scratch = poisoned(&b, MOE_F32, bytes / 4 + 1, 0, 0);
-  moe_device_set_scratch(dev, scratch.data, bytes);
-#define ROWS(v, width) put(&b, act, p->v, c, width, 0)
-#define GATES put(&b, MOE_F32, p->gates, c, 0, 0)
-  if (k == UP) {
-    out[0] = poisoned(&b, act, c, 2 * f, 0), out[1] = poisoned(&b, act, c, f, 0);
-    OK(moe_expert_up(dev, ROWS(x, d), offsets, put(&b, act, p->w13, e, 2 * f, d), GATES, out[0],
-                     out[1]));
-  } else if (k == DOWN) {
-    out[0] = poisoned(&b, act, c, d, 0);
-    OK(moe_expert_down(dev, ROWS(a, f), offsets, put(&b, act, p->w2, e, d, f), out[0]));
-  } else if (k == DOWN_BACKWARD) {
-    out[0] = ROWS(gu, 2 * f), out[1] = poisoned(&b, act, c, f, 0);
-    out[2] = poisoned(&b, MOE_F32, c, 0, 0);
-    OK(moe_expert_down_backward(dev, ROWS(dy, d), offsets, put(&b, act, p->w2, e, d, f), GATES,
-                                out[0], out[1], out[2]));
-  } else if (k == UP_BACKWARD) {
-    out[0] = poisoned(&b, act, c, d, 0);
-    OK(moe_expert_up_backward(dev, ROWS(gu, 2 * f), offsets, put(&b, act, p->w13, e, 2 * f, d),
-                              out[0]));
-  } else {
-    int64_t m = k == GRAD_W13 ? 2 * f : d, n = k == GRAD_W13 ? d : f;
-    out[0] = accumulate ? put(&b, MOE_F32, p->base, e, m, n) : poisoned(&b, MOE_F32, e, m, n);
-    moe_tensor left = k == GRAD_W13 ? ROWS(gu, m) : ROWS(dy, m);
-    moe_tensor right = k == GRAD_W13 ? ROWS(x, n) : ROWS(a, n);
-    OK(moe_expert_weight_grad(dev, left, right, offsets, accumulate, out[0]));
-  }
-  ok(moe_device_sync(dev), names[k]);
-  int count = results(k, p, r);
-  for (int i = 0; i < count; i++) r[i].v = get(&b, out[i]);
-  moe_device_set_scratch(dev, NULL, 0);
-  for (int i = 0; i < b.count; i++) moe_device_free(dev, b.data[i]);
-  return count;
-}
-
-/* ---- comparing ------------------------------------------------------------------------------- */
-
-typedef struct {
-  double error, worst;  /* relative: of 2-norms, and of one element against its size + the rms */
-  int64_t at;           /* of the worst */
-  int64_t nan, touched; /* NaN in the segments' rows; elements changed after them */
-  double rms;
-  bool good;
-} verdict;
-
-static double off(const result *got, const result *want, int64_t i, double rms) {
-  double w = (double)want->v[i], d = fabs((double)got->v[i] - w);
-  return isnan(d) ? INFINITY : d / (fabs(w) + rms + 1e-30);
-}
-
-static verdict compare(const result *got, const result *want) {
-  int64_t n = got->checked * got->columns;
-  double error = 0.0, norm = 0.0;
-  verdict v = {0};
-  for (int64_t i = 0; i < n; i++) {
-    double w = (double)want->v[i], d = (double)got->v[i] - w;
-    v.nan += isnan(got->v[i]) != 0;
-    error += d * d, norm += w * w;
-  }
-  v.rms = n > 0 ? sqrt(norm / (double)n) : 0.0;
-  v.error = norm > 0.0 ? sqrt(error / norm) : sqrt(error);
-  for (int64_t i = 0; i < n; i++) {
-    double o = off(got, want, i, v.rms);
-    if (o > v.worst) v.worst = o, v.at = i;
-  }
-  for (int64_t i = n; i < got->rows * got->columns; i++) v.touched += !isnan(got->v[i]);
-  v.good = v.error <= got->tolerance && v.worst <= 30.0 * got->tolerance && v.nan + v.touched == 0;
-  return v;
-}
-
-/* The tile of the first wrong element: 16 x 16 elements to a character, '.' right, 'x' wrong, 'N'
- * NaN, '0' all zero though they should not be; and the first wrong elements. */
-static void show_map(const result *got, const result *want, const verdict *v) {
-  int64_t n = got->checked * got->columns, first = 0, shown = 0;
-  double limit = 30.0 * got->tolerance;
-  while (first < n && off(got, want, first, v->rms) <= limit) first++;
-  if (first == n) first = v->at;
-  int64_t top = first / got->columns / 128 * 128, left = first % got->columns / 192 * 192;
-  printf("    tile of row %lld, column %lld (rows count from the buffer's start)\n", (long long)top,
-         (long long)left);
-  for (int64_t i = top; i < top + 128 && i < got->checked; i += 16) {
-    printf("    %6lld ", (long long)i);
-    for (int64_t j = left; j < left + 192 && j < got->columns; j += 16) {
-      int64_t bad = 0, nan = 0, zero = 0, all = 0;
-      for (int64_t r = i; r < i + 16 && r < got->checked; r++)
-        for (int64_t c = j; c < j + 16 && c < got->columns; c++, all++) {
-          float g = got->v[r * got->columns + c], w = want->v[r * got->columns + c];
-          bad += off(got, want, r * got->columns + c, v->rms) > limit;
-          nan += isnan(g) != 0;
-          zero += g == 0.0f && w != 0.0f;
-        }
-      putchar(nan > 0 ? 'N' : bad == 0 ? '.' : zero == all ? '0' : 'x');
-    }
-    putchar('\n');
-  }
-  for (int64_t i = first; i < n && shown < 6; i++)
-    if (off(got, want, i, v->rms) > limit) {
-      printf("    [%lld, %lld] is %.6g, not %.6g\n", (long long)(i / got->columns),
-             (long long)(i % got->columns), (double)got->v[i], (double)want->v[i]);
-      shown++;
-    }
-}
-
-static void show(product k, const problem *p, const result *got, const result *want,
-                 const verdict *v, const char *note) {
-  printf("%-13s %-6s D %4lld F %5lld e %2lld C %6lld pad %3lld %-14s %9.2e of %.0e  worst %8.2e at "
-         "%lld,%lld  %s\n",
-         names[k], got->name, (long long)p->s.d, (long long)p->s.f, (long long)p->s.e,
-         (long long)p->c, (long long)p->s.pad, note, v->error, got->tolerance, v->worst,
-         (long long)(v->at / got->columns), (long long)(v->at % got->columns),
-         v->good ? "ok" : "WRONG");
-  if (v->nan + v->touched > 0)
-    printf("    %lld NaN in the segments' rows, %lld elements written after them\n",
-           (long long)v->nan, (long long)v->touched);
-  if (!v->good) show_map(got, want, v);
-  fflush(stdout);
-}
-
-/* How many of the product's outputs are wrong. quiet: print only those. */
-static int check(product k, const problem *p, int accumulate, bool quiet) {
-  double work = 2.0 * (double)p->c * (double)p->s.d * (double)p->s.f;
-  bool small = work < 5e8;
-  result want[3], got[3];
-  int wrong = 0, count = run(k, small ? cpu : cublas, MOE_F32, p, accumulate, want);
-  run(k, hopper, MOE_BF16, p, accumulate, got);
-  for (int i = 0; i < count; i++) {
-    verdict v = compare(&got[i], &want[i]);
-    char note[32];
-    snprintf(note, sizeof note, "%s%s", small ? "CPU" : "cuBLAS", accumulate ? ", adds" : "");
-    if (!v.good || !quiet) show(k, p, &got[i], &want[i], &v, note);
-    wrong += !v.good;
-    free(got[i].v), free(want[i].v);
-  }
-  return wrong;
-}
+#include "tests/gpu/expert_problem.h"
 
 /* ---- the shapes ------------------------------------------------------------------------------ */
 
@@ -369,18 +26,18 @@ enum { SHAPES = sizeof shapes / sizeof shapes[0] };
 static void on_the_shapes(product k) {
   int wrong = 0;
   for (int i = 0; i < SHAPES; i++) {
-    problem p = make(shapes[i], 10 * i);
-    wrong += check(k, &p, 0, false);
-    if (k == GRAD_W13 || k == GRAD_W2) wrong += check(k, &p, 1, false);
-    release(&p);
+    problem p = problem_make(shapes[i], 10 * i);
+    wrong += problem_check(k, &p, 0, NULL);
+    if (k == GRAD_W13 || k == GRAD_W2) wrong += problem_check(k, &p, 1, NULL);
+    problem_release(&p);
     if (i < 2 && wrong > 0) break; /* the rest would only hide the map */
   }
-  cr_assert(wrong == 0, "%s: %d tensors are wrong", names[k], wrong);
+  cr_assert(wrong == 0, "%s: %d tensors are wrong", product_names[k], wrong);
 }
 
-#define PRODUCT(name, k)                                                     \
-  Test(gpu_experts_sm90, name, .init = begin, .fini = end, .timeout = 300) { \
-    on_the_shapes(k);                                                        \
+#define PRODUCT(name, k)                                                                      \
+  Test(gpu_experts_sm90, name, .init = problem_open, .fini = problem_close, .timeout = 300) { \
+    on_the_shapes(k);                                                                         \
   }
 PRODUCT(up_agrees, UP)
 PRODUCT(down_agrees, DOWN)
@@ -389,72 +46,81 @@ PRODUCT(up_backward_agrees, UP_BACKWARD)
 PRODUCT(gradient_of_w13_agrees, GRAD_W13)
 PRODUCT(gradient_of_w2_agrees, GRAD_W2)
 
-static int64_t pick(int64_t i, int64_t below) {
-  return (int64_t)(moe_rng_uniform_f64(9, 9, (uint64_t)i) * (double)below);
+/* ---- random shapes ----------------------------------------------------------------------------
+ * SHAPES_EACH to a test, so that processes share them. MOE_TEST_SEED in the environment gives other
+ * ones (default 1); what is printed names the seed that gives a shape again, as the first of its
+ * test. */
+
+enum { SHAPES_EACH = 50 };
+
+static int64_t pick(int64_t seed, int64_t i, int64_t below) {
+  return (int64_t)(moe_rng_uniform_f64(9, (uint64_t)seed, (uint64_t)i) * (double)below);
 }
 
-Test(gpu_experts_sm90, fifty_random_shapes_agree, .init = begin, .fini = end, .timeout = 300) {
-  int wrong[PRODUCTS] = {0}, all = 0;
-  for (int64_t i = 0; i < 50; i++) {
-    int64_t at = 100 * i;
-    shape s = {64 * (1 + pick(at, 8)),
-               64 * (1 + pick(at + 1, 12)),
-               1 + pick(at + 2, MOST),
-               pick(at + 3, 2) == 0 ? 1 : 128,
-               {0}};
-    for (int64_t j = 0; j < s.e; j++)
-      if (pick(at + 10 + j, 4) > 0) s.rows[j] = pick(at + 30 + j, 400);
-    problem p = make(s, i);
-    for (int k = 0; k < PRODUCTS && wrong[k] < 3; k++)
-      wrong[k] += check((product)k, &p, (int)(i % 2), true);
-    release(&p);
-  }
-  for (int k = 0; k < PRODUCTS; k++) {
-    printf("%-13s %d wrong over 50 random shapes\n", names[k], wrong[k]);
-    all += wrong[k];
-  }
-  cr_assert(all == 0, "%d tensors are wrong", all);
+/* One in ten is a few experts with wide matrices. */
+static shape random_shape(int64_t seed) {
+  bool wide = pick(seed, 0, 10) == 0;
+  shape s = {64 * (1 + pick(seed, 1, wide ? 16 : 6)),
+             64 * (1 + pick(seed, 2, wide ? 24 : 9)),
+             1 + pick(seed, 3, wide ? 3 : MOST_EXPERTS),
+             pick(seed, 4, 2) == 0 ? 1 : 128,
+             {0}};
+  for (int64_t j = 0; j < s.e; j++)
+    if (pick(seed, 10 + j, 4) > 0) s.rows[j] = pick(seed, 40 + j, 901);
+  return s;
 }
+
+static void on_random_shapes(int64_t which) {
+  const char *wish = getenv("MOE_TEST_SEED");
+  int64_t first = (wish != NULL ? atoll(wish) : 1) + which * SHAPES_EACH;
+  int wrong = 0, differ = 0;
+  for (int64_t seed = first; seed < first + SHAPES_EACH && wrong < 6; seed++) {
+    char note[32];
+    snprintf(note, sizeof note, ", seed %lld", (long long)seed);
+    problem p = problem_make(random_shape(seed), seed);
+    for (int k = 0; k < PRODUCTS; k++) {
+      wrong += problem_check((product)k, &p, pick(seed, 5, 2) == 0, note);
+      if (seed % 5 == 0) differ += problem_repeat((product)k, &p, 1);
+    }
+    problem_release(&p);
+  }
+  printf("seeds from %lld: %d tensors wrong, %d differ when made again\n", (long long)first, wrong,
+         differ);
+  cr_assert(wrong + differ == 0, "%d tensors are wrong, %d differ when made again", wrong, differ);
+}
+
+#define RANDOM(name, which)                                                                   \
+  Test(gpu_experts_sm90, name, .init = problem_open, .fini = problem_close, .timeout = 300) { \
+    on_random_shapes(which);                                                                  \
+  }
+RANDOM(fifty_random_shapes_agree, 0)
+RANDOM(fifty_more_agree, 1)
+RANDOM(the_third_fifty_agree, 2)
+RANDOM(the_last_fifty_agree, 3)
 
 /* ---- what the model relies on ---------------------------------------------------------------- */
 
-Test(gpu_experts_sm90, every_product_gives_the_same_bits_again, .init = begin, .fini = end,
-     .timeout = 300) {
-  problem p = make(shapes[4], 3);
+Test(gpu_experts_sm90, every_product_gives_the_same_bits_again, .init = problem_open,
+     .fini = problem_close, .timeout = 300) {
+  problem p = problem_make(shapes[4], 3);
   int differ = 0;
-  for (int k = 0; k < PRODUCTS; k++) {
-    result first[3], again[3];
-    int count = run((product)k, hopper, MOE_BF16, &p, 1, first);
-    for (int turn = 0; turn < 4; turn++) {
-      run((product)k, hopper, MOE_BF16, &p, 1, again);
-      for (int i = 0; i < count; i++) {
-        int64_t n = first[i].checked * first[i].columns, other = 0;
-        for (int64_t j = 0; j < n; j++) other += first[i].v[j] != again[i].v[j];
-        if (other > 0)
-          printf("%s: %s differs in %lld of %lld elements\n", names[k], first[i].name,
-                 (long long)other, (long long)n);
-        differ += other > 0;
-        free(again[i].v);
-      }
-    }
-    for (int i = 0; i < count; i++) free(first[i].v);
-  }
-  release(&p);
+  for (int k = 0; k < PRODUCTS; k++) differ += problem_repeat((product)k, &p, 4);
+  problem_release(&p);
   cr_assert(differ == 0, "a race: results change from run to run");
 }
 
-Test(gpu_experts_sm90, backward_makes_the_forward_activation_bit_for_bit, .init = begin,
-     .fini = end, .timeout = 300) {
-  problem p = make(shapes[4], 4);
+Test(gpu_experts_sm90, backward_makes_the_forward_activation_bit_for_bit, .init = problem_open,
+     .fini = problem_close, .timeout = 300) {
+  problem p = problem_make(shapes[4], 4);
   result up[2], back[3];
-  run(UP, hopper, MOE_BF16, &p, 0, up);
+  problem_run(UP, &p, 0, up);
   free(p.gu);
   p.gu = up[0].v;
-  run(DOWN_BACKWARD, hopper, MOE_BF16, &p, 0, back);
+  problem_run(DOWN_BACKWARD, &p, 0, back);
   int64_t differ = 0, n = p.used * p.s.f;
   for (int64_t i = 0; i < n; i++) differ += up[1].v[i] != back[1].v[i];
   for (int i = 0; i < 3; i++) free(back[i].v);
   free(up[1].v);
-  release(&p);
+  problem_release(&p);
   cr_assert(differ == 0, "%lld of %lld elements differ", (long long)differ, (long long)n);
 }
