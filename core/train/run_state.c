@@ -13,11 +13,19 @@ typedef struct {
   int count;
 } piece_list;
 
+int64_t moe_run_state_parameter_bytes(const moe_config *config, moe_pool_kind pool) {
+  moe_dtype weight = moe_pool_dtype(pool, moe_config_compute_dtype(config));
+  moe_dtype moment = pool == MOE_POOL_EXPERT ? moe_config_moment_dtype(config) : MOE_F32;
+  int64_t master = weight == MOE_F32 ? 0 : moe_dtype_size(MOE_F32);
+  return moe_dtype_size(weight) + master + 2 * moe_dtype_size(moment);
+}
+
 int64_t moe_run_state_bytes(const moe_config *config) {
   moe_dims d = moe_dims_of(config);
-  moe_dtype act = moe_config_compute_dtype(config);
-  int64_t per_parameter = act == MOE_F32 ? 4 + 8 : moe_dtype_size(act) + 4 + 8;
-  return moe_dims_parameters(&d) * per_parameter;
+  int64_t experts = d.layers * d.experts * 3 * d.hidden * d.ffn;
+  return experts * moe_run_state_parameter_bytes(config, MOE_POOL_EXPERT) +
+         (moe_dims_parameters(&d) - experts) *
+             moe_run_state_parameter_bytes(config, MOE_POOL_DENSE); /* most of the rest */
 }
 
 /* The part of parameter p within elements `range` of its pool, as a piece of `values`, which holds

@@ -137,7 +137,7 @@ static void make_moe(void) {
  * X(name, bytes, products, call): products in multiplications and additions */
 
 #define SHAPE_S ((moe_attention_shape){T / S, S, H, G, HEAD})
-#define ADAMW ((moe_adamw_args){1e-4, 0.9, 0.95, 1e-8, 0.1, 100})
+#define ADAMW ((moe_adamw_args){1e-4, 0.9, 0.95, 1e-8, 0.1, 100, 0})
 #define NONE moe_tensor_none()
 #define PAIRS (H * (double)T * S / 2 * HEAD * 2) /* of one causal product */
 #define ROUTED ((double)T * K)

@@ -153,7 +153,7 @@ Test(gpu_adamw, agrees_over_steps_and_skips, .init = both_open, .fini = both_clo
       BOTH(moe_clip_scale(dev, squares.t[s], 1.0, 0.25, scale.t[s]));
       AGREE(scale, 1e-7);
       for (int step = 1; step <= 3; step++) {
-        moe_adamw_args args = {1e-2, 0.9, 0.95, 1e-8, 0.1, step};
+        moe_adamw_args args = {1e-2, 0.9, 0.95, 1e-8, 0.1, step, 0};
         BOTH(moe_adamw(dev, args, g.t[s], scale.t[s], w.t[s], m.t[s], v.t[s], weight.t[s]));
       }
       AGREE(m, 1e-6);
