@@ -178,12 +178,70 @@ Test(runs, bf16_follows_fp32) {
   }
 }
 
+/* |a - b| of two runs' losses, as a share of a, at every step. */
+static void near_curves(const char *a, const char *b, double share) {
+  double x[STEPS], y[STEPS];
+  curve(a, "loss", x);
+  curve(b, "loss", y);
+  for (int i = 0; i < STEPS; i++)
+    cr_assert(fabs(x[i] - y[i]) < share * x[i], "step %d: %s %.9g, %s %.9g", i + 1, a, x[i], b,
+              y[i]);
+}
+
+#define MOMENTS "--set precision.moment_dtype=bf16 "
+#define GRADS "--set precision.dtype=bf16 --set precision.grad_dtype=bf16 "
+
+/* Rounding belongs to an element wherever it lives, so the ranks agree as without it: what little
+ * their sums differ by sends one moment in thousands to its other neighbour. */
+Test(runs, rounded_moments_follow_fp32_on_any_ranks) {
+  succeeds("wide", 1, BATCH(8, 8));
+  succeeds("one", 1, BATCH(8, 8) MOMENTS);
+  succeeds("two", 2, BATCH(8, 4) MOMENTS);
+  succeeds("zero", 4, BATCH(8, 2) MOMENTS "--set parallel.ep=2 --set parallel.zero1=true");
+  near_curves("wide", "one", 1e-3);
+  near_curves("one", "two", 3e-5);
+  near_curves("one", "zero", 3e-5);
+}
+
+Test(runs, rounded_gradients_follow_bf16) {
+  succeeds("sums", 2, BATCH(8, 4) "--set precision.dtype=bf16");
+  succeeds("one", 1, BATCH(8, 8) GRADS MOMENTS);
+  succeeds("two", 2, BATCH(8, 4) GRADS MOMENTS);
+  succeeds("replicas", 4, BATCH(8, 2) GRADS MOMENTS "--set parallel.ep=2");
+  near_curves("sums", "one", 3e-3);
+  near_curves("sums", "two", 3e-3);
+  near_curves("sums", "replicas", 3e-3);
+}
+
+/* Memory enough for full recomputation with bf16 state and not with fp32: the plan finds it. */
+Test(runs, auto_rounds_state_only_when_nothing_else_fits) {
+  const char *more = BATCH(2, 2) "--dry-run --set model.ffn_size=20000 --set precision.dtype=bf16 "
+                                 "--set train.recompute=auto --set precision.grad_dtype=auto "
+                                 "--set precision.moment_dtype=auto --set run.memory_gib=";
+  const struct {
+    const char *gib, *says;
+  } plans[] = {{"4", "gradients fp32, moments fp32"},
+               {"0.8", "gradients bf16, moments fp32"},
+               {"0.65", "gradients bf16, moments bf16"}};
+  for (int i = 0; i < 3; i++) {
+    char all[512];
+    snprintf(all, sizeof all, "%s%s", more, plans[i].gib);
+    succeeds("plan", 1, all);
+    cr_assert_eq(shell("grep -q '%s' %s/plan.log || { cat %s/plan.log >&2; false; }", plans[i].says,
+                       folder, folder),
+                 0);
+  }
+}
+
 /* Train with a checkpoint half-way, go back to it, and train on with other ranks. */
-static void resume(const char *name, int before, int after, const char *batch_after,
-                   double tolerance) {
+static void resume(const char *name, int before, int after, const char *batch_before,
+                   const char *batch_after, double tolerance) {
   char half[64];
   snprintf(half, sizeof half, "%s-half", name);
-  succeeds("through", before, BATCH(12, 3) "--set checkpoint.interval=3 --set checkpoint.keep=4");
+  char saving[256];
+  snprintf(saving, sizeof saving, "%s--set checkpoint.interval=3 --set checkpoint.keep=4",
+           batch_before);
+  succeeds("through", before, saving);
   cr_assert_eq(shell("cp -r %s/through %s/%s && rm -rf %s/%s/checkpoints/step-00000006", folder,
                      folder, half, folder, half),
                0);
@@ -193,11 +251,23 @@ static void resume(const char *name, int before, int after, const char *batch_af
 }
 
 Test(runs, resume_is_bitwise_on_the_same_ranks) {
-  resume("two", 2, 2, BATCH(12, 3), 0.0);
+  resume("two", 2, 2, BATCH(12, 3), BATCH(12, 3), 0.0);
+}
+
+Test(runs, resume_with_rounded_state_is_bitwise) {
+  resume("same", 2, 2, BATCH(12, 6) GRADS MOMENTS, BATCH(12, 6) GRADS MOMENTS, 0.0);
+}
+
+Test(runs, resume_converts_moments_to_bf16) {
+  resume("narrower", 2, 2, BATCH(12, 3), BATCH(12, 3) MOMENTS, 1e-3);
+}
+
+Test(runs, resume_converts_moments_from_bf16) {
+  resume("wider", 2, 1, BATCH(12, 3) MOMENTS, BATCH(12, 12), 1e-3);
 }
 
 Test(runs, resume_works_on_other_ranks) {
-  resume("four", 4, 1, BATCH(12, 12), 1e-5);
+  resume("four", 4, 1, BATCH(12, 3), BATCH(12, 12), 1e-5);
 }
 
 Test(runs, resume_with_other_mathematics_is_refused) {
