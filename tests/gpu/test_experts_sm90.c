@@ -15,9 +15,20 @@
 #include "kernels/ops.h"
 
 enum { MOST = 16, TAIL = 40, NORMALS = 1000003 };
-typedef enum { UP, DOWN, DOWN_BACKWARD, UP_BACKWARD, GRAD_W13, GRAD_W2, PRODUCTS } product;
-static const char *const names[] = {"up",          "down",     "down_backward",
-                                    "up_backward", "grad w13", "grad w2"};
+/* HALF: weight gradients in bf16; their references stay f32. */
+typedef enum {
+  UP,
+  DOWN,
+  DOWN_BACKWARD,
+  UP_BACKWARD,
+  GRAD_W13,
+  GRAD_W2,
+  HALF_W13,
+  HALF_W2,
+  PRODUCTS
+} product;
+static const char *const names[] = {"up",       "down",    "down_backward", "up_backward",
+                                    "grad w13", "grad w2", "half w13",      "half w2"};
 
 typedef struct {
   int64_t d, f, e;
@@ -147,6 +158,12 @@ static int results(product k, const problem *p, result *r) {
   case GRAD_W2:
     r[0] = w2;
     return 1;
+  case HALF_W13:
+    r[0] = w13, r[0].tolerance = half;
+    return 1;
+  case HALF_W2:
+    r[0] = w2, r[0].tolerance = half;
+    return 1;
   default:
     r[0] = rows;
     return 1;
@@ -235,10 +252,12 @@ static int run(product k, moe_device *dev, moe_dtype act, const problem *p, int 
     OK(moe_expert_up_backward(dev, ROWS(gu, 2 * f), offsets, put(&b, act, p->w13, e, 2 * f, d),
                               out[0]));
   } else {
-    int64_t m = k == GRAD_W13 ? 2 * f : d, n = k == GRAD_W13 ? d : f;
-    out[0] = accumulate ? put(&b, MOE_F32, p->base, e, m, n) : poisoned(&b, MOE_F32, e, m, n);
-    moe_tensor left = k == GRAD_W13 ? ROWS(gu, m) : ROWS(dy, m);
-    moe_tensor right = k == GRAD_W13 ? ROWS(x, n) : ROWS(a, n);
+    bool w13 = k == GRAD_W13 || k == HALF_W13;
+    int64_t m = w13 ? 2 * f : d, n = w13 ? d : f;
+    moe_dtype type = k == HALF_W13 || k == HALF_W2 ? act : MOE_F32;
+    out[0] = accumulate ? put(&b, type, p->base, e, m, n) : poisoned(&b, type, e, m, n);
+    moe_tensor left = w13 ? ROWS(gu, m) : ROWS(dy, m);
+    moe_tensor right = w13 ? ROWS(x, n) : ROWS(a, n);
     OK(moe_expert_weight_grad(dev, left, right, offsets, accumulate, out[0]));
   }
   ok(moe_device_sync(dev), names[k]);
@@ -371,7 +390,7 @@ static void on_the_shapes(product k) {
   for (int i = 0; i < SHAPES; i++) {
     problem p = make(shapes[i], 10 * i);
     wrong += check(k, &p, 0, false);
-    if (k == GRAD_W13 || k == GRAD_W2) wrong += check(k, &p, 1, false);
+    if (k >= GRAD_W13) wrong += check(k, &p, 1, false);
     release(&p);
     if (i < 2 && wrong > 0) break; /* the rest would only hide the map */
   }
@@ -388,6 +407,8 @@ PRODUCT(down_backward_agrees, DOWN_BACKWARD)
 PRODUCT(up_backward_agrees, UP_BACKWARD)
 PRODUCT(gradient_of_w13_agrees, GRAD_W13)
 PRODUCT(gradient_of_w2_agrees, GRAD_W2)
+PRODUCT(gradient_of_w13_in_bf16_agrees, HALF_W13)
+PRODUCT(gradient_of_w2_in_bf16_agrees, HALF_W2)
 
 static int64_t pick(int64_t i, int64_t below) {
   return (int64_t)(moe_rng_uniform_f64(9, 9, (uint64_t)i) * (double)below);
