@@ -115,21 +115,19 @@ static const moe_param *next_param(const moe_optimizer *o, moe_pool_kind kind, i
 /* bf16 moments: one update for each stretch of the pool whose elements' numbers follow each other;
  * on one rank that is the whole pool. The padding after the last parameter stays zero. */
 static moe_status update_numbered(moe_optimizer *o, moe_pool_kind kind, moe_adamw_args args) {
-  moe_range owned = o->pool[kind].owned;
   int at = 0, at_whole = 0;
-  int64_t shift = 0, next_shift = 0;
-  const moe_param *p = next_param(o, kind, &at, &at_whole, &shift), *next;
-  for (; p; p = next, shift = next_shift) {
-    int64_t begin = p->offset, end;
+  int64_t next_shift = 0;
+  const moe_param *p = next_param(o, kind, &at, &at_whole, &next_shift);
+  while (p) {
+    moe_range part = {p->offset, p->offset};
+    int64_t shift = next_shift;
     do {
-      end = p->offset + p->count;
-      next = p = next_param(o, kind, &at, &at_whole, &next_shift);
+      part.end = p->offset + p->count;
+      p = next_param(o, kind, &at, &at_whole, &next_shift);
     } while (p && next_shift == shift);
-    if (begin < owned.begin) begin = owned.begin;
-    if (end > owned.end) end = owned.end;
-    if (begin >= end) continue;
-    args.first = begin + shift;
-    MOE_TRY(update_range(o, kind, (moe_range){begin, end}, args));
+    part = moe_range_intersect(part, o->pool[kind].owned);
+    args.first = part.begin + shift;
+    if (part.begin < part.end) MOE_TRY(update_range(o, kind, part, args));
   }
   return MOE_OK;
 }

@@ -48,11 +48,6 @@ static void add_piece(piece_list *out, const moe_param *p, moe_role role, moe_ra
   piece->data = (char *)values.data + (begin - values_begin) * moe_dtype_size(values.dtype);
 }
 
-static moe_range intersect(moe_range a, moe_range b) {
-  moe_range r = {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
-  return r;
-}
-
 /* Weights of one parameter, cut to `range` of its pool; in a training engine the master too, and
  * with `moments` those. */
 static void add_parameter(moe_engine *e, piece_list *out, const moe_param *p, moe_range range,
@@ -61,7 +56,7 @@ static void add_parameter(moe_engine *e, piece_list *out, const moe_param *p, mo
   add_piece(out, p, MOE_ROLE_PARAM, range, moe_model_weights(e->model, pool), 0);
   if (!e->optimizer) return;
   const moe_optimizer_pool *o = moe_optimizer_pool_state(e->optimizer, pool);
-  moe_range owned = intersect(range, o->owned);
+  moe_range owned = moe_range_intersect(range, o->owned);
   int64_t at = o->owned.begin;
   if (moe_tensor_present(o->master)) add_piece(out, p, MOE_ROLE_MASTER, owned, o->master, at);
   if (!moments) return;

@@ -101,17 +101,18 @@ template <typename G, typename S, int N> struct adamw_elements {
     v.read(p.v, i);
   }
 
-  /* With N = 4 the elements are one group of moe_rounding_draw. */
+  /* With N = 4 the elements are one group of moe_rounding_draw. Fused operations are spelt out: the
+   * compiler would choose for each N anew, and bits must not depend on where a call begins. */
   __device__ __forceinline__ void update(const adamw_args &p, float scale, int64_t i) {
     moe_philox_block draw;
     if constexpr (sizeof(S) == 2) draw = moe_rounding_draw(p.step, (p.first + i) / 4);
 #pragma unroll
     for (int j = 0; j < N; j++) {
       float gradient = to_float(g.v[j]) * scale;
-      float first = p.f.beta1 * to_float(m.v[j]) + p.f.rest1 * gradient;
-      float second = p.f.beta2 * to_float(v.v[j]) + p.f.rest2 * (gradient * gradient);
+      float first = fmaf(p.f.beta1, to_float(m.v[j]), p.f.rest1 * gradient);
+      float second = fmaf(p.f.beta2, to_float(v.v[j]), p.f.rest2 * (gradient * gradient));
       float step = __fdividef(first * p.f.correct1, root(second * p.f.correct2) + p.f.eps);
-      w.v[j] -= p.f.lr * (step + p.f.decay * w.v[j]);
+      w.v[j] = fmaf(-p.f.lr, fmaf(p.f.decay, w.v[j], step), w.v[j]);
       uint32_t random = 0;
       if constexpr (sizeof(S) == 2) random = word_of(draw, N == 4 ? j : (int)((p.first + i) % 4));
       m.v[j] = store_moment<S>(first, random & 0xffffu);
