@@ -268,9 +268,9 @@ moe_status moe_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_
                      moe_tensor master, moe_tensor m, moe_tensor v, moe_tensor weight) {
   MOE_TRY(moe_check_any("adamw", "master", master, MOE_IS_F32));
   int64_t n = moe_tensor_count(master);
-  MOE_TRY(moe_check_any("adamw", "grad", grad, MOE_IS_F32));
-  MOE_TRY(moe_check_any("adamw", "m", m, MOE_IS_F32));
-  MOE_TRY(moe_check_any("adamw", "v", v, MOE_IS_F32));
+  MOE_TRY(moe_check_any("adamw", "grad", grad, MOE_IS_STATE));
+  MOE_TRY(moe_check_any("adamw", "m", m, MOE_IS_STATE));
+  MOE_TRY(moe_check_any("adamw", "v", v, moe_same_type(m)));
   bool same = moe_tensor_count(grad) == n && moe_tensor_count(m) == n && moe_tensor_count(v) == n;
   if (moe_tensor_present(weight)) {
     MOE_TRY(moe_check_any("adamw", "weight", weight, MOE_IS_ACT));
@@ -280,6 +280,7 @@ moe_status moe_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_
       moe_check_rule("adamw", same, "grad, m, v and weight must have as many elements as master"));
   MOE_TRY(moe_check_1d("adamw", "scale", scale, MOE_IS_F32, 1));
   MOE_TRY(moe_check_rule("adamw", args.step >= 1, "steps count from 1"));
+  MOE_TRY(moe_check_rule("adamw", args.first >= 0, "elements count from 0"));
   MOE_TRY(moe_check_rule("adamw",
                          args.beta1 >= 0.0 && args.beta1 < 1.0 && args.beta2 >= 0.0 &&
                              args.beta2 < 1.0 && args.eps > 0.0,

@@ -187,9 +187,11 @@ moe_status moe_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor o
 /* dgu [C, 2 F] -> dx [C, D] = dg w1 + du w3. */
 moe_status moe_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                   moe_tensor w13, moe_tensor dx);
-/* dw f32 [e, M, N]: dw[j] (+)= left_j^T right_j over expert j's rows; left [C, M], right [C, N]
- * act. accumulate 0 writes every expert, zero where it has no rows. (w13: M = 2F, left = dgu, right
- * = x; w2: M = D, left = dy, right = a.) */
+/* dw [e, M, N]: dw[j] (+)= left_j^T right_j over expert j's rows; left [C, M], right [C, N] act.
+ * accumulate 0 writes every expert, zero where it has no rows. (w13: M = 2F, left = dgu, right
+ * = x; w2: M = D, left = dy, right = a.)
+ * dw is f32, or bf16 where act is: then the f32 sums are rounded to nearest when they are written,
+ * and a call that adds rounds the new sum (on Hopper what is added, too). */
 moe_status moe_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
                                   moe_tensor offsets, int accumulate, moe_tensor dw);
 /* Scratch for any of the above with at most `rows` rows. */
@@ -220,7 +222,8 @@ moe_status moe_cross_entropy(moe_device *dev, moe_tensor logits, moe_tensor targ
 
 typedef struct {
   double lr, beta1, beta2, eps, weight_decay;
-  int64_t step; /* 1, 2, ...: bias correction */
+  int64_t step;  /* 1, 2, ...: bias correction */
+  int64_t first; /* number of the first element: with the step it names its random bits */
 } moe_adamw_args;
 
 /* scale f32 [1] out: what to multiply gradients by so that their global norm, sqrt(sum_squares) *
@@ -233,9 +236,15 @@ moe_status moe_clip_scale(moe_device *dev, moe_tensor sum_squares, double max_no
  *     m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2
  *     w = w - lr (m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps) + weight_decay w)
  * with g = grad * scale[0]; a negative scale changes nothing (moe_clip_scale's non-finite step).
- * grad f32; scale f32 [1] on the device; master f32 inout; m, v f32 inout; weight act out = master
- * rounded, or absent when master is the weight. Source: Loshchilov and Hutter 2019,
- * arXiv:1711.05101. */
+ * grad f32 or bf16; scale f32 [1] on the device; master f32 inout; m, v inout, both f32 or both
+ * bf16; weight act out = master rounded, or absent when master is the weight.
+ *
+ * The update uses this step's m and v in f32. bf16 m and v are stored by stochastic rounding: up
+ * with the probability of the part that is cut off (rounding.h), because with b2 close to 1
+ * rounding to nearest would give v back unchanged. The random bits are a function of step and
+ * first + i: the same on any backend, and on any rank that numbers its elements alike.
+ * Sources: Loshchilov and Hutter 2019, arXiv:1711.05101; rounding: Gupta et al. 2015,
+ * arXiv:1502.02551; in training state: Zamirai et al. 2020, arXiv:2010.06192. */
 moe_status moe_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_tensor scale,
                      moe_tensor master, moe_tensor m, moe_tensor v, moe_tensor weight);
 

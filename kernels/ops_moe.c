@@ -222,7 +222,8 @@ moe_status moe_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor r
   const char *op = "expert_weight_grad";
   MOE_TRY(moe_check_2d(op, "left", left, MOE_IS_ACT, MOE_ANY, MOE_ANY));
   MOE_TRY(moe_check_2d(op, "right", right, moe_same_type(left), left.shape[0], MOE_ANY));
-  MOE_TRY(moe_check_3d(op, "dw", dw, MOE_IS_F32, MOE_ANY, left.shape[1], right.shape[1]));
+  int types = left.dtype == MOE_BF16 ? MOE_IS_STATE : MOE_IS_F32;
+  MOE_TRY(moe_check_3d(op, "dw", dw, types, MOE_ANY, left.shape[1], right.shape[1]));
   MOE_TRY(moe_check_1d(op, "offsets", offsets, MOE_IS_I32, dw.shape[0] + 1));
   MOE_TRY(moe_check_rule(op, accumulate == 0 || accumulate == 1, "accumulate must be 0 or 1"));
   MOE_TRY(dev->backend->expert_weight_grad(dev, left, right, offsets, accumulate, dw));

@@ -20,12 +20,13 @@ moe_range moe_pool_chunk(int64_t padded, int size, int rank) {
 static moe_status sync_pool(moe_device *dev, const moe_grad_pool *pool, moe_tensor sum_squares) {
   int size = moe_comm_size(pool->group), rank = moe_comm_rank(pool->group);
   int64_t count = moe_tensor_count(pool->grads);
-  if (pool->grads.dtype != MOE_F32 || pool->grads.dims != 1 ||
-      count != moe_pool_padded(count, size))
-    return moe_fail(MOE_INVALID,
-                    "moe_grad_sync: a pool of %lld %s gradients is not a padded f32 pool of %d "
-                    "ranks",
-                    (long long)count, moe_dtype_name(pool->grads.dtype), size);
+  bool type = pool->grads.dtype == MOE_F32 || pool->grads.dtype == MOE_BF16;
+  if (!type || pool->grads.dims != 1 || count != moe_pool_padded(count, size))
+    return moe_fail(
+        MOE_INVALID,
+        "moe_grad_sync: a pool of %lld %s gradients is not a padded f32 or bf16 pool of %d "
+        "ranks",
+        (long long)count, moe_dtype_name(pool->grads.dtype), size);
   if (count == 0) return MOE_OK;
   if (pool->shard)
     MOE_TRY(moe_comm_reduce_scatter(pool->group, pool->grads));

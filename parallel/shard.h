@@ -21,5 +21,10 @@ static inline int moe_shard_owner(int64_t n, int parts, int64_t i) {
 static inline int64_t moe_range_size(moe_range r) {
   return r.end - r.begin;
 }
+/* What both have; its end may lie before its begin when that is nothing. */
+static inline moe_range moe_range_intersect(moe_range a, moe_range b) {
+  moe_range r = {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
+  return r;
+}
 
 #endif

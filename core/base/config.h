@@ -42,6 +42,7 @@ enum { MOE_AUX_BATCH, MOE_AUX_SEQUENCE };
 enum { MOE_SCHEDULE_COSINE, MOE_SCHEDULE_LINEAR, MOE_SCHEDULE_CONSTANT, MOE_SCHEDULE_WSD };
 enum { MOE_EXCHANGE_AUTO, MOE_EXCHANGE_ALLTOALL, MOE_EXCHANGE_ALLGATHER };
 enum { MOE_PRECISION_FP32, MOE_PRECISION_BF16, MOE_PRECISION_FP16 };
+enum { MOE_STATE_FP32, MOE_STATE_BF16, MOE_STATE_AUTO }; /* grad_dtype, moment_dtype */
 enum { MOE_BACKEND_AUTO, MOE_BACKEND_CPU, MOE_BACKEND_CUDA };
 
 void moe_config_defaults(moe_config *c);
@@ -72,6 +73,11 @@ const char *moe_config_origin(const moe_config *c, const char *section, const ch
 int moe_config_diff_for_resume(const moe_config *saved, const moe_config *now, FILE *out);
 
 moe_dtype moe_config_compute_dtype(const moe_config *c);
+/* Types of the experts' gradients and moments. `auto` that is not settled yet counts as fp32. */
+moe_dtype moe_config_grad_dtype(const moe_config *c);
+moe_dtype moe_config_moment_dtype(const moe_config *c);
+/* May the experts' gradients be bf16 on `world` ranks (resolved)? */
+bool moe_config_allows_bf16_grads(const moe_config *c, int world);
 
 #ifdef __cplusplus
 }

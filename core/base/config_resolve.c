@@ -198,15 +198,43 @@ static moe_status check_ep(const moe_config *c, int world) {
                              moe_config_origin(c, "model", "num_experts"), values);
 }
 
+/* A sum in bf16 is rounded at every addition, so there must be none; and a product's sums leave the
+ * matrix units as its own type or as f32. */
+static moe_status check_grad_type(const moe_config *c) {
+  char dtype[MOE_CONFIG_TEXT];
+  if (c->precision.grad_dtype != MOE_STATE_BF16 || c->precision.dtype == MOE_PRECISION_BF16)
+    return MOE_OK;
+  moe_config_value_text(c, moe_config_find("precision", "dtype"), dtype);
+  return moe_config_conflict(c, "precision", "grad_dtype",
+                             "the compute type is dtype = %.8s (%s): use grad_dtype = fp32, or "
+                             "dtype = bf16",
+                             dtype, moe_config_origin(c, "precision", "dtype"));
+}
+
+static moe_status check_grad_sums(const moe_config *c, int world) {
+  int64_t per_pass = c->train.micro_batch * world;
+  if (c->precision.grad_dtype != MOE_STATE_BF16 || moe_config_allows_bf16_grads(c, world))
+    return MOE_OK;
+  return moe_config_conflict(c, "precision", "grad_dtype",
+                             "global_batch = %lld (%s) makes %lld micro-batches per step, whose "
+                             "sum would be rounded at every addition: use grad_dtype = fp32, or "
+                             "global_batch = %lld",
+                             (long long)c->train.global_batch,
+                             moe_config_origin(c, "train", "global_batch"),
+                             (long long)(c->train.global_batch / per_pass), (long long)per_pass);
+}
+
 moe_status moe_config_resolve(moe_config *c, int world) {
   fill_from_preset(c);
   MOE_TRY(check_model(c));
   MOE_TRY(check_batch(c));
   MOE_TRY(check_train(c));
   MOE_TRY(check_optim(c));
+  MOE_TRY(check_grad_type(c));
   if (world < 1) return MOE_OK;
   fill(c, "train", "global_batch", c->train.micro_batch * world, "micro_batch * ranks");
   MOE_TRY(check_global_batch(c, world));
+  MOE_TRY(check_grad_sums(c, world));
   return check_ep(c, world);
 }
 
@@ -219,4 +247,21 @@ moe_dtype moe_config_compute_dtype(const moe_config *c) {
   default:
     return MOE_F32;
   }
+}
+
+static moe_dtype state_dtype(int choice) {
+  return choice == MOE_STATE_BF16 ? MOE_BF16 : MOE_F32;
+}
+
+moe_dtype moe_config_grad_dtype(const moe_config *c) {
+  return state_dtype(c->precision.grad_dtype);
+}
+
+moe_dtype moe_config_moment_dtype(const moe_config *c) {
+  return state_dtype(c->precision.moment_dtype);
+}
+
+bool moe_config_allows_bf16_grads(const moe_config *c, int world) {
+  return c->precision.dtype == MOE_PRECISION_BF16 &&
+         c->train.global_batch <= c->train.micro_batch * world;
 }

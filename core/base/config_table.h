@@ -103,6 +103,12 @@ END_SECTION(parallel)
 SECTION(precision, "Number formats.")
 ENUM(precision, dtype, 0, "fp32|bf16|fp16",
      "compute type; master weights, moments, gradient sums, router and loss stay fp32")
+ENUM(precision, grad_dtype, 0, "fp32|bf16|auto",
+     "gradients of the experts' weights: bf16 takes 2 bytes less per parameter, and needs "
+     "dtype = bf16 and one micro-batch per step; auto: bf16 only if nothing else fits in memory")
+ENUM(precision, moment_dtype, 0, "fp32|bf16|auto",
+     "AdamW's moments of the experts' weights: bf16 (stochastically rounded) takes 4 bytes less "
+     "per parameter; auto: bf16 only if nothing else fits in memory")
 REAL(precision, loss_scale, 65536.0, 1.0, 1.6777216e7, "fp16: initial dynamic loss scale")
 INT(precision, loss_scale_window, 1000, 1, 1 << 30, "fp16: finite steps before the scale doubles")
 BOOL(precision, tf32, false, "fp32 on GPUs: allow TF32 in matrix products")

@@ -22,7 +22,8 @@ static void create_pools(moe_model *m, moe_memory *memory) {
     moe_dtype dtype = moe_pool_dtype(pool, m->env.dtype);
     m->weights[i] = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WEIGHTS], dtype, n);
     if (!m->options.training) continue;
-    m->grads[i] = moe_arena_tensor_1d(&memory->arena[MOE_MEM_GRADIENTS], MOE_F32, n);
+    moe_dtype sums = pool == MOE_POOL_EXPERT ? moe_config_grad_dtype(&m->config) : MOE_F32;
+    m->grads[i] = moe_arena_tensor_1d(&memory->arena[MOE_MEM_GRADIENTS], sums, n);
   }
 }
 

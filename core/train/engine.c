@@ -74,9 +74,17 @@ static int64_t budget_bytes(moe_engine *e) {
   return moe_device_free_bytes(e->dev);
 }
 
+static moe_status measure_fits(moe_engine *e, int64_t budget, bool *fits) {
+  MOE_TRY(measure(e, true));
+  int64_t largest = moe_engine_planned_bytes(e);
+  MOE_TRY(moe_comm_host_all_reduce_i64(e->world, &largest, 1, MOE_MAX));
+  *fits = largest <= budget;
+  return MOE_OK;
+}
+
 /* recompute = auto: the cheapest choice that fits every rank. Recomputing the experts of one more
  * layer is cheaper than recomputing a whole block, so all of the first come before the second. */
-static moe_status settle_recompute(moe_engine *e, int64_t budget) {
+static moe_status settle_recompute(moe_engine *e, int64_t budget, bool *fits) {
   static const int modes[] = {MOE_RECOMPUTE_EXPERTS, MOE_RECOMPUTE_BLOCK};
   e->config.train.recompute = MOE_RECOMPUTE_NONE;
   e->config.train.recompute_layers = 0;
@@ -84,13 +92,30 @@ static moe_status settle_recompute(moe_engine *e, int64_t budget) {
     for (int64_t n = i == 0 ? 0 : 1; n <= e->config.model.num_layers; n++) {
       e->config.train.recompute = n == 0 ? MOE_RECOMPUTE_NONE : modes[i];
       e->config.train.recompute_layers = n;
-      MOE_TRY(measure(e, true));
-      int64_t largest = moe_engine_planned_bytes(e);
-      MOE_TRY(moe_comm_host_all_reduce_i64(e->world, &largest, 1, MOE_MAX));
-      if (largest <= budget) return MOE_OK;
+      MOE_TRY(measure_fits(e, budget, fits));
+      if (*fits) return MOE_OK;
     }
   }
   return MOE_OK; /* the check that follows says what does not fit */
+}
+
+/* What the configuration leaves to the plan. Recomputation costs time and no accuracy, so the
+ * experts' gradients become bf16 only when it does not suffice, and their moments after that. */
+static moe_status settle(moe_engine *e, int64_t budget) {
+  moe_config *c = &e->config;
+  bool recompute = c->train.recompute == MOE_RECOMPUTE_AUTO, fits = false;
+  bool grads = c->precision.grad_dtype == MOE_STATE_AUTO &&
+               moe_config_allows_bf16_grads(c, moe_comm_size(e->world));
+  bool moments = c->precision.moment_dtype == MOE_STATE_AUTO;
+  if (c->precision.grad_dtype == MOE_STATE_AUTO) c->precision.grad_dtype = MOE_STATE_FP32;
+  if (moments) c->precision.moment_dtype = MOE_STATE_FP32;
+  while (recompute || grads || moments) {
+    MOE_TRY(recompute ? settle_recompute(e, budget, &fits) : measure_fits(e, budget, &fits));
+    if (fits || !(grads || moments)) return MOE_OK;
+    *(grads ? &c->precision.grad_dtype : &c->precision.moment_dtype) = MOE_STATE_BF16;
+    *(grads ? &grads : &moments) = false;
+  }
+  return MOE_OK;
 }
 
 static moe_status check_budget(moe_engine *e, int64_t budget) {
@@ -104,7 +129,8 @@ static moe_status check_budget(moe_engine *e, int64_t budget) {
   return moe_fail(MOE_NO_MEMORY,
                   "the plan needs %s and %s may be used: most of it is %s (%s): lower "
                   "train.micro_batch or data.sequence_length, set train.recompute = auto, "
-                  "parallel.zero1 = true, or use more ranks",
+                  "parallel.zero1 = true, precision.grad_dtype or moment_dtype = auto, or use more "
+                  "ranks",
                   moe_text_bytes(need, (double)total), moe_text_bytes(have, (double)budget),
                   moe_memory_purpose_text((moe_memory_purpose)largest),
                   moe_text_bytes(largest_text, (double)e->memory.arena[largest].used));
@@ -113,9 +139,7 @@ static moe_status check_budget(moe_engine *e, int64_t budget) {
 static moe_status plan(moe_engine *e, bool training) {
   int64_t budget = budget_bytes(e);
   MOE_TRY(moe_comm_host_all_reduce_i64(e->world, &budget, 1, MOE_MIN));
-  if (training && e->config.train.recompute == MOE_RECOMPUTE_AUTO) {
-    MOE_TRY(settle_recompute(e, budget));
-  }
+  if (training) MOE_TRY(settle(e, budget));
   MOE_TRY(measure(e, training));
   return moe_agree(e->world, check_budget(e, budget));
 }

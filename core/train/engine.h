@@ -1,8 +1,9 @@
 /* The engine: device, ranks, memory, model and optimizer, set up together from one configuration.
  *
- * Creating it plans first (core/base/arena.h): set-up runs on measuring arenas, `recompute = auto`
- * is settled, then the memory is taken and set-up runs again. Whoever holds an engine drives the
- * step; the trainer and the golden check do so in the same words. */
+ * Creating it plans first (core/base/arena.h): set-up runs on measuring arenas, what the
+ * configuration leaves to the plan (`auto`) is settled, then the memory is taken and set-up runs
+ * again. Whoever holds an engine drives the step; the trainer and the golden check do so in the
+ * same words. */
 #ifndef MOE_CORE_TRAIN_ENGINE_H
 #define MOE_CORE_TRAIN_ENGINE_H
 
@@ -14,7 +15,7 @@ extern "C" {
 #endif
 
 typedef struct {
-  moe_config config; /* resolved, recompute settled */
+  moe_config config; /* resolved; recompute, grad_dtype and moment_dtype settled */
   moe_device *dev;
   moe_comm *world;
   moe_mesh mesh;

@@ -13,6 +13,7 @@ struct moe_optimizer {
   const moe_mesh *mesh;
   moe_model *model;
   moe_optimizer_pool pool[MOE_POOLS];
+  moe_params whole;       /* with bf16 moments: all experts, for the elements' numbers */
   moe_tensor sum_squares; /* f64 [1] */
   moe_tensor scale;       /* f32 [1] */
 };
@@ -34,6 +35,11 @@ moe_status moe_optimizer_create(const moe_config *config, moe_device *dev, const
   o->dev = dev;
   o->mesh = mesh;
   o->model = model;
+  moe_dtype moments = moe_config_moment_dtype(config);
+  if (moments != MOE_F32) {
+    moe_dims d = moe_dims_of(config);
+    MOE_TRY(moe_params_create(&d, (moe_range){0, d.experts}, &o->whole));
+  }
   for (int i = 0; i < MOE_POOLS; i++) {
     moe_pool_kind kind = (moe_pool_kind)i;
     moe_optimizer_pool *p = &o->pool[i];
@@ -41,8 +47,9 @@ moe_status moe_optimizer_create(const moe_config *config, moe_device *dev, const
     int64_t n = moe_range_size(p->owned);
     bool master = moe_model_weights(model, kind).dtype != MOE_F32;
     if (master) p->master = moe_arena_tensor_1d(&memory->arena[MOE_MEM_MASTER], MOE_F32, n);
-    p->m = moe_arena_tensor_1d(&memory->arena[MOE_MEM_MOMENTS], MOE_F32, n);
-    p->v = moe_arena_tensor_1d(&memory->arena[MOE_MEM_MOMENTS], MOE_F32, n);
+    moe_dtype type = kind == MOE_POOL_EXPERT ? moments : MOE_F32;
+    p->m = moe_arena_tensor_1d(&memory->arena[MOE_MEM_MOMENTS], type, n);
+    p->v = moe_arena_tensor_1d(&memory->arena[MOE_MEM_MOMENTS], type, n);
   }
   o->sum_squares = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F64, 1);
   o->scale = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F32, 1);
@@ -50,6 +57,7 @@ moe_status moe_optimizer_create(const moe_config *config, moe_device *dev, const
 }
 
 void moe_optimizer_destroy(moe_optimizer *o) {
+  if (o) moe_params_destroy(&o->whole);
   free(o);
 }
 
@@ -77,18 +85,63 @@ moe_status moe_optimizer_reduce(moe_optimizer *o) {
   return moe_grad_sync(o->dev, o->mesh->world, pools, MOE_POOLS, o->sum_squares);
 }
 
+/* Elements `part` of a pool, all of them owned. */
+static moe_status update_range(moe_optimizer *o, moe_pool_kind kind, moe_range part,
+                               moe_adamw_args args) {
+  const moe_optimizer_pool *p = &o->pool[kind];
+  int64_t n = moe_range_size(part), at = part.begin - p->owned.begin;
+  moe_tensor weights = moe_tensor_rows(moe_model_weights(o->model, kind), part.begin, n);
+  moe_tensor grads = moe_tensor_rows(moe_model_grads(o->model, kind), part.begin, n);
+  moe_tensor m = moe_tensor_rows(p->m, at, n), v = moe_tensor_rows(p->v, at, n);
+  if (!moe_tensor_present(p->master))
+    return moe_adamw(o->dev, args, grads, o->scale, weights, m, v, moe_tensor_none());
+  return moe_adamw(o->dev, args, grads, o->scale, moe_tensor_rows(p->master, at, n), m, v, weights);
+}
+
+/* The next of this rank's parameters in `kind` after number *at, NULL after the last; *shift: from
+ * its place in this rank's pool to that in the whole model's. Both tables have the same order. */
+static const moe_param *next_param(const moe_optimizer *o, moe_pool_kind kind, int *at,
+                                   int *at_whole, int64_t *shift) {
+  const moe_params *own = moe_model_params(o->model);
+  while (*at < own->count && own->list[*at].row->pool != kind) ++*at;
+  if (*at >= own->count) return NULL;
+  const moe_param *p = &own->list[(*at)++], *q = &o->whole.list[*at_whole];
+  while (q->row != p->row || q->layer != p->layer || q->expert != p->expert) q++;
+  *at_whole = (int)(q - o->whole.list);
+  *shift = q->offset - p->offset;
+  return p;
+}
+
+/* bf16 moments: one update for each stretch of the pool whose elements' numbers follow each other;
+ * on one rank that is the whole pool. The padding after the last parameter stays zero. */
+static moe_status update_numbered(moe_optimizer *o, moe_pool_kind kind, moe_adamw_args args) {
+  int at = 0, at_whole = 0;
+  int64_t next_shift = 0;
+  const moe_param *p = next_param(o, kind, &at, &at_whole, &next_shift);
+  while (p) {
+    moe_range part = {p->offset, p->offset};
+    int64_t shift = next_shift;
+    do {
+      part.end = p->offset + p->count;
+      p = next_param(o, kind, &at, &at_whole, &next_shift);
+    } while (p && next_shift == shift);
+    part = moe_range_intersect(part, o->pool[kind].owned);
+    args.first = part.begin + shift;
+    if (part.begin < part.end) MOE_TRY(update_range(o, kind, part, args));
+  }
+  return MOE_OK;
+}
+
 static moe_status update_pool(moe_optimizer *o, moe_pool_kind kind, moe_adamw_args args) {
   const moe_optimizer_pool *p = &o->pool[kind];
-  int64_t n = moe_range_size(p->owned);
-  moe_tensor pool = moe_model_weights(o->model, kind);
-  moe_tensor weights = moe_tensor_rows(pool, p->owned.begin, n);
-  moe_tensor grads = moe_tensor_rows(moe_model_grads(o->model, kind), p->owned.begin, n);
-  bool master = moe_tensor_present(p->master);
   if (!moe_pool_decays(kind)) args.weight_decay = 0.0;
-  MOE_TRY(moe_adamw(o->dev, args, grads, o->scale, master ? p->master : weights, p->m, p->v,
-                    master ? weights : moe_tensor_none()));
+  if (p->m.dtype == MOE_F32)
+    MOE_TRY(update_range(o, kind, p->owned, args));
+  else
+    MOE_TRY(update_numbered(o, kind, args));
   if (!o->config.parallel.zero1) return MOE_OK;
-  return moe_comm_all_gather(moe_model_pool_group(o->model, kind), pool);
+  return moe_comm_all_gather(moe_model_pool_group(o->model, kind),
+                             moe_model_weights(o->model, kind));
 }
 
 moe_status moe_optimizer_step(moe_optimizer *o, double lr, int64_t step, double unscale) {

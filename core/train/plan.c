@@ -24,8 +24,9 @@ static void print_sizes(const moe_engine *e, FILE *out) {
           " per rank x %d ranks x %" PRId64 " micro-batches\n",
           step_sequences, step_sequences * c->data.sequence_length, c->train.micro_batch, ranks,
           e->accumulation);
-  fprintf(out, "device       %s, %s\n", moe_device_name(e->dev),
-          moe_dtype_name(moe_config_compute_dtype(c)));
+  fprintf(out, "device       %s, %s; the experts' gradients %s, moments %s\n",
+          moe_device_name(e->dev), moe_dtype_name(moe_config_compute_dtype(c)),
+          moe_dtype_name(moe_config_grad_dtype(c)), moe_dtype_name(moe_config_moment_dtype(c)));
 }
 
 static void print_owners(const moe_engine *e, FILE *out) {

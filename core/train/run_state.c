@@ -13,11 +13,19 @@ typedef struct {
   int count;
 } piece_list;
 
+int64_t moe_run_state_parameter_bytes(const moe_config *config, moe_pool_kind pool) {
+  moe_dtype weight = moe_pool_dtype(pool, moe_config_compute_dtype(config));
+  moe_dtype moment = pool == MOE_POOL_EXPERT ? moe_config_moment_dtype(config) : MOE_F32;
+  int64_t master = weight == MOE_F32 ? 0 : moe_dtype_size(MOE_F32);
+  return moe_dtype_size(weight) + master + 2 * moe_dtype_size(moment);
+}
+
 int64_t moe_run_state_bytes(const moe_config *config) {
   moe_dims d = moe_dims_of(config);
-  moe_dtype act = moe_config_compute_dtype(config);
-  int64_t per_parameter = act == MOE_F32 ? 4 + 8 : moe_dtype_size(act) + 4 + 8;
-  return moe_dims_parameters(&d) * per_parameter;
+  int64_t experts = d.layers * d.experts * 3 * d.hidden * d.ffn;
+  return experts * moe_run_state_parameter_bytes(config, MOE_POOL_EXPERT) +
+         (moe_dims_parameters(&d) - experts) *
+             moe_run_state_parameter_bytes(config, MOE_POOL_DENSE); /* most of the rest */
 }
 
 /* The part of parameter p within elements `range` of its pool, as a piece of `values`, which holds
@@ -40,11 +48,6 @@ static void add_piece(piece_list *out, const moe_param *p, moe_role role, moe_ra
   piece->data = (char *)values.data + (begin - values_begin) * moe_dtype_size(values.dtype);
 }
 
-static moe_range intersect(moe_range a, moe_range b) {
-  moe_range r = {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
-  return r;
-}
-
 /* Weights of one parameter, cut to `range` of its pool; in a training engine the master too, and
  * with `moments` those. */
 static void add_parameter(moe_engine *e, piece_list *out, const moe_param *p, moe_range range,
@@ -53,7 +56,7 @@ static void add_parameter(moe_engine *e, piece_list *out, const moe_param *p, mo
   add_piece(out, p, MOE_ROLE_PARAM, range, moe_model_weights(e->model, pool), 0);
   if (!e->optimizer) return;
   const moe_optimizer_pool *o = moe_optimizer_pool_state(e->optimizer, pool);
-  moe_range owned = intersect(range, o->owned);
+  moe_range owned = moe_range_intersect(range, o->owned);
   int64_t at = o->owned.begin;
   if (moe_tensor_present(o->master)) add_piece(out, p, MOE_ROLE_MASTER, owned, o->master, at);
   if (!moments) return;

@@ -9,6 +9,8 @@
 extern "C" {
 #endif
 
+/* Bytes of weight, master and moments that a checkpoint holds for one parameter of a pool. */
+int64_t moe_run_state_parameter_bytes(const moe_config *config, moe_pool_kind pool);
 /* Bytes of weights, masters and moments in one checkpoint. */
 int64_t moe_run_state_bytes(const moe_config *config);
 

@@ -24,8 +24,8 @@ static int64_t part_bytes(const moe_engine *e) {
   int64_t all = moe_dims_parameters(&d), per_expert = d.layers * 3 * d.hidden * d.ffn;
   int64_t experts = divide_up(moe_range_size(m->owned) * per_expert, m->edp);
   int64_t rest = divide_up(all - d.experts * per_expert, (int64_t)m->ep * m->edp);
-  int64_t per_parameter = divide_up(moe_run_state_bytes(&e->config), all);
-  return (experts + rest) * per_parameter + PADDING;
+  return experts * moe_run_state_parameter_bytes(&e->config, MOE_POOL_EXPERT) +
+         rest * moe_run_state_parameter_bytes(&e->config, MOE_POOL_DENSE) + PADDING;
 }
 
 /* Host memory one rank may still have, some left to others. */

@@ -7,6 +7,7 @@
 
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/cpu_math.h"
+#include "kernels/rounding.h"
 
 enum { PIECE = 2048, PARALLEL = 8 * PIECE };
 
@@ -50,19 +51,50 @@ static void update(factors f, int64_t n, const float *restrict grad, float *rest
   }
 }
 
+/* to[i] = values[i] rounded by the 16 bits of random[i] from `shift` on. */
+static void store_rounded(int64_t n, const float *values, const uint32_t *random, int shift,
+                          uint16_t *to) {
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits;
+    memcpy(&bits, &values[i], sizeof bits);
+    to[i] = moe_rounding_bf16(bits, random[i] >> shift & 0xffffu);
+  }
+}
+
+/* The same for elements [at, at + n) of bf16 moments. */
+static void update_rounded(factors f, moe_adamw_args args, int64_t at, int64_t n, const float *grad,
+                           float *w, moe_tensor m, moe_tensor v) {
+  float first[PIECE], second[PIECE];
+  uint32_t random[PIECE];
+  moe_cpu_load(m, at, n, first);
+  moe_cpu_load(v, at, n, second);
+  update(f, n, grad, w, first, second);
+  for (int64_t i = 0; i < n;) {
+    int64_t number = args.first + at + i;
+    moe_philox_block draw = moe_rounding_draw(args.step, number / 4);
+    for (int64_t k = number % 4; k < 4 && i < n; k++) random[i++] = draw.word[k];
+  }
+  store_rounded(n, first, random, 0, (uint16_t *)m.data + at);
+  store_rounded(n, second, random, 16, (uint16_t *)v.data + at);
+}
+
 moe_status moe_cpu_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_tensor scale,
                          moe_tensor master, moe_tensor m, moe_tensor v, moe_tensor weight) {
   (void)dev;
   float factor = *(const float *)scale.data;
   if (factor < 0.0f) return MOE_OK;
   factors f = make_factors(args, factor);
-  float *w = master.data, *first = m.data, *second = v.data;
-  const float *g = grad.data;
+  float *w = master.data;
   int64_t count = moe_tensor_count(master);
 #pragma omp parallel for if (count > PARALLEL)
   for (int64_t at = 0; at < count; at += PIECE) {
     int64_t n = moe_min64(PIECE, count - at);
-    update(f, n, g + at, w + at, first + at, second + at);
+    float g[PIECE];
+    const float *gradient = moe_cpu_view(grad, at, n, g);
+    if (m.dtype == MOE_F32)
+      update(f, n, gradient, w + at, (float *)m.data + at, (float *)v.data + at);
+    else
+      update_rounded(f, args, at, n, gradient, w + at, m, v);
     if (moe_tensor_present(weight)) moe_cpu_store(weight, at, n, w + at);
   }
   return MOE_OK;

@@ -39,7 +39,7 @@ struct grouped {
 /* ---- scratch --------------------------------------------------------------------------------- */
 
 /* Half precision: one expert's weights, and for each thread a panel of both sides of a product; or
- * for a weight gradient one panel of both sides. */
+ * for a weight gradient one panel of both sides, and the sums of one expert's bf16 gradient. */
 static int64_t weight_floats(int64_t n, int64_t k) {
   return (n * k + 15) / 16 * 16;
 }
@@ -274,19 +274,40 @@ static void share_converted(moe_tensor left, moe_tensor right, int64_t begin, in
   }
 }
 
+/* Expert j of a bf16 dw (+)= sums f32 [size], rounded once, by all threads of the region. */
+static void share_rounding(moe_tensor dw, int64_t j, int64_t size, int accumulate, float *sums) {
+#pragma omp for
+  for (int64_t i = 0; i < size; i += CHUNK) {
+    int64_t n = moe_min64(CHUNK, size - i);
+    float before[CHUNK];
+    if (accumulate) {
+      moe_cpu_load(dw, j * size + i, n, before);
+      for (int64_t k = 0; k < n; k++) sums[i + k] += before[k];
+    }
+    moe_cpu_store(dw, j * size + i, n, sums + i);
+  }
+}
+
 moe_status moe_cpu_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
                                       moe_tensor offsets, int accumulate, moe_tensor dw) {
   int64_t m = left.shape[1], n = right.shape[1], experts = offsets.shape[0] - 1;
   const int32_t *offset = offsets.data;
+  bool rounded = dw.dtype != MOE_F32;
   float *scratch;
-  MOE_TRY(get_scratch(dev, left.dtype, panel_floats(m, n), &scratch));
+  MOE_TRY(get_scratch(dev, left.dtype, panel_floats(m, n) + (rounded ? weight_floats(m, n) : 0),
+                      &scratch));
 #pragma omp parallel num_threads(moe_cpu_threads(dev))
   for (int64_t j = 0; j < experts; j++) {
-    int64_t begin = offset[j], end = offset[j + 1];
-    float *grad = (float *)dw.data + j * m * n, beta = accumulate ? 1.0f : 0.0f;
+    int64_t begin = offset[j], end = offset[j + 1], bytes = m * n * moe_dtype_size(dw.dtype);
+    char *out = (char *)dw.data + j * bytes;
+    float *grad = (float *)out, beta = accumulate ? 1.0f : 0.0f;
     if (begin >= end) {
 #pragma omp single nowait
-      if (!accumulate) memset(grad, 0, (size_t)(m * n) * sizeof *grad);
+      if (!accumulate) memset(out, 0, (size_t)bytes);
+    } else if (rounded) {
+      float *sums = scratch + panel_floats(m, n);
+      share_converted(left, right, begin, end, 0.0f, scratch, sums);
+      share_rounding(dw, j, m * n, accumulate, sums);
     } else if (left.dtype == MOE_F32) {
       share_product((const float *)left.data + begin * m, m, (const float *)right.data + begin * n,
                     n, end - begin, beta, grad);

@@ -1,8 +1,9 @@
-/* AdamW, and the factor that clips gradients: one pass over all parameters, bound by memory (26 to
+/* AdamW, and the factor that clips gradients: one pass over all parameters, bound by memory (20 to
  * 30 bytes per parameter). The factor stays on the device, so no step waits for the host. */
 #include <cmath>
 
 #include "kernels/cuda/common.cuh"
+#include "kernels/rounding.h"
 
 __global__ void clip_scale_kernel(const double *sum_squares, double max_norm, double unscale,
                                   float *scale) {
@@ -40,65 +41,160 @@ static adamw_factors factors_of(moe_adamw_args a) {
 
 struct adamw_args {
   adamw_factors f;
-  const float *grad, *scale;
-  float *master, *m, *v;
-  void *weight; /* may be NULL */
+  int64_t step, first; /* for the random bits of bf16 moments */
+  const float *scale;
+  const void *grad;
+  float *master;
+  void *m, *v, *weight; /* weight may be NULL */
   int64_t n;
 };
 
-template <typename W, int N>
-__device__ __forceinline__ void adamw_update(const adamw_args &p, float scale, int64_t i) {
-  float g[N], w[N], m[N], v[N];
-  load<float, N>(g, p.grad + i);
-  load<float, N>(w, p.master + i);
-  load<float, N>(m, p.m + i);
-  load<float, N>(v, p.v + i);
-#pragma unroll
-  for (int j = 0; j < N; j++) {
-    float gradient = g[j] * scale;
-    m[j] = p.f.beta1 * m[j] + p.f.rest1 * gradient;
-    v[j] = p.f.beta2 * v[j] + p.f.rest2 * (gradient * gradient);
-    float step = m[j] * p.f.correct1 / (sqrtf(v[j] * p.f.correct2) + p.f.eps);
-    w[j] -= p.f.lr * (step + p.f.decay * w[j]);
+/* ---- N elements, read and written once: their lines need not stay in the caches ------------- */
+
+/* As many bytes as N elements have: what one thread moves at once. */
+template <int bytes> struct adamw_word;
+template <> struct adamw_word<2> { using type = unsigned short; };
+template <> struct adamw_word<4> { using type = unsigned; };
+template <> struct adamw_word<8> { using type = uint2; };
+template <> struct adamw_word<16> { using type = uint4; };
+
+template <typename T, int N> struct adamw_pack {
+  using word = typename adamw_word<N * sizeof(T)>::type;
+  union {
+    word whole;
+    T v[N];
+  };
+  __device__ __forceinline__ adamw_pack() {}
+  __device__ __forceinline__ void read(const void *from, int64_t i) {
+    whole = __ldcs(reinterpret_cast<const word *>(static_cast<const T *>(from) + i));
   }
-  store<float, N>(p.master + i, w);
-  store<float, N>(p.m + i, m);
-  store<float, N>(p.v + i, v);
-  if (p.weight != nullptr) store<W, N>((W *)p.weight + i, w);
+  __device__ __forceinline__ void write(void *to, int64_t i) const {
+    __stcs(reinterpret_cast<word *>(static_cast<T *>(to) + i), whole);
+  }
+};
+
+template <typename S> __device__ __forceinline__ S store_moment(float value, uint32_t random) {
+  if constexpr (sizeof(S) == 4)
+    return value;
+  else
+    return __ushort_as_bfloat16(moe_rounding_bf16(__float_as_uint(value), random));
 }
 
-template <typename W, int N> __global__ void adamw_kernel(adamw_args p) {
+/* ---- the update ----------------------------------------------------------------------------- */
+
+__device__ __forceinline__ float root(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/* N consecutive elements: gradient, master and moments of types G, float and S. */
+template <typename G, typename S, int N> struct adamw_elements {
+  adamw_pack<G, N> g;
+  adamw_pack<float, N> w;
+  adamw_pack<S, N> m, v;
+
+  __device__ __forceinline__ void read(const adamw_args &p, int64_t i) {
+    g.read(p.grad, i);
+    w.read(p.master, i);
+    m.read(p.m, i);
+    v.read(p.v, i);
+  }
+
+  /* With N = 4 the elements are one group of moe_rounding_draw. Fused operations are spelt out: the
+   * compiler would choose for each N anew, and bits must not depend on where a call begins. */
+  __device__ __forceinline__ void update(const adamw_args &p, float scale, int64_t i) {
+    moe_philox_block draw;
+    if constexpr (sizeof(S) == 2) draw = moe_rounding_draw(p.step, (p.first + i) / 4);
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      float gradient = to_float(g.v[j]) * scale;
+      float first = fmaf(p.f.beta1, to_float(m.v[j]), p.f.rest1 * gradient);
+      float second = fmaf(p.f.beta2, to_float(v.v[j]), p.f.rest2 * (gradient * gradient));
+      float step = __fdividef(first * p.f.correct1, root(second * p.f.correct2) + p.f.eps);
+      w.v[j] = fmaf(-p.f.lr, fmaf(p.f.decay, w.v[j], step), w.v[j]);
+      uint32_t random = 0;
+      if constexpr (sizeof(S) == 2) random = word_of(draw, N == 4 ? j : (int)((p.first + i) % 4));
+      m.v[j] = store_moment<S>(first, random & 0xffffu);
+      v.v[j] = store_moment<S>(second, random >> 16);
+    }
+  }
+
+  template <typename W>
+  __device__ __forceinline__ void write(const adamw_args &p, int64_t i) const {
+    w.write(p.master, i);
+    m.write(p.m, i);
+    v.write(p.v, i);
+    if (p.weight == nullptr) return;
+    adamw_pack<W, N> rounded;
+#pragma unroll
+    for (int j = 0; j < N; j++) rounded.v[j] = from_float<W>(w.v[j]);
+    rounded.write(p.weight, i);
+  }
+
+  static __device__ __forceinline__ uint32_t word_of(const moe_philox_block &b, int k) {
+    return k == 0 ? b.word[0] : k == 1 ? b.word[1] : k == 2 ? b.word[2] : b.word[3];
+  }
+};
+
+enum { ADAMW_THREADS = 256, ADAMW_BLOCKS = 4 /* on a multiprocessor */ };
+
+/* A thread takes N elements at each of two places a block's width apart and asks for all of them
+ * before it works on any, so 8 loads are under way; a warp's accesses lie side by side. */
+template <typename G, typename S, typename W, int N>
+__global__ void __launch_bounds__(ADAMW_THREADS, ADAMW_BLOCKS) adamw_kernel(adamw_args p) {
+  constexpr int64_t apart = ADAMW_THREADS * N, tile = 2 * apart;
   float scale = *p.scale;
   if (scale < 0.0f) return; /* a non-finite step is skipped */
-  stride<N>(
-      p.n, [&](int64_t i) { adamw_update<W, N>(p, scale, i); },
-      [&](int64_t i) { adamw_update<W, 1>(p, scale, i); });
+  int64_t at = blockIdx.x * tile + (int64_t)threadIdx.x * N, step = gridDim.x * tile;
+  for (; at + apart + N <= p.n; at += step) {
+    adamw_elements<G, S, N> a, b;
+    a.read(p, at);
+    b.read(p, at + apart);
+    a.update(p, scale, at);
+    b.update(p, scale, at + apart);
+    a.template write<W>(p, at);
+    b.template write<W>(p, at + apart);
+  }
+  for (int64_t part = at; part < p.n && part <= at + apart; part += apart) /* the last tile */
+    for (int64_t i = part; i < part + N && i < p.n; i++) {
+      adamw_elements<G, S, 1> one;
+      one.read(p, i);
+      one.update(p, scale, i);
+      one.template write<W>(p, i);
+    }
+}
+
+template <typename F> static moe_status state_type(moe_dtype dtype, F f) {
+  return dtype == MOE_F32 ? f(float{}) : f(__nv_bfloat16{});
 }
 
 moe_status moe_cuda_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_tensor scale,
                           moe_tensor master, moe_tensor m, moe_tensor v, moe_tensor weight) {
-  int64_t n = moe_tensor_count(master);
-  adamw_args p = {factors_of(args),
-                  cuda_data<float>(grad),
-                  cuda_data<float>(scale),
-                  cuda_data<float>(master),
-                  cuda_data<float>(m),
-                  cuda_data<float>(v),
-                  weight.data,
-                  n};
+  int64_t n = moe_tensor_count(master), most = (int64_t)cuda_of(dev)->sms * ADAMW_BLOCKS;
+  adamw_args p = {factors_of(args), args.step,
+                  args.first,       cuda_data<float>(scale),
+                  grad.data,        cuda_data<float>(master),
+                  m.data,           v.data,
+                  weight.data,      n};
   if (n == 0) return MOE_OK;
-  return cuda_act(moe_tensor_present(weight) ? weight.dtype : MOE_F32, [&](auto act) {
-    using W = decltype(act);
-    return cuda_width(
-        0,
-        [&](auto w) {
-          constexpr int N = decltype(w)::value;
-          adamw_kernel<W, N>
-              <<<cuda_blocks(dev, div_up(n, N), 256), 256, 0, cuda_of(dev)->stream>>>(p);
-          CUDA_LAUNCHED(dev);
-          return MOE_OK;
-        },
-        (char *)grad.data, (char *)master.data, (char *)m.data, (char *)v.data,
-        (char *)weight.data);
+  moe_dtype act = moe_tensor_present(weight) ? weight.dtype : MOE_F32;
+  auto launch = [&](auto g, auto s, auto w, auto width) {
+    constexpr int N = decltype(width)::value == 1 ? 1 : 4;
+    int64_t need = div_up(n, 2 * ADAMW_THREADS * N);
+    adamw_kernel<decltype(g), decltype(s), decltype(w), N>
+        <<<(unsigned)(need < most ? need : most), ADAMW_THREADS, 0, cuda_of(dev)->stream>>>(p);
+    CUDA_LAUNCHED(dev);
+    return MOE_OK;
+  };
+  int64_t whole_groups = args.first % 4 == 0 ? 0 : 1; /* else each element draws for itself */
+  return state_type(grad.dtype, [&](auto g) {
+    return state_type(m.dtype, [&](auto s) {
+      return cuda_act(act, [&](auto w) {
+        return cuda_width(
+            whole_groups, [&](auto width) { return launch(g, s, w, width); }, (char *)grad.data,
+            (char *)master.data, (char *)m.data, (char *)v.data, (char *)weight.data);
+      });
+    });
   });
 }

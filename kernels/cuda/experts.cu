@@ -158,11 +158,11 @@ static moe_status weight_grad(moe_device *dev, moe_tensor left, moe_tensor right
   const int32_t *at;
   MOE_TRY(cuda_offsets_to_host(dev, offsets, left.shape[0], &at));
   for (int64_t j = 0; j < experts; j++) {
-    float *grad = cuda_data<float>(dw) + j * m * n;
+    char *grad = cuda_data<char>(dw) + j * m * n * moe_dtype_size(dw.dtype);
     if (at[j + 1] == at[j] && accumulate) continue;
     MOE_TRY(cuda_matmul(dev, MOE_TN, m, n, at[j + 1] - at[j], {row_of(left, at[j]), left.dtype, m},
                         {row_of(right, at[j]), right.dtype, n}, accumulate ? 1.0f : 0.0f,
-                        {grad, MOE_F32, n}));
+                        {grad, dw.dtype, n}));
   }
   return MOE_OK;
 }

@@ -2,15 +2,17 @@
  *
  * Rows are K here and neither operand has them run fastest, so wgmma reads both transposed. How
  * many k-blocks a tile has depends on the routing; which tiles there are does not. Sums leave as
- * float32: added in memory by the copy engine, one tile for each element, so the result is the same
- * every time. */
+ * float32 or rounded to bf16: stored, or added in memory by the copy engine, one tile for each
+ * element, so the result is the same every time. */
 #include "kernels/cuda/sm90_gemm.cuh"
 
 namespace sm90 {
 
-struct weight_grad {
+/* T: of dw, float or __nv_bfloat16. */
+template <typename T> struct weight_grad {
   static constexpr int N = 192, STAGES = 4, A_MN = 1, B_MN = 1;
-  static constexpr int WIDE = 64, ACROSS = N / WIDE, BUFFER = 16 * WIDE * 4;
+  static constexpr int WIDE = 64, ACROSS = N / WIDE, BUFFER = 16 * WIDE * (int)sizeof(T);
+  static constexpr int BOX = 128 / (int)sizeof(T); /* columns side by side */
   static constexpr bool ROWS_ARE_K = true, FEEDS = false;
   using work = sm90_slabs<2 * BUFFER>;
 
@@ -42,34 +44,48 @@ struct weight_grad {
             column = t.column + s % ACROSS * WIDE;
         uint32_t slab = slabs + s % 2 * BUFFER;
         slab_free<2>();
-#pragma unroll
-        for (int j = 0; j < WIDE / 8; j++) {
-          const float *v = acc[s / ACROSS] + s % ACROSS * (WIDE / 2) + 4 * j;
-          int word = 2 * j + lane_of_warp() % 4 / 2;
-          uint32_t half = (uint32_t)lane_of_warp() % 2 * 8;
-          store_shared(slab_at<128>(slab, lane_of_warp() / 4, word) + half, v[0], v[1]);
-          store_shared(slab_at<128>(slab, lane_of_warp() / 4 + 8, word) + half, v[2], v[3]);
-        }
+        fill(slab, acc[s / ACROSS] + s % ACROSS * (WIDE / 2));
         slab_written();
         if (lane_of_warp() == 0) {
           if (p.accumulate)
-            tma_add(&p.dw, slab, 0, row, column / 32, t.expert);
+            tma_add(&p.dw, slab, 0, row, column / BOX, t.expert);
           else
-            tma_store(&p.dw, slab, 0, row, column / 32, t.expert);
+            tma_store(&p.dw, slab, 0, row, column / BOX, t.expert);
         }
         slab_sent();
+      }
+    }
+
+    /* 16 rows of WIDE sums, which begin at v in each lane. */
+    static __device__ __forceinline__ void fill(uint32_t slab, const float *v) {
+      if constexpr (sizeof(T) == 2) {
+#pragma unroll
+        for (int c = 0; c < WIDE / 16; c++) {
+          uint32_t b[4];
+#pragma unroll
+          for (int i = 0; i < 4; i++) b[i] = pack(v[8 * c + 2 * i], v[8 * c + 2 * i + 1]);
+          store_blocks(slab_blocks<128>(slab, c), b);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < WIDE / 8; j++) {
+          int word = 2 * j + lane_of_warp() % 4 / 2;
+          uint32_t half = (uint32_t)lane_of_warp() % 2 * 8;
+          store_shared(slab_at<128>(slab, lane_of_warp() / 4, word) + half, v[4 * j], v[4 * j + 1]);
+          store_shared(slab_at<128>(slab, lane_of_warp() / 4 + 8, word) + half, v[4 * j + 2],
+                       v[4 * j + 3]);
+        }
       }
     }
   };
 };
 
-} // namespace sm90
-
-moe_status sm90_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
-                                   moe_tensor offsets, int accumulate, moe_tensor dw) {
-  using op = sm90::weight_grad;
+template <typename T>
+static moe_status sum_rows(moe_device *dev, moe_tensor left, moe_tensor right, moe_tensor offsets,
+                           int accumulate, moe_tensor dw) {
+  using op = weight_grad<T>;
   int64_t rows = left.shape[0], m = left.shape[1], n = right.shape[1], e = dw.shape[0];
-  op::args p = {};
+  typename op::args p = {};
   static_cast<sm90_sizes &>(p) = {
       cuda_data<int32_t>(offsets), (int)e, (int)rows, (int)div_up(m, SM90_M),
       (int)div_up(n, op::N),       0};
@@ -80,8 +96,21 @@ moe_status sm90_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor 
   MOE_TRY(sm90_map(
       dev, &p.right,
       {right.data, MOE_BF16, {64, rows, n / 64, 1}, {n, 64}, {64, SM90_K, op::N / 64, 1}, 128}));
-  MOE_TRY(sm90_map(
-      dev, &p.dw,
-      {dw.data, MOE_F32, {32, m, n / 32, e}, {n, 32, m * n}, {32, 16, op::WIDE / 32, 1}, 128}));
+  MOE_TRY(sm90_map(dev, &p.dw,
+                   {dw.data,
+                    dw.dtype,
+                    {op::BOX, m, n / op::BOX, e},
+                    {n, op::BOX, m * n},
+                    {op::BOX, 16, op::WIDE / op::BOX, 1},
+                    128}));
   return sm90_launch<op>(dev, p);
+}
+
+} // namespace sm90
+
+moe_status sm90_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
+                                   moe_tensor offsets, int accumulate, moe_tensor dw) {
+  return (dw.dtype == MOE_F32
+              ? sm90::sum_rows<float>
+              : sm90::sum_rows<__nv_bfloat16>)(dev, left, right, offsets, accumulate, dw);
 }

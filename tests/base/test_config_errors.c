@@ -143,6 +143,14 @@ static const bad contradictions[] = {
     {"[parallel]\nep = 8\n", "cfg.ini:2: [parallel] ep = 8:|use 1, 2, 4, or 0"},
     {"[parallel]\nep = 4\n[model]\nnum_experts = 3\ntop_k = 1\n",
      "cfg.ini:2: [parallel] ep = 4:|num_experts = 3 (cfg.ini:4)|use 1, 2, or 0"},
+    {"[precision]\ngrad_dtype = bf16\ndtype = fp16\n",
+     "cfg.ini:2: [precision] grad_dtype = bf16:|dtype = fp16 (cfg.ini:3)|use grad_dtype = fp32"},
+    {"[precision]\ngrad_dtype = bf16\n",
+     "cfg.ini:2: [precision] grad_dtype = bf16:|dtype = fp32 (default)|dtype = bf16"},
+    {"[precision]\ngrad_dtype = bf16\ndtype = bf16\n[train]\nglobal_batch = 16\nmicro_batch = 2\n",
+     "cfg.ini:2: [precision] grad_dtype = bf16:|global_batch = 16 (cfg.ini:5) makes 2 "
+     "micro-batches|"
+     "global_batch = 8"},
 };
 
 Test(config_errors, each_contradiction_names_both_sides_and_values_that_work) {

@@ -89,6 +89,7 @@ static rotating router_w, probs, lse, experts, gates, stats, dlogits, router_dw,
 static rotating sorted, sorted_gates, w13, w2, gu, a, again, dgates, dw13, dw2, dhidden;
 static rotating logits, targets, loss, head, tokens, embedding, dembedding;
 static rotating grad, master, m, v, weight, scale, squares, sampled, next;
+static rotating half_grad, half_m, half_v, half_dw13, half_dw2; /* in bf16 */
 enum { PARAMETERS = 100 << 20 };
 
 static void make_dense(void) {
@@ -105,6 +106,8 @@ static void make_dense(void) {
   sampled = MATRIX(MOE_F32, 8, V, 2), next = VECTOR(MOE_I32, 8, 0);
   grad = VECTOR(MOE_F32, PARAMETERS, 1), master = VECTOR(MOE_F32, PARAMETERS, 1);
   m = VECTOR(MOE_F32, PARAMETERS, 0), v = VECTOR(MOE_F32, PARAMETERS, 0);
+  half_grad = VECTOR(MOE_BF16, PARAMETERS, 1);
+  half_m = VECTOR(MOE_BF16, PARAMETERS, 0), half_v = VECTOR(MOE_BF16, PARAMETERS, 0);
   weight = VECTOR(act, PARAMETERS, 1), scale = VECTOR(MOE_F32, 1, 0);
   squares = VECTOR(MOE_F64, 1, 0);
 }
@@ -121,6 +124,7 @@ static void make_moe(void) {
   gu = MATRIX(act, C, 2 * F, 1), a = MATRIX(act, C, F, 1), again = MATRIX(act, C, F, 1);
   dgates = VECTOR(MOE_F32, C, 1), dhidden = MATRIX(act, C, D, 1);
   dw13 = make(MOE_F32, 3, E, 2 * F, D, 1, 0), dw2 = make(MOE_F32, 3, E, D, F, 1, 0);
+  half_dw13 = make(act, 3, E, 2 * F, D, 1, 0), half_dw2 = make(act, 3, E, D, F, 1, 0);
   int64_t bytes = moe_expert_scratch(dev, C, D, F, act);
   moe_attention_shape shape = {T / S, S, H, G, HEAD};
   int64_t more = moe_attention_scratch(dev, shape, act);
@@ -137,7 +141,7 @@ static void make_moe(void) {
  * X(name, bytes, products, call): products in multiplications and additions */
 
 #define SHAPE_S ((moe_attention_shape){T / S, S, H, G, HEAD})
-#define ADAMW ((moe_adamw_args){1e-4, 0.9, 0.95, 1e-8, 0.1, 100})
+#define ADAMW ((moe_adamw_args){1e-4, 0.9, 0.95, 1e-8, 0.1, 100, 0})
 #define NONE moe_tensor_none()
 #define PAIRS (H * (double)T * S / 2 * HEAD * 2) /* of one causal product */
 #define ROUTED ((double)T * K)
@@ -181,6 +185,13 @@ static void make_moe(void) {
     moe_expert_weight_grad(dev, at(gu), at(sorted), at(offsets), 1, at(dw13)))                     \
   X("expert_weight_grad w2", 2.0 * ROUTED * (D + F) + 8.0 * E * D * F, ROUTED * 2 * D * F,         \
     moe_expert_weight_grad(dev, at(sorted), at(a), at(offsets), 1, at(dw2)))                       \
+  X("expert_weight_grad w13, new", 2.0 * ROUTED * (D + 2 * F) + 8.0 * E * D * F,                   \
+    ROUTED * 4 * D * F, moe_expert_weight_grad(dev, at(gu), at(sorted), at(offsets), 0, at(dw13))) \
+  X("expert_weight_grad w13, bf16", 2.0 * ROUTED * (D + 2 * F) + 4.0 * E * D * F,                  \
+    ROUTED * 4 * D * F,                                                                            \
+    moe_expert_weight_grad(dev, at(gu), at(sorted), at(offsets), 0, at(half_dw13)))                \
+  X("expert_weight_grad w2, bf16", 2.0 * ROUTED * (D + F) + 2.0 * E * D * F, ROUTED * 2 * D * F,   \
+    moe_expert_weight_grad(dev, at(sorted), at(a), at(offsets), 0, at(half_dw2)))                  \
   X("gemm head, 8192 rows", 2.0 * CHUNK * (D + V), 2.0 * CHUNK * D * V,                            \
     moe_gemm(dev, MOE_NT, moe_tensor_rows(at(x), 0, CHUNK), at(head), 0, at(logits)))              \
   X("cross_entropy, 8192 rows", 4.0 * CHUNK * V, 0,                                                \
@@ -194,6 +205,13 @@ static void make_moe(void) {
   X("sum_squares, 105 M", 4.0 * PARAMETERS, 0, moe_sum_squares(dev, at(grad), at(squares)))        \
   X("adamw, 105 M", 30.0 * PARAMETERS, 0,                                                          \
     moe_adamw(dev, ADAMW, at(grad), at(scale), at(master), at(m), at(v), at(weight)))              \
+  X("adamw, bf16 gradients", 28.0 * PARAMETERS, 0,                                                 \
+    moe_adamw(dev, ADAMW, at(half_grad), at(scale), at(master), at(m), at(v), at(weight)))         \
+  X("adamw, bf16 moments", 22.0 * PARAMETERS, 0,                                                   \
+    moe_adamw(dev, ADAMW, at(grad), at(scale), at(master), at(half_m), at(half_v), at(weight)))    \
+  X("adamw, both bf16", 20.0 * PARAMETERS, 0,                                                      \
+    moe_adamw(dev, ADAMW, at(half_grad), at(scale), at(master), at(half_m), at(half_v),            \
+              at(weight)))                                                                         \
   X("sample, 8 rows", 4.0 * 8 * V, 0,                                                              \
     moe_sample(dev, at(sampled), (moe_sample_args){0.8f, 50, 0.9f, 1}, at(next), at(next),         \
                at(next)))

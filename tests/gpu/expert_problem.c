@@ -15,8 +15,8 @@
 
 enum { TAIL = 40, NORMALS = 1000003 };
 
-const char *const product_names[] = {"up",          "down",     "down_backward",
-                                     "up_backward", "grad w13", "grad w2"};
+const char *const product_names[] = {"up",       "down",    "down_backward", "up_backward",
+                                     "grad w13", "grad w2", "half w13",      "half w2"};
 
 static moe_device *hopper, *cublas, *cpu;
 static float normals[NORMALS];
@@ -122,6 +122,12 @@ static int results(product k, const problem *p, result *r) {
   case GRAD_W2:
     r[0] = w2;
     return 1;
+  case HALF_W13:
+    r[0] = w13, r[0].tolerance = half;
+    return 1;
+  case HALF_W2:
+    r[0] = w2, r[0].tolerance = half;
+    return 1;
   default:
     r[0] = rows;
     return 1;
@@ -210,10 +216,12 @@ static int run_on(moe_device *dev, product k, moe_dtype act, const problem *p, i
     OK(moe_expert_up_backward(dev, ROWS(gu, 2 * f), offsets, put(&b, act, p->w13, e, 2 * f, d),
                               out[0]));
   } else {
-    int64_t m = k == GRAD_W13 ? 2 * f : d, n = k == GRAD_W13 ? d : f;
-    out[0] = accumulate ? put(&b, MOE_F32, p->base, e, m, n) : poisoned(&b, MOE_F32, e, m, n);
-    moe_tensor left = k == GRAD_W13 ? ROWS(gu, m) : ROWS(dy, m);
-    moe_tensor right = k == GRAD_W13 ? ROWS(x, n) : ROWS(a, n);
+    bool w13 = k == GRAD_W13 || k == HALF_W13;
+    int64_t m = w13 ? 2 * f : d, n = w13 ? d : f;
+    moe_dtype type = k == HALF_W13 || k == HALF_W2 ? act : MOE_F32;
+    out[0] = accumulate ? put(&b, type, p->base, e, m, n) : poisoned(&b, type, e, m, n);
+    moe_tensor left = w13 ? ROWS(gu, m) : ROWS(dy, m);
+    moe_tensor right = w13 ? ROWS(x, n) : ROWS(a, n);
     OK(moe_expert_weight_grad(dev, left, right, offsets, accumulate, out[0]));
   }
   ok(moe_device_sync(dev), product_names[k]);

@@ -9,7 +9,18 @@
 #include "kernels/ops.h"
 
 enum { MOST_EXPERTS = 20 };
-typedef enum { UP, DOWN, DOWN_BACKWARD, UP_BACKWARD, GRAD_W13, GRAD_W2, PRODUCTS } product;
+/* HALF: weight gradients in bf16; their references stay f32. */
+typedef enum {
+  UP,
+  DOWN,
+  DOWN_BACKWARD,
+  UP_BACKWARD,
+  GRAD_W13,
+  GRAD_W2,
+  HALF_W13,
+  HALF_W2,
+  PRODUCTS
+} product;
 extern const char *const product_names[];
 
 typedef struct {

@@ -222,6 +222,12 @@ static void check_network(moe_dtype act, int64_t d, int64_t f, const int64_t *co
                                 n.dw2.t[s]));
     AGREE(n.dw2, sums);
   }
+  if (act != MOE_BF16) return;
+  both half = both_output("half", MOE_BF16, SHAPE(E, 2 * f, d));
+  for (int accumulate = 0; accumulate < 2; accumulate++) {
+    BOTH(moe_expert_weight_grad(dev, n.gu.t[s], n.x.t[s], n.offsets.t[s], accumulate, half.t[s]));
+    AGREE(half, (1 + accumulate) * rounding(act));
+  }
 }
 
 static const int64_t uneven[E] = {0, 1, 127, 128, 129, 777, 0, 300};

@@ -5,7 +5,7 @@
 
 #include "tests/support/op_check.h"
 
-static const moe_adamw_args usual = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1};
+static const moe_adamw_args usual = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 0};
 
 /* One step of the formula in ops.h. */
 static void update(moe_adamw_args a, int64_t n, const double *grad, double scale, double *w,
@@ -72,7 +72,7 @@ static void decays(moe_device *dev) {
   op_tensor zero = op_filled(dev, "zero", MOE_F32, OP_SHAPE(5), 0.0);
   op_tensor m = op_clone(dev, zero), v = op_clone(dev, zero);
   op_tensor scale = op_filled(dev, "scale", MOE_F32, OP_SHAPE(1), 1.0);
-  moe_adamw_args args = {1e-4, 0.9, 0.95, 1e-8, 0.1, 1};
+  moe_adamw_args args = {1e-4, 0.9, 0.95, 1e-8, 0.1, 1, 0};
   for (args.step = 1; args.step <= 1000; args.step++)
     op_ok(moe_adamw(dev, args, zero.t, scale.t, w.t, m.t, v.t, moe_tensor_none()));
   double lost = 3.0 - op_read(&w)[0], expected = 3.0 * (1.0 - pow(1.0 - 1e-5, 1000.0));
@@ -98,6 +98,108 @@ static void skips(moe_device *dev, moe_dtype act) {
 
 Test(adamw, changes_nothing_when_the_scale_is_negative) {
   op_each(skips);
+}
+
+/* ---- bf16 gradients and moments ------------------------------------------------------------- */
+
+/* The same result from a bf16 gradient as from its values in f32. */
+static void takes_rounded_gradients(moe_device *dev, moe_dtype act) {
+  const int64_t n = 2100;
+  state a = start(dev, act, n), b = start(dev, act, n);
+  op_tensor half = op_random(dev, "grad", MOE_BF16, OP_SHAPE(n), 0.01);
+  op_tensor full = op_values(dev, "grad", MOE_F32, OP_SHAPE(n), half.v);
+  op_ok(moe_adamw(dev, usual, half.t, a.scale.t, a.w.t, a.m.t, a.v.t, a.weight.t));
+  op_ok(moe_adamw(dev, usual, full.t, b.scale.t, b.w.t, b.m.t, b.v.t, b.weight.t));
+  op_equal(a.w, op_read(&b.w));
+  op_equal(a.m, op_read(&b.m));
+  op_equal(a.v, op_read(&b.v));
+}
+
+Test(adamw, takes_gradients_of_half_precision) {
+  op_each(takes_rounded_gradients);
+}
+
+/* bf16 has 8 bits: the next below and above x, for x > 0 inside the range. */
+static double neighbour(double x, int above) {
+  int exponent;
+  frexp(x, &exponent);
+  double unit = ldexp(1.0, exponent - 8), below = floor(x / unit) * unit;
+  return above ? below + unit : below;
+}
+
+/* With b2 = 0.999, v shrinks by a quarter of a unit of its last place at most: rounding to nearest
+ * would leave it where it is. Over many elements the mean follows the formula. */
+static void forgets(moe_device *dev) {
+  enum { N = 1 << 14, AGES = 300 };
+  op_tensor w = op_filled(dev, "w", MOE_F32, OP_SHAPE(N), 1.0);
+  op_tensor zero = op_filled(dev, "zero", MOE_BF16, OP_SHAPE(N), 0.0), m = op_clone(dev, zero);
+  op_tensor v = op_filled(dev, "v", MOE_BF16, OP_SHAPE(N), 1.0);
+  op_tensor scale = op_filled(dev, "scale", MOE_F32, OP_SHAPE(1), 1.0);
+  moe_adamw_args args = {0.0, 0.9, 0.999, 1e-8, 0.0, 1, 0};
+  for (args.step = 1; args.step <= AGES; args.step++)
+    op_ok(moe_adamw(dev, args, zero.t, scale.t, w.t, m.t, v.t, moe_tensor_none()));
+  double mean = 0.0, expected = pow(0.999, AGES);
+  op_read(&v);
+  for (int i = 0; i < N; i++) mean += v.v[i] / N;
+  op_require(fabs(mean - expected) < 1e-3 * expected, "mean %.6f, not %.6f", mean, expected);
+}
+
+Test(adamw, second_moments_of_half_precision_decay_without_bias) {
+  op_each_device(forgets);
+}
+
+/* One step from zero: each moment goes to a neighbour of its exact value, to the upper one as often
+ * as its distance says. */
+static void rounds_to_neighbours(moe_device *dev) {
+  enum { N = 1 << 14 };
+  op_tensor w = op_filled(dev, "w", MOE_F32, OP_SHAPE(N), 1.0);
+  op_tensor m = op_filled(dev, "m", MOE_BF16, OP_SHAPE(N), 0.0), v = op_clone(dev, m);
+  op_tensor grad = op_filled(dev, "grad", MOE_F32, OP_SHAPE(N), 0.7);
+  op_tensor scale = op_filled(dev, "scale", MOE_F32, OP_SHAPE(1), 1.0);
+  op_ok(moe_adamw(dev, usual, grad.t, scale.t, w.t, m.t, v.t, moe_tensor_none()));
+  op_tensor *moments[] = {&m, &v};
+  double exact[] = {0.1 * 0.7, 0.05 * 0.49};
+  for (int k = 0; k < 2; k++) {
+    double below = neighbour(exact[k], 0), above = neighbour(exact[k], 1), ups = 0.0;
+    op_read(moments[k]);
+    for (int i = 0; i < N; i++) {
+      double x = moments[k]->v[i];
+      op_require(x == below || x == above, "element %d: %.9g is not beside %.9g", i, x, exact[k]);
+      ups += x == above;
+    }
+    double share = (exact[k] - below) / (above - below), deviation = sqrt(share * (1 - share) / N);
+    op_require(fabs(ups / N - share) < 5.0 * deviation, "%.4f went up, not %.4f", ups / N, share);
+  }
+}
+
+Test(adamw, moments_of_half_precision_go_to_a_neighbour_at_random) {
+  op_each_device(rounds_to_neighbours);
+}
+
+/* Elements [from, from + n) of one update, on their own: the same as in the whole. */
+static void numbers_count(moe_device *dev, moe_dtype act) {
+  enum { N = 5000 };
+  const int64_t parts[][2] = {{0, 1000}, {1000, 1001}, {2001, 998}, {2999, 2001}};
+  state whole = start(dev, act, N), split = start(dev, act, N);
+  op_tensor grad = op_random(dev, "grad", MOE_BF16, OP_SHAPE(N), 0.01);
+  op_tensor m[2] = {op_filled(dev, "m", MOE_BF16, OP_SHAPE(N), 0.0)}, v[2];
+  m[1] = op_clone(dev, m[0]), v[0] = op_clone(dev, m[0]), v[1] = op_clone(dev, m[0]);
+  moe_adamw_args args = {1e-3, 0.9, 0.95, 1e-8, 0.1, 7, 0};
+  op_ok(moe_adamw(dev, args, grad.t, whole.scale.t, whole.w.t, m[0].t, v[0].t, whole.weight.t));
+  for (int i = 0; i < 4; i++) {
+    int64_t at = args.first = parts[i][0], n = parts[i][1];
+#define PART(x) moe_tensor_rows((x).t, at, n)
+    op_ok(moe_adamw(dev, args, PART(grad), split.scale.t, PART(split.w), PART(m[1]), PART(v[1]),
+                    PART(split.weight)));
+#undef PART
+  }
+  op_equal(split.w, op_read(&whole.w));
+  op_equal(m[1], op_read(&m[0]));
+  op_equal(v[1], op_read(&v[0]));
+}
+
+Test(adamw, random_bits_belong_to_the_number_of_an_element) {
+  op_each(numbers_count);
 }
 
 /* ---- the clipping factor --------------------------------------------------------------- */

@@ -191,6 +191,30 @@ Test(experts, weight_gradient_adds_or_writes_every_expert) {
   op_each(weight_grad);
 }
 
+/* bf16 gradients: the sums rounded once, or twice where a GPU rounds what it adds as well. */
+static void rounded_weight_grad(moe_device *dev) {
+  for (int i = 0; i < 2 * SHAPES; i++) {
+    experts x = make(dev, MOE_BF16, shapes[i / 2]);
+    int64_t m = x.s.d, n = x.s.f, e = x.s.e;
+    int accumulate = i % 2;
+    op_tensor left = input(dev, &x, "left", MOE_BF16, m),
+              right = input(dev, &x, "right", MOE_BF16, n);
+    op_tensor dw = accumulate ? op_random(dev, "dw", MOE_BF16, OP_SHAPE(e, m, n), 1.0)
+                              : op_output(dev, "dw", MOE_BF16, OP_SHAPE(e, m, n));
+    op_tensor sums = accumulate ? op_values(dev, "sums", MOE_F32, OP_SHAPE(e, m, n), dw.v)
+                                : op_output(dev, "sums", MOE_F32, OP_SHAPE(e, m, n));
+    op_ok(moe_expert_weight_grad(dev, left.t, right.t, x.offsets.t, accumulate, dw.t));
+    op_ok(moe_expert_weight_grad(dev, left.t, right.t, x.offsets.t, accumulate, sums.t));
+    op_close(dw, op_read(&sums), 1.5 * op_tolerance(MOE_BF16));
+    if (moe_device_what(dev) == MOE_DEVICE_CUDA) continue;
+    for (int64_t k = 0; k < sums.count; k++) sums.v[k] = op_round(MOE_BF16, sums.v[k]);
+    op_close(dw, sums.v, 1e-4); /* f32 sums in another order round elsewhere now and then */
+  }
+}
+Test(experts, weight_gradient_may_be_of_half_precision) {
+  op_each_device(rounded_weight_grad);
+}
+
 /* ---- the whole network ----------------------------------------------------------------------- */
 
 /* sum of dy * y in float64, as a function of x, gates, w13, w2, one after the other. */

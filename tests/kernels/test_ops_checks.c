@@ -125,6 +125,8 @@ static void experts(moe_device *dev) {
   REFUSES("expert_down_backward: a must not overlap gu",
           moe_expert_down_backward(dev, x, i32_1d(3), w2, f32_1d(5), f32_2d(5, 6), f32_2d(5, 3),
                                    f32_1d(5)));
+  REFUSES("expert_weight_grad: dw is bf16 [2, 4, 4]: it must be fp32",
+          moe_expert_weight_grad(dev, x, x, i32_1d(3), 0, moe_tensor_3d(block, MOE_BF16, 2, 4, 4)));
   REFUSES("expert_weight_grad: accumulate must be 0 or 1",
           moe_expert_weight_grad(dev, x, x, i32_1d(3), 2, moe_tensor_3d(block, MOE_F32, 2, 4, 4)));
 }
@@ -135,9 +137,11 @@ static void ending(moe_device *dev) {
           moe_cross_entropy(dev, logits, i32_1d(2), 1.0f, 0, f64_1d(1), none()));
   REFUSES("clip_scale: unscale must be above 0",
           moe_clip_scale(dev, f64_1d(1), 1.0, 0.0, f32_1d(1)));
-  moe_adamw_args args = {1e-3, 0.9, 0.95, 1e-8, 0.1, 0};
+  moe_adamw_args args = {1e-3, 0.9, 0.95, 1e-8, 0.1, 0, 0};
   REFUSES("adamw: steps count from 1", moe_adamw(dev, args, x, f32_1d(1), x, x, x, none()));
   args.step = 1;
+  REFUSES("adamw: v is fp32 [4]: it must be bf16",
+          moe_adamw(dev, args, x, f32_1d(1), x, moe_tensor_1d(block, MOE_BF16, 4), x, none()));
   REFUSES("adamw: grad, m, v and weight must have as many",
           moe_adamw(dev, args, f32_1d(3), f32_1d(1), x, x, x, none()));
   args.beta2 = 1.0;

@@ -22,11 +22,12 @@ static double summed(int first, int step, int count, int64_t i) {
   return sum;
 }
 
-static moe_grad_pool make_pool(const worker *w, moe_comm *group, int64_t count, bool shard) {
+static moe_grad_pool make_pool(const worker *w, moe_dtype type, moe_comm *group, int64_t count,
+                               bool shard) {
   int64_t padded = moe_pool_padded(count, moe_comm_size(group));
-  moe_tensor x = worker_tensor(MOE_F32, 1, padded);
+  moe_tensor x = worker_tensor(type, 1, padded);
   for (int64_t i = 0; i < count; i++) set(x, i, gradient(w->rank, i));
-  moe_grad_pool pool = {moe_tensor_1d(x.data, MOE_F32, padded), group, shard};
+  moe_grad_pool pool = {moe_tensor_1d(x.data, type, padded), group, shard};
   return pool;
 }
 
@@ -39,7 +40,7 @@ static void check_pool(const moe_grad_pool *p, int64_t count, int first, int ste
     REQUIRE(get(p->grads, i) == (i < count ? summed(first, step, size, i) : 0.0));
 }
 
-/* Each dense parameter once, each place's experts once. */
+/* Each dense parameter once, each place's experts once in each of two pools. */
 static double expected_squares(const worker *w, int ep) {
   double sum = 0.0;
   for (int64_t i = 0; i < DENSE; i++) {
@@ -49,7 +50,7 @@ static double expected_squares(const worker *w, int ep) {
   for (int place = 0; place < ep; place++)
     for (int64_t i = 0; i < EXPERT; i++) {
       double g = summed(place, ep, w->size / ep, i);
-      sum += g * g;
+      sum += 2.0 * g * g;
     }
   return sum;
 }
@@ -57,20 +58,22 @@ static double expected_squares(const worker *w, int ep) {
 static void check_sync(const worker *w, const moe_mesh *m, bool shard) {
   double squares = 123.0; /* must not be added to */
   moe_tensor sum = moe_tensor_1d(&squares, MOE_F64, 1);
-  moe_grad_pool pools[] = {make_pool(w, w->world, DENSE, shard),
-                           make_pool(w, m->replicas, EXPERT, shard),
-                           make_pool(w, w->world, 0, shard)};
-  OK(moe_grad_sync(w->dev, w->world, pools, 3, sum));
+  moe_grad_pool pools[] = {make_pool(w, MOE_F32, w->world, DENSE, shard),
+                           make_pool(w, MOE_F32, m->replicas, EXPERT, shard),
+                           make_pool(w, MOE_BF16, m->replicas, EXPERT, shard),
+                           make_pool(w, MOE_F32, w->world, 0, shard)};
+  enum { POOLS = sizeof pools / sizeof *pools };
+  OK(moe_grad_sync(w->dev, w->world, pools, POOLS, sum));
   check_pool(&pools[0], DENSE, 0, 1);
-  check_pool(&pools[1], EXPERT, w->rank % m->ep, m->ep);
+  for (int i = 1; i <= 2; i++) check_pool(&pools[i], EXPERT, w->rank % m->ep, m->ep);
   REQUIRE(squares == expected_squares(w, m->ep));
-  for (int i = 0; i < 3; i++) free(pools[i].grads.data);
+  for (int i = 0; i < POOLS; i++) free(pools[i].grads.data);
 }
 
 /* One rank's NaN reaches everyone's norm: that is how a bad step is found. */
 static void check_non_finite(const worker *w, const moe_mesh *m) {
   double squares = 0.0;
-  moe_grad_pool pool = make_pool(w, m->replicas, EXPERT, true);
+  moe_grad_pool pool = make_pool(w, MOE_F32, m->replicas, EXPERT, true);
   if (w->rank == w->size - 1) set(pool.grads, 7, (double)NAN);
   OK(moe_grad_sync(w->dev, w->world, &pool, 1, moe_tensor_1d(&squares, MOE_F64, 1)));
   REQUIRE(squares != squares);

@@ -13,7 +13,7 @@
 #include "core/base/rng.h"
 #include "data/token_file.h"
 
-enum { STEPS = 6, VOCAB = 97 };
+enum { STEPS = 6, LONG = 200, VOCAB = 97 };
 static char folder[] = "/tmp/moe-runs-XXXXXX";
 
 /* A model whose every size differs, 16 experts, batches that 1 to 7 ranks divide. */
@@ -68,11 +68,11 @@ static int train(const char *name, int ranks, const char *more) {
                ranks, MOE_BIN_DIR, folder, folder, name, more, folder, name);
 }
 
-/* A value of every step of a run; NAN where a step is missing or twice. */
-static void curve(const char *name, const char *key, double out[STEPS]) {
+/* A value of each of the first `steps` steps of a run; NAN where one is missing or twice. */
+static void long_curve(const char *name, const char *key, int steps, double *out) {
   char path[256], line[1 << 16];
-  int seen[STEPS] = {0};
-  for (int i = 0; i < STEPS; i++) out[i] = NAN;
+  int seen[LONG] = {0};
+  for (int i = 0; i < steps; i++) out[i] = NAN;
   snprintf(path, sizeof path, "%s/%s/metrics.jsonl", folder, name);
   FILE *f = fopen(path, "r");
   if (!f) shell("cat %s/%s.log >&2", folder, name);
@@ -80,13 +80,17 @@ static void curve(const char *name, const char *key, double out[STEPS]) {
   while (fgets(line, sizeof line, f)) {
     cJSON *json = cJSON_Parse(line);
     cJSON *step = cJSON_GetObjectItem(json, "step"), *value = cJSON_GetObjectItem(json, key);
-    if (step && value && step->valueint >= 1 && step->valueint <= STEPS) {
+    if (step && value && step->valueint >= 1 && step->valueint <= steps) {
       int i = step->valueint - 1;
       out[i] = seen[i]++ ? NAN : value->valuedouble;
     }
     cJSON_Delete(json);
   }
   fclose(f);
+}
+
+static void curve(const char *name, const char *key, double out[STEPS]) {
+  long_curve(name, key, STEPS, out);
 }
 
 static void same_curves(const char *a, const char *b, double tolerance) {
@@ -178,12 +182,92 @@ Test(runs, bf16_follows_fp32) {
   }
 }
 
+/* |a - b| of two runs' losses, as a share of a, at every step. */
+static void near_curves(const char *a, const char *b, double share) {
+  double x[STEPS], y[STEPS];
+  curve(a, "loss", x);
+  curve(b, "loss", y);
+  for (int i = 0; i < STEPS; i++)
+    cr_assert(fabs(x[i] - y[i]) < share * x[i], "step %d: %s %.9g, %s %.9g", i + 1, a, x[i], b,
+              y[i]);
+}
+
+#define MOMENTS "--set precision.moment_dtype=bf16 "
+#define GRADS "--set precision.dtype=bf16 --set precision.grad_dtype=bf16 "
+/* Large steps on large weights: what rounding changes shows soon. */
+#define LIVELY "--set optim.lr=2e-2 --set model.init_std=0.2 --set optim.warmup_steps=0 "
+
+/* Rounding belongs to an element wherever it lives, so the ranks agree as without it: what little
+ * their sums differ by sends few moments to their other neighbour. */
+Test(runs, rounded_moments_do_not_depend_on_the_number_of_ranks) {
+  succeeds("wide", 1, BATCH(8, 8) LIVELY);
+  succeeds("one", 1, BATCH(8, 8) LIVELY MOMENTS);
+  succeeds("two", 2, BATCH(8, 4) LIVELY MOMENTS);
+  succeeds("zero", 4, BATCH(8, 2) LIVELY MOMENTS "--set parallel.ep=2 --set parallel.zero1=true");
+  near_curves("wide", "one", 1e-4);
+  near_curves("one", "two", 1e-6);
+  near_curves("one", "zero", 1e-6);
+}
+
+Test(runs, rounded_gradients_follow_bf16) {
+  succeeds("sums", 2, BATCH(8, 4) "--set precision.dtype=bf16");
+  succeeds("one", 1, BATCH(8, 8) GRADS MOMENTS);
+  succeeds("two", 2, BATCH(8, 4) GRADS MOMENTS);
+  succeeds("replicas", 4, BATCH(8, 2) GRADS MOMENTS "--set parallel.ep=2");
+  near_curves("sums", "one", 1e-4);
+  near_curves("sums", "two", 1e-4);
+  near_curves("sums", "replicas", 1e-4);
+}
+
+static double last_losses(const char *name) {
+  double loss[LONG], sum = 0.0;
+  long_curve(name, "loss", LONG, loss);
+  for (int i = LONG - 20; i < LONG; i++) sum += loss[i] / 20.0;
+  return sum;
+}
+
+/* beta2 = 0.999: where rounding to nearest would hold the second moments up. */
+Test(runs, rounded_state_learns_as_much) {
+  const char *more = BATCH(8, 8) "--set train.steps=200 --set optim.beta2=0.999 --set "
+                                 "log.interval=50 ";
+  char rounded[512];
+  snprintf(rounded, sizeof rounded, "%s" GRADS MOMENTS, more);
+  succeeds("full", 1, more);
+  succeeds("rounded", 1, rounded);
+  double full = last_losses("full"), half = last_losses("rounded");
+  cr_assert(full < 3.5, "nothing was learnt: %g", full);
+  cr_assert(fabs(full - half) < 0.03 * full, "fp32 %g, bf16 %g", full, half);
+}
+
+/* Memory enough for full recomputation with bf16 state and not with fp32: the plan finds it. */
+Test(runs, auto_rounds_state_only_when_nothing_else_fits) {
+  const char *more = BATCH(2, 2) "--dry-run --set model.ffn_size=20000 --set precision.dtype=bf16 "
+                                 "--set train.recompute=auto --set precision.grad_dtype=auto "
+                                 "--set precision.moment_dtype=auto --set run.memory_gib=";
+  const struct {
+    const char *gib, *says;
+  } plans[] = {{"4", "gradients fp32, moments fp32"},
+               {"0.8", "gradients bf16, moments fp32"},
+               {"0.65", "gradients bf16, moments bf16"}};
+  for (int i = 0; i < 3; i++) {
+    char all[512];
+    snprintf(all, sizeof all, "%s%s", more, plans[i].gib);
+    succeeds("plan", 1, all);
+    cr_assert_eq(shell("grep -q '%s' %s/plan.log || { cat %s/plan.log >&2; false; }", plans[i].says,
+                       folder, folder),
+                 0);
+  }
+}
+
 /* Train with a checkpoint half-way, go back to it, and train on with other ranks. */
-static void resume(const char *name, int before, int after, const char *batch_after,
-                   double tolerance) {
+static void resume(const char *name, int before, int after, const char *batch_before,
+                   const char *batch_after, double tolerance) {
   char half[64];
   snprintf(half, sizeof half, "%s-half", name);
-  succeeds("through", before, BATCH(12, 3) "--set checkpoint.interval=3 --set checkpoint.keep=4");
+  char saving[256];
+  snprintf(saving, sizeof saving, "%s--set checkpoint.interval=3 --set checkpoint.keep=4",
+           batch_before);
+  succeeds("through", before, saving);
   cr_assert_eq(shell("cp -r %s/through %s/%s && rm -rf %s/%s/checkpoints/step-00000006", folder,
                      folder, half, folder, half),
                0);
@@ -193,11 +277,23 @@ static void resume(const char *name, int before, int after, const char *batch_af
 }
 
 Test(runs, resume_is_bitwise_on_the_same_ranks) {
-  resume("two", 2, 2, BATCH(12, 3), 0.0);
+  resume("two", 2, 2, BATCH(12, 3), BATCH(12, 3), 0.0);
+}
+
+Test(runs, resume_with_rounded_state_is_bitwise) {
+  resume("same", 2, 2, BATCH(12, 6) GRADS MOMENTS, BATCH(12, 6) GRADS MOMENTS, 0.0);
+}
+
+Test(runs, resume_converts_moments_to_bf16) {
+  resume("narrower", 1, 2, BATCH(12, 12) LIVELY, BATCH(12, 6) LIVELY MOMENTS, 1e-3);
+}
+
+Test(runs, resume_converts_moments_from_bf16) {
+  resume("wider", 2, 1, BATCH(12, 6) LIVELY MOMENTS, BATCH(12, 12) LIVELY, 1e-3);
 }
 
 Test(runs, resume_works_on_other_ranks) {
-  resume("four", 4, 1, BATCH(12, 12), 1e-5);
+  resume("four", 4, 1, BATCH(12, 3), BATCH(12, 12), 1e-5);
 }
 
 Test(runs, resume_with_other_mathematics_is_refused) {
