@@ -6,6 +6,7 @@
  *   gather   rows taken from all over by neighbouring warps (permute.cu)
  *   gemv     products with few rows straight from memory (gemv.cu)
  *   stream   weights for few tokens by Hopper's copy engine (stream.cuh)
+ *   carveout its wish for all of a multiprocessor's memory as shared memory
  *   cluster  attention over short caches in one kernel (attention_cached_mma.cu)
  *   overlap  small kernels that begin before the one before has ended (launch.cuh)
  *
