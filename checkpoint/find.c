@@ -74,8 +74,7 @@ static moe_status find_at(moe_comm *world, const char *place, char path[MOE_PATH
                     place);
   if (kind == RUN) {
     MOE_TRY(find_newest(world, place, path));
-    if (!path[0])
-      return moe_fail(MOE_USAGE, "%.200s: this run has no checkpoint yet", place);
+    if (!path[0]) return moe_fail(MOE_USAGE, "%.200s: this run has no checkpoint yet", place);
     return MOE_OK;
   }
   snprintf(path, MOE_PATH, "%s", place);

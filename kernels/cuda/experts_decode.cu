@@ -7,16 +7,38 @@
  *
  * A block finds the pairs of its expert by looking through all of them (128 for 32 tokens); up to
  * 32 pairs share one pass over the weights. With fewer pairs than experts, blocks are numbered by
- * pairs and an expert's first pair speaks for it, so no block looks for work in vain. On Hopper
- * other kernels do up and down (experts_decode_stream.cu).
+ * pairs and an expert's first pair speaks for it, so no block looks for work in vain.
  *
  * Without the tensor cores, for float32 and for odd sizes a warp takes one row of weights and sums
  * in float32 FMA. The reading of weights is the cost in all of them. */
-#include "kernels/cuda/experts_decode.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/skinny.cuh"
 #include "kernels/cuda/swiglu.cuh"
 
 namespace {
+
+/* A pair is a token and one of its choices, number token * K + k. */
+struct decode_args {
+  const void *x, *w13, *w2;
+  const int32_t *experts; /* [T, K] */
+  const float *gates;     /* [T, K] */
+  void *hidden, *out;
+  float *partial;           /* [slices, pairs of this pass, D] */
+  int64_t begin, end;       /* pairs of this pass */
+  int k, count, width, ffn; /* K, e, D, F */
+  int slices, chunks;       /* of F: chunks in all, in `slices` equal parts */
+  bool by_pair;             /* blockIdx.y numbers pairs, else experts */
+};
+
+/* A pair's expert. Kernels read it ahead of launch_wait, where only the L2 cache is to be trusted.
+ */
+__device__ __forceinline__ int decode_choice(const decode_args &p, int64_t pair) {
+#ifdef __CUDA_ARCH__
+  return __ldcg(p.experts + pair);
+#else
+  return p.experts[pair];
+#endif
+}
 
 /* ---- who wants which expert ---------------------------------------------------------------- */
 
@@ -301,11 +323,6 @@ template <typename T> moe_status combine(moe_device *dev, const decode_args &p) 
 moe_status one_pass(moe_device *dev, moe_dtype dtype, decode_args p, bool tensor_cores) {
   int64_t pairs = p.end - p.begin, row = 4LL * p.width;
   p.by_pair = pairs < p.count;
-  p.slices = tensor_cores ? cuda_experts_stream_slices(dev, p) : 0;
-  if (p.slices > 0) {
-    MOE_TRY(cuda_experts_stream(dev, dtype, p));
-    return dtype == MOE_F16 ? combine<__half>(dev, p) : combine<__nv_bfloat16>(dev, p);
-  }
   if (tensor_cores) {
     /* slices of F for a few blocks on every multiprocessor */
     int64_t slots = p.by_pair ? pairs : p.count, blocks = div_up(p.width, skinny_rows) * slots;

@@ -5,8 +5,7 @@
  *   norm     rms_norm_backward with a warp for a row (norm.cu)
  *   gather   rows taken from all over by neighbouring warps (permute.cu)
  *   gemv     products with few rows straight from memory (gemv.cu)
- *   stream   weights for few tokens by Hopper's copy engine (stream.cuh)
- *   carveout its wish for all of a multiprocessor's memory as shared memory
+ *   stream   large products with few rows by Hopper's copy engine (stream.cuh)
  *   cluster  attention over short caches in one kernel (attention_cached_mma.cu)
  *   overlap  small kernels that begin before the one before has ended (launch.cuh)
  *

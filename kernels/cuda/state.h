@@ -13,10 +13,10 @@ struct cuda_expert_ops;
 struct cuda_cudnn; /* attention_cudnn.cpp */
 
 struct cuda_state {
-  int ordinal;    /* this GPU's number */
-  int sms;        /* multiprocessors */
-  int arch;       /* 90 for compute capability 9.0 */
-  int max_shared; /* bytes of shared memory one block may ask for */
+  int ordinal;                  /* this GPU's number */
+  int sms;                      /* multiprocessors */
+  int arch;                     /* 90 for compute capability 9.0 */
+  int max_shared;               /* bytes of shared memory one block may ask for */
   cudaStream_t stream;          /* of the current lane: where everything is queued */
   cudaStream_t lane[MOE_LANES]; /* lanes.cu */
   cudaEvent_t passed[MOE_LANES];

@@ -26,13 +26,9 @@ static inline bool stream_fits(const moe_device *dev) {
   return cuda_of(dev)->arch >= 90 && !plain;
 }
 
-/* cuda_start, with all of a multiprocessor's memory as shared memory: two kernels' blocks fit. */
+/* cuda_start, with what a streaming block needs. */
 template <typename P>
 static moe_status stream_start(moe_device *dev, void (*kernel)(P), dim3 grid, const P &args) {
-  static const bool asks = !cuda_plain("carveout");
-  if (asks)
-    CUDA_TRY(dev, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                       cudaSharedmemCarveoutMaxShared));
   return cuda_start(dev, kernel, grid, stream_threads, stream_shared, args);
 }
 
