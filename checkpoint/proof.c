@@ -144,8 +144,8 @@ static moe_status see(void *context, const moe_param *t, int64_t begin, int64_t 
 
 static moe_status logits_of(proof *p, moe_weights *w, hasher *hash, int64_t *used, float *out) {
   passer passing = {p, hash};
-  moe_weights_watch watch = {
-      .seen = see, .context = &passing, .used = used, .stop = p->options->stop};
+  moe_weights_watch watch = {.seen = see, .context = &passing, .stop = p->options->stop};
+  watch.used = used;
   if (hash) MOE_TRY(hasher_create(&w->params, hash));
   return moe_weights_logits(w, p->tokens, p->batch, PROMPT, &watch, out);
 }

@@ -292,7 +292,7 @@ moe_status moe_cpu_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tens
                                       moe_tensor offsets, int accumulate, moe_tensor dw) {
   int64_t m = left.shape[1], n = right.shape[1], experts = offsets.shape[0] - 1;
   const int32_t *offset = offsets.data;
-  bool rounded = dw.dtype != MOE_F32;
+  bool rounded = left.dtype != MOE_F32 && dw.dtype != MOE_F32;
   float *scratch;
   MOE_TRY(get_scratch(dev, left.dtype, panel_floats(m, n) + (rounded ? weight_floats(m, n) : 0),
                       &scratch));
