@@ -8,6 +8,8 @@
 #include "core/base/config.h"
 #include "launch/options.h"
 
+enum { ANY = 1 }; /* there are no commands */
+
 /* id, name, argument (NULL: none), help */
 #define OPTIONS(X)                                                                                \
   X(CHECKPOINT, "checkpoint", "P",                                                                \
@@ -45,33 +47,25 @@
   X(HELP, "help", NULL, "print this")                                                             \
   X(VERSION, "version", NULL, "print the version")
 
-enum { /* above every character, and so above getopt's '?' */
-       OPTION_FIRST = 256,
-       OPTION_BEFORE = OPTION_FIRST - 1,
-#define X(id, name, argument, help) OPTION_##id,
-       OPTIONS(X)
-#undef X
-           OPTION_END
-};
+#define ID(id, name, argument, help) OPTION_##id,
+#define ROW(id, name, argument, help) {name, argument, ANY, help},
+enum { OPTIONS(ID) };
+static const moe_option option_table[] = {OPTIONS(ROW)};
+#undef ID
+#undef ROW
 
-static const struct {
-  const char *name, *argument, *help;
-} option_table[] = {
-#define X(id, name, argument, help) {name, argument, help},
-    OPTIONS(X)
-#undef X
-};
+static moe_status set_option(void *request, int id, const char *text);
+static const moe_command_line command_line = {.program = "moe-generate",
+                                              .options = option_table,
+                                              .option_count =
+                                                  sizeof option_table / sizeof option_table[0],
+                                              .any = ANY,
+                                              .set = set_option};
 
 void moe_generate_print_help(FILE *out) {
   fprintf(out, "Usage: moe-generate --checkpoint P --prompt TEXT [options]\n"
                "       mpirun -np RANKS moe-generate ...   the experts shared out over ranks\n\n");
-  for (size_t i = 0; i < sizeof option_table / sizeof option_table[0]; i++) {
-    char name[64];
-    const char *argument = option_table[i].argument;
-    snprintf(name, sizeof name, "--%s%s%s", option_table[i].name, argument ? " " : "",
-             argument ? argument : "");
-    fprintf(out, "  %-21s %s\n", name, option_table[i].help);
-  }
+  moe_option_print(&command_line, 0, 21, out);
   fprintf(out, "\nTexts go to standard output, rates and messages to standard error.\n"
                "Exit codes: 0 done, 1 failed, 2 bad usage, 3 damaged input file.\n");
 }
@@ -145,8 +139,9 @@ static moe_status set_choice(moe_generate_request *r, int id, const char *name, 
   return moe_option_choice(name, text, backends, &r->backend);
 }
 
-static moe_status set_option(moe_generate_request *r, int id, const char *text) {
-  const char *name = option_table[id - OPTION_FIRST].name;
+static moe_status set_option(void *request, int id, const char *text) {
+  moe_generate_request *r = request;
+  const char *name = option_table[id].name;
   switch (id) {
 #define TEXT_OPTION(ID, member) \
   case OPTION_##ID:             \
@@ -222,18 +217,8 @@ static moe_status defaults(moe_generate_request *r, int argc) {
 }
 
 moe_status moe_generate_parse(int argc, char **argv, moe_generate_request *r) {
-  struct option options[OPTION_END - OPTION_FIRST + 1] = {{0}};
-  for (int i = 0; i < OPTION_END - OPTION_FIRST; i++)
-    options[i] = (struct option){option_table[i].name, option_table[i].argument != NULL, NULL,
-                                 OPTION_FIRST + i};
   MOE_TRY(defaults(r, argc));
-  opterr = 0;
-  for (int id; (id = getopt_long(argc, argv, "", options, NULL)) != -1;) {
-    if (id < OPTION_FIRST)
-      return moe_fail(MOE_USAGE, "unknown or incomplete option: %s: see moe-generate --help",
-                      argv[optind - 1]);
-    MOE_TRY(set_option(r, id, optarg));
-  }
+  MOE_TRY(moe_option_read(&command_line, argc, argv, NULL, r));
   if (optind < argc && !r->help && !r->version)
     return moe_fail(MOE_USAGE, "not an option: %s: put texts in quotes, after --prompt",
                     argv[optind]);

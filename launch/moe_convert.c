@@ -54,47 +54,38 @@ enum {
   X(HELP, "help", NULL, ANY, "print this")                                                        \
   X(VERSION, "version", NULL, ANY, "print the version")
 
-enum { /* above every character, and so above getopt's '?' */
-       OPTION_FIRST = 256,
-       OPTION_BEFORE = OPTION_FIRST - 1,
-#define X(id, name, argument, commands, help) OPTION_##id,
-       OPTIONS(X)
-#undef X
-           OPTION_END
-};
+enum { OPTIONS(MOE_OPTION_ID) };
+static const moe_option option_table[] = {OPTIONS(MOE_OPTION_ROW)};
 
-static const struct {
-  const char *name, *argument;
-  int commands;
-  const char *help;
-} option_table[] = {
-#define X(id, name, argument, commands, help) {name, argument, commands, help},
-    OPTIONS(X)
-#undef X
-};
-
-static const struct {
-  const char *name;
-  int command, arguments;
-  const char *usage, *help;
-} command_table[] = {
-    {"export-hf", EXPORT_HF, 1, "RUN|STEP --output FOLDER",
+static const moe_command_row command_table[] = {
+    {"export-hf", EXPORT_HF, "RUN|STEP --output FOLDER",
      "a folder for transformers and vLLM (Mixtral), proven against the checkpoint"},
-    {"export-gguf", EXPORT_GGUF, 1, "RUN|STEP --output FILE.gguf",
+    {"export-gguf", EXPORT_GGUF, "RUN|STEP --output FILE.gguf",
      "one file for llama.cpp, proven against the checkpoint"},
-    {"import-hf", IMPORT_HF, 1, "FOLDER --output RUN",
+    {"import-hf", IMPORT_HF, "FOLDER --output RUN",
      "a Mixtral-layout folder as a checkpoint that moe-train --resume goes on from"},
-    {"reshard", RESHARD, 1, "RUN|STEP --output NEWRUN --ranks N",
+    {"reshard", RESHARD, "RUN|STEP --output NEWRUN --ranks N",
      "rewrite a checkpoint, optimizer state and all, as the files of N ranks"},
-    {"inspect", INSPECT, 1, "RUN|STEP", "print what a checkpoint holds, norms and experts' spread"},
-    {"verify", VERIFY, 1, "RUN|STEP", "check that a checkpoint is complete, and every hash"},
-    {"diff", DIFF, 2, "A B",
+    {"inspect", INSPECT, "RUN|STEP", "print what a checkpoint holds, norms and experts' spread"},
+    {"verify", VERIFY, "RUN|STEP", "check that a checkpoint is complete, and every hash"},
+    {"diff", DIFF, "A B",
      "compare tensor by tensor; exit code 1 when they differ; also with exports"},
 };
 enum { COMMANDS = sizeof command_table / sizeof command_table[0] };
 
+static moe_status set_option(void *context, int id, const char *text);
+static const moe_command_line command_line = {.program = "moe-convert",
+                                              .options = option_table,
+                                              .option_count =
+                                                  sizeof option_table / sizeof option_table[0],
+                                              .commands = command_table,
+                                              .command_count = COMMANDS,
+                                              .any = ANY,
+                                              .set = set_option};
+
 typedef struct {
-  int command, index; /* 0, and of command_table */
+  int command; /* its bit; 0: none given */
+  const moe_command_row *row;
   const char *arguments[2];
   int argument_count;
   const char *output;
@@ -118,18 +109,11 @@ static void ask_to_stop(int number) {
 static void print_help(int command) {
   printf("Usage: moe-convert COMMAND [options] PATH...\n\n");
   for (int i = 0; i < COMMANDS; i++)
-    if (!command || command == command_table[i].command)
+    if (!command || command == command_table[i].bit)
       printf("  %-12s %s\n  %-12s %s\n", command_table[i].name, command_table[i].usage, "",
              command_table[i].help);
   printf("\n");
-  for (size_t i = 0; i < sizeof option_table / sizeof option_table[0]; i++) {
-    if (command && !(option_table[i].commands & command)) continue;
-    char name[64];
-    const char *argument = option_table[i].argument;
-    snprintf(name, sizeof name, "--%s%s%s", option_table[i].name, argument ? " " : "",
-             argument ? argument : "");
-    printf("  %-22s %s\n", name, option_table[i].help);
-  }
+  moe_option_print(&command_line, command, 22, stdout);
   printf("\nRUN is a run's folder: its newest checkpoint that verifies is taken. STEP is a\n"
          "checkpoint, RUN/checkpoints/step-N.\n"
          "Exit codes: 0 done, 1 failed (diff: they differ), 2 bad usage, 3 damaged input file.\n");
@@ -173,10 +157,11 @@ static moe_status parse_dtype(const request *r, const char *text, int *out) {
   return moe_fail(MOE_USAGE, "unknown choice: --dtype %s: see --help", text);
 }
 
-static moe_status set_option(request *r, int id, const char *text) {
+static moe_status set_option(void *context, int id, const char *text) {
+  request *r = context;
   static const char *const vocabs[] = {"auto", "llama", "t5", "none", NULL};
   int choice = 0;
-  const char *name = option_table[id - OPTION_FIRST].name;
+  const char *name = option_table[id].name;
   switch (id) {
   case OPTION_OUTPUT:
     r->output = text;
@@ -233,52 +218,24 @@ static moe_status set_option(request *r, int id, const char *text) {
   return MOE_OK;
 }
 
-static moe_status find_command(request *r, const char *name) {
-  for (int i = 0; i < COMMANDS; i++) {
-    if (strcmp(command_table[i].name, name) != 0) continue;
-    r->command = command_table[i].command;
-    r->index = i;
-    return MOE_OK;
-  }
-  return moe_fail(MOE_USAGE, "unknown command: %s: see moe-convert --help", name);
-}
-
 /* Before the command only --help and --version make sense. */
 static moe_status parse(int argc, char **argv, request *r) {
-  struct option options[OPTION_END - OPTION_FIRST + 1] = {{0}};
-  for (int i = 0; i < OPTION_END - OPTION_FIRST; i++)
-    options[i] = (struct option){option_table[i].name, option_table[i].argument != NULL, NULL,
-                                 OPTION_FIRST + i};
-  if (argc > 1 && argv[1][0] != '-') {
-    MOE_TRY(find_command(r, argv[1]));
-    argv++;
-    argc--;
-  }
-  const char *command = r->command ? command_table[r->index].name : "";
-  opterr = 0;
-  for (int id; (id = getopt_long(argc, argv, "", options, NULL)) != -1;) {
-    if (id < OPTION_FIRST)
-      return moe_fail(MOE_USAGE, "unknown or incomplete option: %s: see moe-convert --help",
-                      argv[optind - 1]);
-    int commands = option_table[id - OPTION_FIRST].commands;
-    if (commands != ANY && !(commands & r->command))
-      return moe_fail(MOE_USAGE, "--%s is no option of this command: %s: see moe-convert %s --help",
-                      option_table[id - OPTION_FIRST].name, r->command ? command : "none", command);
-    MOE_TRY(set_option(r, id, optarg));
-  }
+  MOE_TRY(moe_command_read(&command_line, &argc, &argv, &r->row));
+  r->command = r->row ? r->row->bit : 0;
+  MOE_TRY(moe_option_read(&command_line, argc, argv, r->row, r));
   for (; optind < argc; r->argument_count++)
     if (r->argument_count < 2)
       r->arguments[r->argument_count] = argv[optind++];
     else
       return moe_fail(MOE_USAGE, "one path too many: %s: see moe-convert %s --help", argv[optind],
-                      command);
+                      r->row ? r->row->name : "");
   return MOE_OK;
 }
 
 static moe_status check(const request *r) {
   if (!r->command) return moe_fail(MOE_USAGE, "no command: see moe-convert --help");
-  const char *name = command_table[r->index].name, *usage = command_table[r->index].usage;
-  if (r->argument_count != command_table[r->index].arguments)
+  const char *name = r->row->name, *usage = r->row->usage;
+  if (r->argument_count != (r->command == DIFF ? 2 : 1))
     return moe_fail(MOE_USAGE, "%d paths: %s: usage: moe-convert %s %s", r->argument_count, name,
                     name, usage);
   if ((r->command & WRITES) && !r->output)

@@ -40,36 +40,26 @@ enum { TRAIN = 1, TOKENIZE = 2, INSPECT = 4, VERIFY = 8, TEXT = TRAIN | TOKENIZE
   X(HELP, "help", NULL, ANY, "print this")                                                        \
   X(VERSION, "version", NULL, ANY, "print the version")
 
-enum { /* above every character, and so above getopt's '?' */
-       OPTION_FIRST = 256,
-       OPTION_BEFORE = OPTION_FIRST - 1,
-#define X(id, name, argument, commands, help) OPTION_##id,
-       OPTIONS(X)
-#undef X
-           OPTION_END
-};
+enum { OPTIONS(MOE_OPTION_ID) };
+static const moe_option option_table[] = {OPTIONS(MOE_OPTION_ROW)};
 
-static const struct {
-  const char *name, *argument;
-  int commands;
-  const char *help;
-} option_table[] = {
-#define X(id, name, argument, commands, help) {name, argument, commands, help},
-    OPTIONS(X)
-#undef X
-};
-
-static const struct {
-  const char *name;
-  int command;
-  const char *help;
-} command_table[] = {
-    {"train-tokenizer", TRAIN, "learn a SentencePiece model from text"},
-    {"tokenize", TOKENIZE, "encode text as a token file that moe-train reads"},
-    {"inspect", INSPECT, "print a token file's sizes and, with --tokenizer, its beginning"},
-    {"verify", VERIFY, "check a token file's structure and every token id"},
+static const moe_command_row command_table[] = {
+    {"train-tokenizer", TRAIN, NULL, "learn a SentencePiece model from text"},
+    {"tokenize", TOKENIZE, NULL, "encode text as a token file that moe-train reads"},
+    {"inspect", INSPECT, NULL, "print a token file's sizes and, with --tokenizer, its beginning"},
+    {"verify", VERIFY, NULL, "check a token file's structure and every token id"},
 };
 enum { COMMANDS = sizeof command_table / sizeof command_table[0] };
+
+static moe_status set_option(void *context, int id, const char *text);
+static const moe_command_line command_line = {.program = "moe-data",
+                                              .options = option_table,
+                                              .option_count =
+                                                  sizeof option_table / sizeof option_table[0],
+                                              .commands = command_table,
+                                              .command_count = COMMANDS,
+                                              .any = ANY,
+                                              .set = set_option};
 
 typedef struct {
   int command; /* 0: none given */
@@ -95,17 +85,10 @@ static void ask_to_stop(int number) {
 static void print_help(int command) {
   printf("Usage: moe-data COMMAND [options] [FILE...]\n\n");
   for (int i = 0; i < COMMANDS; i++)
-    if (!command || command == command_table[i].command)
+    if (!command || command == command_table[i].bit)
       printf("  %-16s %s\n", command_table[i].name, command_table[i].help);
   printf("\n");
-  for (size_t i = 0; i < sizeof option_table / sizeof option_table[0]; i++) {
-    if (command && !(option_table[i].commands & command)) continue;
-    char name[64];
-    const char *argument = option_table[i].argument;
-    snprintf(name, sizeof name, "--%s%s%s", option_table[i].name, argument ? " " : "",
-             argument ? argument : "");
-    printf("  %-24s %s\n", name, option_table[i].help);
-  }
+  moe_option_print(&command_line, command, 24, stdout);
   printf("\nFiles of tokens are named by their prefix: PREFIX means PREFIX.bin and PREFIX.idx.\n"
          "Plain text is kept byte for byte. A document is a whole file unless --split-documents\n"
          "or --separator says otherwise; in JSON lines it is a record.\n"
@@ -123,11 +106,12 @@ static moe_status parse_share(const char *name, const char *text, double *out) {
   return MOE_OK;
 }
 
-static moe_status set_option(request *r, int id, const char *text) {
+static moe_status set_option(void *context, int id, const char *text) {
+  request *r = context;
   static const char *const formats[] = {"auto", "text", "jsonl", NULL};
   static const char *const splits[] = {"file", "blank-lines", "lines", NULL};
   static const char *const types[] = {"unigram", "bpe", NULL};
-  const char *name = option_table[id - OPTION_FIRST].name;
+  const char *name = option_table[id].name;
   int choice = 0;
   switch (id) {
   case OPTION_INPUT:
@@ -196,39 +180,15 @@ static moe_status set_option(request *r, int id, const char *text) {
   return MOE_OK;
 }
 
-static moe_status find_command(request *r, const char *name) {
-  for (int i = 0; i < COMMANDS; i++) {
-    if (strcmp(command_table[i].name, name) != 0) continue;
-    r->command = command_table[i].command;
-    r->command_name = command_table[i].name;
-    return MOE_OK;
-  }
-  return moe_fail(MOE_USAGE, "unknown command: %s: see moe-data --help", name);
-}
-
 /* Before the command only --help and --version make sense. */
 static moe_status parse(int argc, char **argv, request *r) {
-  struct option options[OPTION_END - OPTION_FIRST + 1] = {{0}};
-  for (int i = 0; i < OPTION_END - OPTION_FIRST; i++)
-    options[i] = (struct option){option_table[i].name, option_table[i].argument != NULL, NULL,
-                                 OPTION_FIRST + i};
-  if (argc > 1 && argv[1][0] != '-') {
-    MOE_TRY(find_command(r, argv[1]));
-    argv++;
-    argc--;
+  const moe_command_row *command;
+  MOE_TRY(moe_command_read(&command_line, &argc, &argv, &command));
+  if (command) {
+    r->command = command->bit;
+    r->command_name = command->name;
   }
-  opterr = 0;
-  for (int id; (id = getopt_long(argc, argv, "", options, NULL)) != -1;) {
-    if (id < OPTION_FIRST)
-      return moe_fail(MOE_USAGE, "unknown or incomplete option: %s: see moe-data --help",
-                      argv[optind - 1]);
-    int commands = option_table[id - OPTION_FIRST].commands;
-    if (commands != ANY && !(commands & r->command))
-      return moe_fail(MOE_USAGE, "--%s is no option of this command: %s: see moe-data %s --help",
-                      option_table[id - OPTION_FIRST].name, r->command ? r->command_name : "none",
-                      r->command ? r->command_name : "");
-    MOE_TRY(set_option(r, id, optarg));
-  }
+  MOE_TRY(moe_option_read(&command_line, argc, argv, command, r));
   while (optind < argc) r->arguments[r->argument_count++] = argv[optind++];
   return MOE_OK;
 }
