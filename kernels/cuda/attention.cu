@@ -4,8 +4,9 @@
  *   backward   delta -> dQ; dK, dV -> sum of parts
  *
  * bf16 and f16 without a document mask go to cuDNN where it has a plan; with tensor cores and
- * 16-byte rows to our own tensor core kernels; all else is exact float32 arithmetic.
- * MOE_ATTENTION=own in the environment leaves cuDNN out, =exact the tensor cores too.
+ * 16-byte rows to our own tensor core kernels; all else is exact float32 arithmetic. Backward, our
+ * own Hopper kernel comes before all of them. MOE_ATTENTION in the environment names who may
+ * compute: cudnn (and what it leaves), own (all but cuDNN), mma or exact.
  *
  * A K/V head's gradient is summed over all query heads that read it, by one block per key block.
  * With few K/V heads that is too few blocks: then its query heads are shared out in parts, whose
@@ -18,23 +19,41 @@
 
 /* ---- choice -------------------------------------------------------------------------------- */
 
-enum attention_maker { BY_CUDNN, BY_MMA, BY_EXACT };
+enum attention_maker { BY_CUDNN, BY_SM90, BY_MMA, BY_EXACT };
+
+static bool wanted(const char *maker) {
+  const char *wish = getenv("MOE_ATTENTION");
+  return wish != nullptr && strcmp(wish, maker) == 0;
+}
+
+static bool cudnn_fits(moe_device *dev, moe_attention_shape s, moe_dtype dtype) {
+#ifdef MOE_WITH_CUDNN
+  return !wanted("own") && !wanted("mma") && cuda_cudnn_fits(dev, s, dtype);
+#else
+  (void)dev, (void)s, (void)dtype;
+  return false;
+#endif
+}
+
+static bool sm90_fits(moe_device *dev, moe_attention_shape s, moe_dtype dtype) {
+#ifdef MOE_WITH_SM90A
+  return !wanted("cudnn") && !wanted("mma") && cuda_attention_sm90_fits(dev, s, dtype);
+#else
+  (void)dev, (void)s, (void)dtype;
+  return false;
+#endif
+}
 
 static bool mma_fits(const moe_device *dev, int64_t head_dim, moe_dtype dtype) {
   return cuda_has_mma(dev, dtype) && head_dim % 8 == 0 && head_dim <= 128;
 }
 
 static attention_maker choose(moe_device *dev, moe_attention_shape s, moe_dtype dtype,
-                              bool documents, uintptr_t address_bits) {
-  const char *wanted = getenv("MOE_ATTENTION");
-  bool exact = wanted != nullptr && strcmp(wanted, "exact") == 0;
-  if (exact || address_bits % 16 != 0 || !mma_fits(dev, s.head_dim, dtype)) return BY_EXACT;
-#ifdef MOE_WITH_CUDNN
-  if (!documents && cuda_cudnn_fits(dev, s, dtype)) return BY_CUDNN;
-#else
-  (void)documents;
-#endif
-  return BY_MMA;
+                              bool documents, bool backward, uintptr_t address_bits) {
+  if (wanted("exact") || address_bits % 16 != 0 || !mma_fits(dev, s.head_dim, dtype))
+    return BY_EXACT;
+  if (backward && sm90_fits(dev, s, dtype)) return BY_SM90;
+  return !documents && cudnn_fits(dev, s, dtype) ? BY_CUDNN : BY_MMA;
 }
 
 static uintptr_t bits_of(moe_tensor t) {
@@ -52,8 +71,13 @@ static int64_t backward_parts(const moe_device *dev, moe_attention_shape s) {
   return parts;
 }
 
-static int64_t delta_bytes(moe_attention_shape s) {
-  return round_up(4 * s.batch * s.heads * s.seq, 256);
+/* attention_sm90.cu takes 128 queries at a time, whether there are so many or not. */
+static int64_t padded_rows(int64_t seq) {
+  return round_up(seq, 128);
+}
+/* Of delta, and of lse2. */
+static int64_t terms_bytes(moe_attention_shape s) {
+  return 4 * s.batch * s.heads * padded_rows(s.seq);
 }
 static int64_t partial_bytes(moe_attention_shape s, int64_t parts) {
   return parts > 1 ? 4 * parts * s.batch * s.kv_heads * 2 * s.seq * s.head_dim : 0;
@@ -61,13 +85,12 @@ static int64_t partial_bytes(moe_attention_shape s, int64_t parts) {
 
 int64_t moe_cuda_attention_scratch(moe_device *dev, moe_attention_shape shape, moe_dtype dtype) {
   if (shape.batch == 0 || shape.seq == 0) return 0;
-  int64_t own = delta_bytes(shape) + partial_bytes(shape, backward_parts(dev, shape));
+  int64_t own = terms_bytes(shape) + partial_bytes(shape, backward_parts(dev, shape)), cudnn = 0;
+  if (sm90_fits(dev, shape, dtype)) own += terms_bytes(shape) * (1 + shape.head_dim);
 #ifdef MOE_WITH_CUDNN
-  int64_t cudnn = cuda_cudnn_fits(dev, shape, dtype) ? cuda_cudnn_scratch(dev, shape, dtype) : 0;
-  if (cudnn > own) return cudnn;
+  if (cudnn_fits(dev, shape, dtype)) cudnn = cuda_cudnn_scratch(dev, shape, dtype);
 #endif
-  (void)dtype;
-  return own;
+  return own > cudnn ? own : cudnn;
 }
 
 static attention_args make_args(moe_attention_shape s, moe_tensor qkv, moe_tensor doc_start) {
@@ -102,7 +125,7 @@ moe_status moe_cuda_attention(moe_device *dev, moe_attention_shape shape, moe_te
                               moe_tensor doc_start, moe_tensor out, moe_tensor lse) {
   if (shape.batch == 0 || shape.seq == 0) return MOE_OK;
   MOE_TRY(check_size(shape));
-  attention_maker by = choose(dev, shape, qkv.dtype, moe_tensor_present(doc_start),
+  attention_maker by = choose(dev, shape, qkv.dtype, moe_tensor_present(doc_start), false,
                               bits_of(qkv) | bits_of(out) | bits_of(lse));
 #ifdef MOE_WITH_CUDNN
   if (by == BY_CUDNN) return cuda_cudnn_attention(dev, shape, qkv, out, lse);
@@ -116,7 +139,7 @@ moe_status moe_cuda_attention(moe_device *dev, moe_attention_shape shape, moe_te
 
 /* ---- backward ------------------------------------------------------------------------------ */
 
-/* delta[b, h, i] = sum over d of dout * out. LANES neighbours share a row. */
+/* delta[b, h, i] = sum over d of dout * out, and lse2. LANES neighbours share a row. */
 template <typename T, int N> __global__ void __launch_bounds__(256) delta_kernel(attention_args p) {
   constexpr int lanes = N == 1 ? 32 : 8, rows_at_once = 256 / lanes;
   const T *dout = static_cast<const T *>(p.dout), *out = static_cast<const T *>(p.out);
@@ -137,11 +160,18 @@ template <typename T, int N> __global__ void __launch_bounds__(256) delta_kernel
     for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(full_warp, sum, step);
     if (lane != 0 || row >= rows) continue;
     int64_t token = row / p.heads, head = row % p.heads;
-    p.delta[(token / p.seq * p.heads + head) * p.seq + token % p.seq] = sum;
+    int64_t plane = token / p.seq * p.heads + head, i = token % p.seq;
+    p.delta[plane * p.padded + i] = sum;
+    if (p.lse2 != nullptr) p.lse2[plane * p.padded + i] = log2_e * p.lse[plane * p.seq + i];
   }
 }
 
-static moe_status make_delta(moe_device *dev, moe_dtype dtype, const attention_args &p) {
+static moe_status make_terms(moe_device *dev, moe_dtype dtype, const attention_args &p) {
+  size_t bytes = (size_t)(4 * p.batch * p.heads * p.padded);
+  if (p.padded > p.seq) { /* queries that are not there: exp2(-3e38) is their probability */
+    CUDA_TRY(dev, cudaMemsetAsync(p.delta, 0, bytes, cuda_of(dev)->stream));
+    CUDA_TRY(dev, cudaMemsetAsync(p.lse2, 0x7f, bytes, cuda_of(dev)->stream));
+  }
   return cuda_act(dtype, [&](auto x) {
     using T = decltype(x);
     return cuda_width(
@@ -186,7 +216,7 @@ static moe_status sum_parts(moe_device *dev, moe_dtype dtype, const attention_ar
 /* Lay delta and the parts' sums out in the device's scratch. All of what was planned must be there,
  * so that a plan that is too small is found whoever computes. */
 static moe_status take_scratch(moe_device *dev, moe_attention_shape s, moe_dtype dtype,
-                               attention_args *p) {
+                               attention_maker by, attention_args *p) {
   int64_t bytes = moe_cuda_attention_scratch(dev, s, dtype);
   char *scratch = static_cast<char *>(moe_device_scratch(dev, bytes));
   if (scratch == nullptr)
@@ -195,8 +225,13 @@ static moe_status take_scratch(moe_device *dev, moe_attention_shape s, moe_dtype
                     "with moe_attention_scratch",
                     (long long)bytes);
   p->parts = (int)backward_parts(dev, s);
+  p->padded = s.seq;
   p->delta = reinterpret_cast<float *>(scratch);
-  p->partial = reinterpret_cast<float *>(scratch + delta_bytes(s));
+  p->partial = reinterpret_cast<float *>(scratch + terms_bytes(s));
+  if (by != BY_SM90) return MOE_OK;
+  p->padded = padded_rows(s.seq);
+  p->lse2 = reinterpret_cast<float *>(scratch + terms_bytes(s) + partial_bytes(s, p->parts));
+  p->dq = p->lse2 + terms_bytes(s) / 4;
   return MOE_OK;
 }
 
@@ -206,10 +241,10 @@ moe_status moe_cuda_attention_backward(moe_device *dev, moe_attention_shape shap
   if (shape.batch == 0 || shape.seq == 0) return MOE_OK;
   MOE_TRY(check_size(shape));
   attention_maker by =
-      choose(dev, shape, qkv.dtype, moe_tensor_present(doc_start),
+      choose(dev, shape, qkv.dtype, moe_tensor_present(doc_start), true,
              bits_of(qkv) | bits_of(out) | bits_of(lse) | bits_of(dout) | bits_of(dqkv));
   attention_args p = make_args(shape, qkv, doc_start);
-  MOE_TRY(take_scratch(dev, shape, qkv.dtype, &p));
+  MOE_TRY(take_scratch(dev, shape, qkv.dtype, by, &p));
 #ifdef MOE_WITH_CUDNN
   if (by == BY_CUDNN) return cuda_cudnn_attention_backward(dev, shape, dout, qkv, out, lse, dqkv);
 #endif
@@ -217,10 +252,11 @@ moe_status moe_cuda_attention_backward(moe_device *dev, moe_attention_shape shap
   p.out = out.data;
   p.lse = cuda_data<float>(lse);
   p.dqkv = dqkv.data;
-  MOE_TRY(make_delta(dev, qkv.dtype, p));
-  if (by == BY_MMA)
-    MOE_TRY(cuda_attention_mma_backward(dev, qkv.dtype, p));
-  else
-    MOE_TRY(cuda_attention_exact_backward(dev, qkv.dtype, p));
+  MOE_TRY(make_terms(dev, qkv.dtype, p));
+#ifdef MOE_WITH_SM90A
+  if (by == BY_SM90) MOE_TRY(cuda_attention_sm90_backward(dev, p));
+#endif
+  if (by == BY_MMA) MOE_TRY(cuda_attention_mma_backward(dev, qkv.dtype, p));
+  if (by == BY_EXACT) MOE_TRY(cuda_attention_exact_backward(dev, qkv.dtype, p));
   return sum_parts(dev, qkv.dtype, p);
 }

@@ -5,6 +5,7 @@
  *   attention_mma.cuh       fragments, asynchronous copies and products of tensor cores
  *   attention_forward.cu    bf16 and f16 on tensor cores, forward
  *   attention_backward.cu   and backward
+ *   attention_sm90.cu       backward on Hopper, bf16, head size 64
  *
  * Every kernel walks blocks of queries against blocks of keys. Which keys query i sees is one
  * range, [doc_start[i], i]; doc_start never decreases, so the blocks that any row of a block needs
@@ -15,6 +16,8 @@
 #include <cmath>
 
 #include "kernels/cuda/common.cuh"
+
+constexpr float log2_e = 1.4426950408889634f;
 
 /* One call. Token indices within a sequence are ints; offsets into tensors are 64 bits. */
 struct attention_args {
@@ -28,7 +31,10 @@ struct attention_args {
   const void *qkv, *dout;
   void *out, *dqkv;
   float *lse;
-  float *delta;   /* [B, H, S]: sum over d of dout * out */
+  int64_t padded; /* rows of delta, lse2 and dq for one head: S, or more */
+  float *delta;   /* [B, H, padded]: sum over d of dout * out */
+  float *lse2;    /* [B, H, padded]: log2(e) lse, or NULL; great where there is no query */
+  float *dq;      /* with lse2: [B, H, padded, d], as attention_sm90.cu says */
   float *partial; /* parts > 1: dk, dv f32 [parts, B, G, 2, S, d] before they are summed */
   int64_t batch;
 };
@@ -57,9 +63,28 @@ __device__ __forceinline__ int first_key(const attention_args &p, int64_t batch,
   return max(0, min(p.doc_start[batch * p.seq + i], i));
 }
 
+/* The end of the queries, from `query` on, that see `key`; the first of them does. All of the block
+ * look together, each at one query of a shrinking range. */
+template <int THREADS>
+__device__ __forceinline__ int end_of_queries(const attention_args &p, int64_t batch, int query,
+                                              int key) {
+  int end = p.seq;
+  if (p.doc_start == nullptr) return end;
+  while (end - query > 1) {
+    int step = (int)div_up(end - query, THREADS), i = query + (int)threadIdx.x * step;
+    int seeing = __syncthreads_count(i < end && first_key(p, batch, i) <= key);
+    end = min(end, query + seeing * step);
+    query += (seeing - 1) * step;
+  }
+  return end;
+}
+
 /* A block of K/V rows writes its gradient here: to dqkv, or to its part's sums. `which` 0: dK,
  * 1: dV. */
 template <typename T> struct attention_key_sink {
+  struct alignas(2 * sizeof(T)) pair {
+    T x, y;
+  };
   attention_rows<T> whole;
   float *part; /* NULL: whole */
   int d;
@@ -68,6 +93,14 @@ template <typename T> struct attention_key_sink {
       part[(int64_t)i * d + c] = value;
     else
       whole.data[i * whole.stride + c] = from_float<T>(value);
+  }
+  /* Two neighbours, from an even c. */
+  __device__ __forceinline__ void put_pair(int i, int c, float x, float y) const {
+    if (part != nullptr)
+      *reinterpret_cast<float2 *>(part + (int64_t)i * d + c) = make_float2(x, y);
+    else
+      *reinterpret_cast<pair *>(whole.data + i * whole.stride + c) = {from_float<T>(x),
+                                                                      from_float<T>(y)};
   }
 };
 template <typename T>
@@ -116,5 +149,8 @@ moe_status cuda_attention_exact_backward(moe_device *dev, moe_dtype dtype, const
 /* attention_forward.cu, attention_backward.cu: the same with tensor cores. */
 moe_status cuda_attention_mma(moe_device *dev, moe_dtype dtype, const attention_args &p);
 moe_status cuda_attention_mma_backward(moe_device *dev, moe_dtype dtype, const attention_args &p);
+/* attention_sm90.cu: backward. p.lse2 and p.dq are there. */
+bool cuda_attention_sm90_fits(const moe_device *dev, moe_attention_shape s, moe_dtype dtype);
+moe_status cuda_attention_sm90_backward(moe_device *dev, const attention_args &p);
 
 #endif

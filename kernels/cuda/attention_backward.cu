@@ -101,21 +101,6 @@ template <int D> struct key_shape {
   static constexpr int shared = 2 * buffer + (kept ? 0 : 2 * rows * tile_row<D> * 2);
 };
 
-/* The end of the queries, from `query` on, that see `key`; the first of them does. All of the block
- * look together, each at one query of a shrinking range. */
-__device__ __forceinline__ int end_of_queries(const attention_args &p, int64_t batch, int query,
-                                              int key) {
-  int end = p.seq;
-  if (p.doc_start == nullptr) return end;
-  while (end - query > 1) {
-    int step = (int)div_up(end - query, threads), i = query + (int)threadIdx.x * step;
-    int seeing = __syncthreads_count(i < end && first_key(p, batch, i) <= key);
-    end = min(end, query + seeing * step);
-    query += (seeing - 1) * step;
-  }
-  return end;
-}
-
 /* s becomes P and dp dS, of key rows key0 + g, key0 + g + 8 and query columns from m0 on. */
 template <int N>
 __device__ __forceinline__ void
@@ -148,13 +133,8 @@ __device__ __forceinline__ void store_keys(const attention_args &p, int64_t batc
                                            int part, int which, const float (&o)[N][4], int row0,
                                            float scale) {
   auto sink = key_sink<T>(p, batch, kv_head, part, which);
-  each_pair(o, row0, p.seq, p.d, [&](int i, int c, float x, float y) {
-    if (sink.part != nullptr)
-      *reinterpret_cast<float2 *>(sink.part + (int64_t)i * p.d + c) =
-          make_float2(x * scale, y * scale);
-    else
-      store_pair(sink.whole.data + i * sink.whole.stride + c, x * scale, y * scale);
-  });
+  each_pair(o, row0, p.seq, p.d,
+            [&](int i, int c, float x, float y) { sink.put_pair(i, c, x * scale, y * scale); });
 }
 
 /* K and V of the block's keys, where the kernel keeps them: registers, or tiles at `memory`, which
@@ -209,8 +189,8 @@ __device__ __forceinline__ void key_block(const attention_args &p, char *memory)
              n0, p.seq, p.d);
 
   /* Queries [n0, end) see some of these keys; [n0 + rows - 1, all_end) see them all. */
-  int end = end_of_queries(p, batch, min(n0 + rows, p.seq) - 1, n0 + rows - 1);
-  int all_end = end_of_queries(p, batch, n0, n0);
+  int end = end_of_queries<threads>(p, batch, min(n0 + rows, p.seq) - 1, n0 + rows - 1);
+  int all_end = end_of_queries<threads>(p, batch, n0, n0);
   auto start = [&](int head, int m0, int buffer) {
     char *at = memory + buffer * shape::buffer;
     T *tile = reinterpret_cast<T *>(at);

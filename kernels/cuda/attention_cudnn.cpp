@@ -8,8 +8,6 @@
 #include <cudnn_frontend.h>
 
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <unordered_map>
@@ -180,8 +178,6 @@ moe_status execute(moe_device *dev, const Plan *p, const Graph &g,
 } /* namespace */
 
 bool cuda_cudnn_fits(moe_device *dev, moe_attention_shape shape, moe_dtype dtype) {
-  const char *wanted = getenv("MOE_ATTENTION");
-  if (wanted != nullptr && strcmp(wanted, "own") == 0) return false;
   if (dtype == MOE_F32 || cuda_of(dev)->arch < 80) return false;
   if (shape.head_dim % 8 != 0 || shape.head_dim > 128 || shape.seq < 2) return false;
   try {

@@ -9,8 +9,7 @@ extern "C" {
 #endif
 
 /* bf16 or fp16, no document mask, head size a multiple of 8 up to 128, sm_80 or newer, and cuDNN
- * has a plan: then the plans for this shape are built (once) and kept. MOE_ATTENTION=own in the
- * environment refuses always, for tests. */
+ * has a plan: then the plans for this shape are built (once) and kept. */
 bool cuda_cudnn_fits(moe_device *dev, moe_attention_shape shape, moe_dtype dtype);
 /* Scratch bytes of forward and backward for a shape that fits. */
 int64_t cuda_cudnn_scratch(moe_device *dev, moe_attention_shape shape, moe_dtype dtype);

@@ -13,8 +13,6 @@
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/mma.cuh"
 
-constexpr float log2_e = 1.4426950408889634f;
-
 template <int D> constexpr int tile_row = D + 8;
 
 __device__ __forceinline__ int lane_of() {

@@ -95,6 +95,13 @@ __device__ __forceinline__ void tma_add(const CUtensorMap *map, uint32_t from, i
                "r"(from), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                : "memory");
 }
+/* Bytes that lie side by side, a multiple of 16 as both addresses are. */
+__device__ __forceinline__ void bulk_load(uint32_t to, const void *from, int bytes, uint32_t bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+               "[%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(bar)
+               : "memory");
+}
 /* A thread's stores so far become one group (an empty one, if there were none since the last). */
 __device__ __forceinline__ void tma_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
@@ -144,7 +151,8 @@ __device__ __forceinline__ uint4 load_shared(uint32_t at) {
 }
 
 /* ---- wgmma: a warpgroup's matrix product ------------------------------------------------------
- * acc [64, N] += A [64, 16] B [N, 16]^T, bf16 operands in shared memory, 128-byte swizzle. A thread
+ * acc [64, N] += A [64, 16] B [N, 16]^T, bf16 operands in shared memory, 128-byte swizzle (add 0:
+ * stored instead of added). A thread
  * of warp w holds, for block j of 8 columns, row 16 w + lane / 4 in acc[4 j], acc[4 j + 1] and row
  * 8 below in acc[4 j + 2], acc[4 j + 3], columns 8 j + 2 (lane % 4) and the next. */
 
@@ -192,16 +200,39 @@ __device__ __forceinline__ void wgmma(float (&c)[96], uint64_t a, uint64_t b) {
                : "l"(a), "l"(b), "n"(a_mn), "n"(b_mn));
 }
 template <int a_mn, int b_mn>
-__device__ __forceinline__ void wgmma(float (&c)[64], uint64_t a, uint64_t b) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"
+__device__ __forceinline__ void wgmma(float (&c)[64], uint64_t a, uint64_t b, int add = 1) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
                "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
                "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
                "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-               "%64, %65, add, 1, 1, %66, %67;\n}"
+               "%64, %65, add, 1, 1, %67, %68;\n}"
                : SM90_F32(c, 0), SM90_F32(c, 32)
-               : "l"(a), "l"(b), "n"(a_mn), "n"(b_mn));
+               : "l"(a), "l"(b), "r"(add), "n"(a_mn), "n"(b_mn));
+}
+template <int a_mn, int b_mn>
+__device__ __forceinline__ void wgmma(float (&c)[32], uint64_t a, uint64_t b, int add = 1) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+               "%32, %33, add, 1, 1, %35, %36;\n}"
+               : SM90_F32(c, 0)
+               : "l"(a), "l"(b), "r"(add), "n"(a_mn), "n"(b_mn));
+}
+/* A in registers, as the accumulators of an earlier product hold it, rounded: of 16 columns, the
+ * four pairs of a thread in the order of its accumulators. They must stay until the product ends.
+ */
+template <int b_mn>
+__device__ __forceinline__ void wgmma(float (&c)[32], const uint32_t *a, uint64_t b) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+               "{%32, %33, %34, %35}, %36, add, 1, 1, %37;\n}"
+               : SM90_F32(c, 0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(b_mn));
 }
 #undef SM90_F32
 #undef SM90_F8

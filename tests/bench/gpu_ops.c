@@ -1,6 +1,7 @@
 /* How far each operation is from its floor, at one layer's sizes of the 6.9b model.
  *
- *   gpu_ops [TOKENS] [NAME]     default 16384 tokens, every operation whose name contains NAME
+ *   gpu_ops [TOKENS] [NAME] [S]     default 16384 tokens in sequences of 4096, every operation
+ *                                   whose name contains NAME
  *
  * The floor is the larger of bytes over the copy rate and products over the matrix rate, both as
  * measured on an H200 (4.26 TB/s, 780 TFLOP/s); bytes are each input read and each output written
@@ -15,11 +16,11 @@
 #include "kernels/ops.h"
 
 static const double COPY_RATE = 4.26e12, MATRIX_RATE = 780e12;
-enum { D = 768, E = 16, F = 6144, K = 4, V = 32000, H = 12, G = 1, HEAD = 64, PAD = 128, S = 4096 };
+enum { D = 768, E = 16, F = 6144, K = 4, V = 32000, H = 12, G = 1, HEAD = 64, PAD = 128 };
 enum { ROUNDS = 9, MOST_COPIES = 4, BLOCK = 1 << 22, CHUNK = 8192 };
 
 static moe_device *dev;
-static int64_t T, C;
+static int64_t T, S, C;
 static int turn; /* which copy of rotating inputs */
 static moe_tensor block;
 
@@ -256,8 +257,9 @@ static void show(const char *text, double *seconds, double floor_s, double bytes
 int main(int argc, char **argv) {
   T = argc > 1 ? atoll(argv[1]) : 16384;
   const char *only = argc > 2 ? argv[2] : "";
-  if (T < CHUNK || T % S != 0) {
-    fprintf(stderr, "gpu_ops: TOKENS must be a multiple of %d from %d on\n", S, CHUNK);
+  S = argc > 3 ? atoll(argv[3]) : 4096;
+  if (T < CHUNK || S < 1 || T % S != 0) {
+    fprintf(stderr, "gpu_ops: TOKENS must be a multiple of S and at least %d\n", CHUNK);
     return 2;
   }
   C = T * K + E * (PAD - 1);

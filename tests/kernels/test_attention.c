@@ -140,7 +140,8 @@ static void many_shapes(moe_device *dev, moe_dtype act) {
   const example list[] = {
       {{1, 1, 1, 1, 8}, 0},     {{2, 2, 4, 1, 16}, 0},    {{1, 7, 12, 1, 8}, 0},
       {{2, 65, 2, 2, 16}, 0},   {{1, 64, 4, 1, 64}, 0},   {{2, 100, 8, 2, 64}, 0},
-      {{1, 129, 4, 2, 128}, 0}, {{1, 200, 12, 1, 64}, 0}, {{1, 3, 300, 1, 8}, 0}};
+      {{1, 129, 4, 2, 128}, 0}, {{1, 200, 12, 1, 64}, 0}, {{1, 3, 300, 1, 8}, 0},
+      {{2, 390, 6, 2, 64}, 0},  {{1, 256, 12, 1, 64}, 0}};
   CHECK_ALL(dev, act, list);
 }
 Test(attention, matches_float64_for_odd_shapes_and_all_head_groupings) {
@@ -159,7 +160,8 @@ static void documents(moe_device *dev, moe_dtype act) {
   const example list[] = {{{2, 50, 4, 1, 16}, 3},
                           {{1, 200, 4, 2, 8}, 100},
                           {{1, 600, 2, 1, 16}, 2},
-                          {{2, 5, 1, 1, 64}, 5}};
+                          {{2, 5, 1, 1, 64}, 5},
+                          {{2, 420, 4, 1, 64}, 4}};
   CHECK_ALL(dev, act, list);
 }
 Test(attention, stops_at_document_boundaries) {

@@ -1,0 +1,345 @@
+/* Attention backward on Hopper: bf16, head size 64, by wgmma and the copy engine.
+ *
+ * A block keeps 128 keys and values and lets the queries of all heads that read them pass by, 128
+ * at a time, so dK and dV stay in registers until the end. Of one such tile, with rows of keys:
+ *
+ *     S^T = K Q^T          P^T = exp2(scale log2(e) S^T - log2(e) lse)
+ *     dP^T = V dO^T       dS^T = P^T (dP^T - delta)
+ *     dV += P^T dO         dK += dS^T Q         dQ += dS K
+ *
+ *     producer    Q, lse, dO, delta of the tiles to come            ring of two stages
+ *     group 0     keys 0 to 63:   P and dS in registers, where dV and dK want them;   dS to shared
+ *     group 1     keys 64 to 127                                                      memory; meet
+ *                 then each group multiplies the dS of 64 queries by all 128 keys
+ *
+ * While one group works on its exponentials the other multiplies. A query's gradient comes from
+ * many blocks: it is added up in memory in float32, in whatever order they come, and rounded at the
+ * end. So this is not for run.deterministic. Its order in memory is that of the accumulators, 16
+ * bytes of each thread side by side. Source: Shah et al. 2024, arXiv:2407.08608 (FlashAttention-3).
+ */
+#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/sm90_gemm.cuh"
+
+namespace {
+
+constexpr int HEAD = 64, KEYS = 128, QUERIES = 128, STAGES = 2, THREADS = 384;
+constexpr int TILE = 128 * HEAD * 2; /* bytes of 128 rows of a head */
+constexpr int STEP_ROWS = 16 * 128;  /* bytes of 16 rows, and of 16 columns: a product's K */
+constexpr int STEP_COLUMNS = 32;
+
+struct backward_args : attention_args {
+  CUtensorMap qkv_map, dout_map;
+};
+
+struct backward_memory {
+  char k[TILE], v[TILE], q[STAGES][TILE], dout[STAGES][TILE];
+  char ds[2][2 * TILE]; /* [64 queries each, keys], by turns */
+  float lse2[STAGES][QUERIES], delta[STAGES][QUERIES];
+  uint64_t keys_full, q_full[STAGES], dout_full[STAGES], q_empty[STAGES], dout_empty[STAGES];
+};
+
+/* A block's keys, and the heads and blocks of queries that pass by. */
+struct backward_work {
+  int64_t batch;
+  int kv_head, part, head, heads; /* `heads` query heads from `head` on */
+  int n0, begin, end;             /* first key; blocks of queries */
+  int all_end;                    /* queries from n0 + KEYS on, and before this, see all the keys */
+
+  __device__ __forceinline__ explicit backward_work(const attention_args &p) {
+    part = (int)(blockIdx.x % p.parts);
+    kv_head = (int)(blockIdx.x / p.parts % p.kv_heads);
+    batch = blockIdx.x / p.parts / p.kv_heads;
+    heads = p.rep / p.parts;
+    head = kv_head * p.rep + part * heads;
+    n0 = (int)blockIdx.y * KEYS; /* the longest first */
+    begin = n0 / QUERIES;
+    int last = min(n0 + KEYS, p.seq) - 1;
+    end = (end_of_queries<THREADS>(p, batch, last, last) + QUERIES - 1) / QUERIES;
+    all_end = end_of_queries<THREADS>(p, batch, n0, n0);
+  }
+  /* visit(head, block of queries, number) */
+  template <class Visit> __device__ __forceinline__ void each(Visit visit) const {
+    int number = 0;
+    for (int h = head; h < head + heads; h++)
+      for (int m = begin; m < end; m++) visit(h, m, number++);
+  }
+};
+
+__device__ __forceinline__ int64_t term_at(const attention_args &p, int64_t batch, int head,
+                                           int query) {
+  return (batch * p.heads + head) * p.padded + query;
+}
+
+__device__ __forceinline__ void produce(const backward_args &p, backward_memory &s,
+                                        const backward_work &w) {
+  uint32_t keys = shared_address(&s.keys_full);
+  int batch = (int)w.batch, k_head = p.heads + w.kv_head;
+  barrier_expect(keys, 2 * TILE);
+  tma_load(shared_address(s.k), &p.qkv_map, keys, 0, w.n0, k_head, batch);
+  tma_load(shared_address(s.v), &p.qkv_map, keys, 0, w.n0, k_head + p.kv_heads, batch);
+  w.each([&](int head, int m, int number) {
+    int stage = number % STAGES, m0 = m * QUERIES;
+    uint32_t free = (uint32_t)(number / STAGES & 1) ^ 1;
+    int64_t terms = term_at(p, w.batch, head, m0);
+    uint32_t full = shared_address(&s.q_full[stage]);
+    barrier_wait(shared_address(&s.q_empty[stage]), free);
+    barrier_expect(full, TILE + QUERIES * 4);
+    tma_load(shared_address(s.q[stage]), &p.qkv_map, full, 0, m0, head, batch);
+    bulk_load(shared_address(s.lse2[stage]), p.lse2 + terms, QUERIES * 4, full);
+    full = shared_address(&s.dout_full[stage]);
+    barrier_wait(shared_address(&s.dout_empty[stage]), free);
+    barrier_expect(full, TILE + QUERIES * 4);
+    tma_load(shared_address(s.dout[stage]), &p.dout_map, full, 0, m0, head, batch);
+    bulk_load(shared_address(s.delta[stage]), p.delta + terms, QUERIES * 4, full);
+  });
+}
+
+/* The 128 consumers of both groups meet: dS is written. */
+__device__ __forceinline__ void consumers_meet() {
+  asm volatile("bar.sync 1, 256;" ::: "memory");
+}
+
+__device__ __forceinline__ void add_four(float *to, const float *v) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]),
+               "f"(v[1]), "f"(v[2]), "f"(v[3])
+               : "memory");
+#endif
+}
+
+/* One group's keys. */
+struct backward_group {
+  const backward_args &p;
+  backward_memory &s;
+  const backward_work &w;
+  int group, thread;
+  float dk[32] = {}, dv[32] = {};
+
+  __device__ __forceinline__ backward_group(const backward_args &p_, backward_memory &s_,
+                                            const backward_work &w_, int group_)
+      : p(p_), s(s_), w(w_), group(group_), thread((int)threadIdx.x % 128) {}
+
+  /* acc [64 keys, 128 queries] = left rows^T */
+  __device__ __forceinline__ void scores(float (&acc)[64], const char *keys,
+                                         const char *queries) const {
+    uint64_t a = operand(shared_address(keys) + (uint32_t)(group * SM90_HALF), 0);
+    uint64_t b = operand(shared_address(queries), 0);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < HEAD / 16; i++)
+      wgmma<0, 0>(acc, a + (i * STEP_COLUMNS >> 4), b + (i * STEP_COLUMNS >> 4), i > 0);
+    wgmma_commit();
+  }
+
+  /* Keys that a query does not see have probability 0. */
+  __device__ __forceinline__ void hide(float (&prob)[64], int m0) const {
+    int key = w.n0 + group * 64 + thread / 4 / 8 * 16 + thread / 4 % 8;
+#pragma unroll
+    for (int i = 0; i < 64; i++) {
+      int query = m0 + i / 4 * 8 + thread % 4 * 2 + i % 2, own = key + i / 2 % 2 * 8;
+      if (own > query || query >= p.seq || own < first_key(p, w.batch, query)) prob[i] = 0.0f;
+    }
+  }
+
+  __device__ __forceinline__ void probabilities(float (&v)[64], const float *lse2, int m0) const {
+    float scale2 = p.scale * log2_e;
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+      float2 of = *reinterpret_cast<const float2 *>(lse2 + j * 8 + thread % 4 * 2);
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        v[4 * j + e] = exp2_fast(fmaf(v[4 * j + e], scale2, e % 2 ? -of.y : -of.x));
+    }
+    if (m0 < w.n0 + KEYS || m0 + QUERIES > w.all_end) hide(v, m0);
+  }
+
+  /* This group's dS, for both. Keys lie 128 bytes apart, 64 queries side by side. */
+  __device__ __forceinline__ void share(uint32_t to, const uint32_t (&ds)[32]) const {
+    int lane = lane_of_warp(), key = group * 64 + warp_of_group() * 16 + lane % 16;
+#pragma unroll
+    for (int c = 0; c < 8; c++) {
+      uint32_t v[4] = {ds[4 * c], ds[4 * c + 1], ds[4 * c + 2], ds[4 * c + 3]};
+      int word = (2 * (c % 4) + lane / 16) ^ (key & 7);
+      store_blocks(to + (uint32_t)(c / 4 * TILE + key * 128 + word * 16), v);
+    }
+    async_fence();
+  }
+
+  /* dq [64 queries, HEAD] = dS K */
+  __device__ __forceinline__ void query_grad(float (&dq)[32], uint32_t ds) const {
+    uint64_t a = operand(ds + (uint32_t)(group * TILE), 0), b = operand(shared_address(s.k), 0);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < KEYS / 16; i++)
+      wgmma<1, 1>(dq, a + (i * STEP_ROWS >> 4), b + (i * STEP_ROWS >> 4), i > 0);
+    wgmma_commit();
+  }
+
+  /* acc [64 keys, HEAD] += left [64 keys, 128 queries] rows */
+  static __device__ __forceinline__ void key_grad(float (&acc)[32], const uint32_t (&left)[32],
+                                                  const char *rows) {
+    uint64_t b = operand(shared_address(rows), 0);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < QUERIES / 16; i++) wgmma<1>(acc, left + 4 * i, b + (i * STEP_ROWS >> 4));
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void free(uint64_t *empty) const {
+    if (thread == 0) barrier_arrive(shared_address(empty));
+  }
+
+  __device__ __forceinline__ void tile(int head, int m, int number) {
+    int stage = number % STAGES, m0 = m * QUERIES;
+    uint32_t parity = (uint32_t)(number / STAGES & 1);
+    float v[64], dp[64];
+    barrier_wait(shared_address(&s.q_full[stage]), parity);
+    scores(v, s.k, s.q[stage]);
+    barrier_wait(shared_address(&s.dout_full[stage]), parity);
+    scores(dp, s.v, s.dout[stage]);
+    wgmma_wait<1>();
+    wgmma_keep(v);
+    probabilities(v, s.lse2[stage], m0);
+    uint32_t prob[32], ds[32];
+#pragma unroll
+    for (int i = 0; i < 32; i++) prob[i] = pack(v[2 * i], v[2 * i + 1]);
+    wgmma_wait<0>();
+    wgmma_keep(dp);
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+      float2 of = *reinterpret_cast<const float2 *>(s.delta[stage] + j * 8 + thread % 4 * 2);
+#pragma unroll
+      for (int i = 2 * j; i < 2 * j + 2; i++)
+        ds[i] = pack(v[2 * i] * (dp[2 * i] - of.x), v[2 * i + 1] * (dp[2 * i + 1] - of.y));
+    }
+    wgmma_keep(dv);
+    key_grad(dv, prob, s.dout[stage]);
+    uint32_t shared_ds = shared_address(s.ds[number % 2]);
+    share(shared_ds, ds);
+    consumers_meet();
+    float dq[32];
+    wgmma_keep(dk);
+    query_grad(dq, shared_ds);
+    key_grad(dk, ds, s.q[stage]);
+    wgmma_wait<2>();
+    free(&s.dout_empty[stage]);
+    wgmma_wait<1>();
+    wgmma_keep(dq);
+    float *to = p.dq + (term_at(p, w.batch, head, m0) + group * 64) * HEAD + thread * 4;
+#pragma unroll
+    for (int j = 0; j < 8; j++) add_four(to + j * 512, dq + 4 * j);
+    wgmma_wait<0>();
+    free(&s.q_empty[stage]);
+    wgmma_keep(dk);
+    wgmma_keep(dv);
+  }
+
+  __device__ __forceinline__ void put(int which, const float (&acc)[32], float scale) const {
+    auto sink = key_sink<__nv_bfloat16>(p, w.batch, w.kv_head, w.part, which);
+    int key = w.n0 + group * 64 + thread / 32 * 16 + lane_of_warp() / 4;
+#pragma unroll
+    for (int i = 0; i < 32; i += 2) {
+      int row = key + i / 2 % 2 * 8, c = i / 4 * 8 + lane_of_warp() % 4 * 2;
+      if (row < p.seq) sink.put_pair(row, c, acc[i] * scale, acc[i + 1] * scale);
+    }
+  }
+};
+
+__global__ void __launch_bounds__(THREADS, 1)
+    backward_kernel(const __grid_constant__ backward_args p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) char memory[];
+  backward_memory &s = *reinterpret_cast<backward_memory *>(memory);
+  if (threadIdx.x == 0) {
+    if (shared_address(memory) % 1024 != 0) __trap(); /* the swizzle counts from there */
+    barrier_init(shared_address(&s.keys_full), 1);
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(shared_address(&s.q_full[i]), 1);
+      barrier_init(shared_address(&s.dout_full[i]), 1);
+      barrier_init(shared_address(&s.q_empty[i]), 2);
+      barrier_init(shared_address(&s.dout_empty[i]), 2);
+    }
+    barrier_init_fence();
+  }
+  backward_work work(p);
+  __syncthreads();
+  int warp = (int)threadIdx.x / 32;
+  if (warp < 4) {
+    registers_fewer<24>();
+    if (threadIdx.x == 0) produce(p, s, work);
+  } else {
+    registers_more<240>();
+    backward_group own(p, s, work, warp / 4 - 1);
+    barrier_wait(shared_address(&s.keys_full), 0);
+    work.each([&](int head, int m, int number) { own.tile(head, m, number); });
+    own.put(0, own.dk, p.scale);
+    own.put(1, own.dv, 1.0f);
+  }
+#endif
+}
+
+/* dQ of 16 queries of a head by one warp, out of the accumulators' order, scaled and rounded. */
+__global__ void __launch_bounds__(128) query_kernel(attention_args p) {
+  __shared__ __align__(1024) char memory[4 * STEP_ROWS];
+  int64_t number = (int64_t)blockIdx.x * 4 + threadIdx.x / 32, rows = p.padded / 16;
+  int64_t head = number / rows;
+  int row = (int)(number % rows) * 16, lane = lane_of_warp();
+  if (head >= p.batch * p.heads || row >= p.seq) return;
+  const float *from =
+      p.dq + (head * p.padded + row / 64 * 64) * HEAD + (row % 64 / 16 * 32 + lane) * 4;
+  uint32_t slab = shared_address(memory + threadIdx.x / 32 * STEP_ROWS);
+#pragma unroll
+  for (int c = 0; c < HEAD / 16; c++) {
+    float4 low = __ldcs(reinterpret_cast<const float4 *>(from + 2 * c * 512));
+    float4 high = __ldcs(reinterpret_cast<const float4 *>(from + (2 * c + 1) * 512));
+    uint32_t b[4] = {pack(low.x * p.scale, low.y * p.scale), pack(low.z * p.scale, low.w * p.scale),
+                     pack(high.x * p.scale, high.y * p.scale),
+                     pack(high.z * p.scale, high.w * p.scale)};
+    store_blocks(slab_blocks<128>(slab, c), b);
+  }
+  __syncwarp();
+  auto to =
+      qkv_rows(p, static_cast<__nv_bfloat16 *>(p.dqkv), head / p.heads, (int)(head % p.heads));
+  slab_rows<128, HEAD>(slab, p.seq - row < 16 ? p.seq - row : 16, HEAD, to.data + row * to.stride,
+                       to.stride);
+}
+
+/* Rows of heads where they lie between those of other heads. */
+moe_status map_heads(moe_device *dev, CUtensorMap *out, const attention_args &p, const void *data,
+                     int64_t heads) {
+  int64_t width = heads * HEAD;
+  return sm90_map(dev, out,
+                  {const_cast<void *>(data),
+                   MOE_BF16,
+                   {HEAD, p.seq, heads, p.batch},
+                   {width, HEAD, p.seq * width},
+                   {HEAD, QUERIES, 1, 1},
+                   128});
+}
+
+} /* namespace */
+
+bool cuda_attention_sm90_fits(const moe_device *dev, moe_attention_shape s, moe_dtype dtype) {
+  return cuda_of(dev)->arch == 90 && dtype == MOE_BF16 && s.head_dim == HEAD &&
+         !dev->options.deterministic && div_up(s.seq, KEYS) <= 65535;
+}
+
+moe_status cuda_attention_sm90_backward(moe_device *dev, const attention_args &p) {
+  cudaStream_t stream = cuda_of(dev)->stream;
+  int bytes = (int)sizeof(backward_memory);
+  backward_args args = {};
+  static_cast<attention_args &>(args) = p;
+  MOE_TRY(map_heads(dev, &args.qkv_map, p, p.qkv, p.heads + 2 * p.kv_heads));
+  MOE_TRY(map_heads(dev, &args.dout_map, p, p.dout, p.heads));
+  CUDA_TRY(dev,
+           cudaMemsetAsync(p.dq, 0, (size_t)(p.batch * p.heads * p.padded * HEAD * 4), stream));
+  CUDA_TRY(dev, cudaFuncSetAttribute(backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     bytes));
+  dim3 grid((unsigned)(p.batch * p.kv_heads * p.parts), (unsigned)div_up(p.seq, KEYS));
+  backward_kernel<<<grid, THREADS, (size_t)bytes, stream>>>(args);
+  CUDA_LAUNCHED(dev);
+  int64_t warps = p.batch * p.heads * (p.padded / 16);
+  query_kernel<<<(unsigned)div_up(warps, 4), 128, 0, stream>>>(p);
+  CUDA_LAUNCHED(dev);
+  return MOE_OK;
+}
