@@ -10,7 +10,7 @@
  *
  * A K/V head's gradient is summed over all query heads that read it, by one block per key block.
  * With few K/V heads that is too few blocks: then its query heads are shared out in parts, whose
- * sums are added in a fixed order. So nothing is added atomically. */
+ * sums are added in a fixed order. So nothing is added atomically but the Hopper kernel's dQ. */
 #include <cstdlib>
 #include <cstring>
 
@@ -62,12 +62,16 @@ static uintptr_t bits_of(moe_tensor t) {
 
 /* ---- sizes --------------------------------------------------------------------------------- */
 
-/* In how many parts a K/V head's query heads are shared out: enough blocks of 64 keys to fill the
- * chip a few times over. A divisor of H/G. */
-static int64_t backward_parts(const moe_device *dev, moe_attention_shape s) {
-  int64_t rep = s.heads / s.kv_heads, parts = 1;
-  int64_t blocks = s.batch * s.kv_heads * div_up(s.seq, 64);
-  while (parts < rep && (rep % parts != 0 || blocks * parts < 8 * cuda_of(dev)->sms)) parts++;
+/* In how many parts a K/V head's query heads are shared out, a divisor of H/G: enough blocks of 64
+ * keys to fill the chip a few times over. The Hopper kernel's blocks of 128 keys begin with the
+ * longest, so it is enough that this one, all queries of its heads, is no more than a
+ * multiprocessor's share of all the work. */
+static int64_t backward_parts(const moe_device *dev, moe_attention_shape s, attention_maker by) {
+  int64_t rep = s.heads / s.kv_heads, parts = 1, sms = cuda_of(dev)->sms;
+  int64_t blocks =
+      s.batch * s.kv_heads * (by == BY_SM90 ? div_up(s.seq, 128) + 1 : div_up(s.seq, 64));
+  int64_t least = by == BY_SM90 ? 2 * sms : 8 * sms;
+  while (parts < rep && (rep % parts != 0 || blocks * parts < least)) parts++;
   return parts;
 }
 
@@ -79,18 +83,21 @@ static int64_t padded_rows(int64_t seq) {
 static int64_t terms_bytes(moe_attention_shape s) {
   return 4 * s.batch * s.heads * padded_rows(s.seq);
 }
-static int64_t partial_bytes(moe_attention_shape s, int64_t parts) {
-  return parts > 1 ? 4 * parts * s.batch * s.kv_heads * 2 * s.seq * s.head_dim : 0;
+/* Where backward's scratch ends: terms, for the Hopper kernel lse2 and dq too, partial sums. */
+static int64_t backward_bytes(const moe_device *dev, moe_attention_shape s, attention_maker by) {
+  int64_t parts = backward_parts(dev, s, by), each = s.batch * s.kv_heads * 2 * s.seq * s.head_dim;
+  return terms_bytes(s) * (by == BY_SM90 ? 2 + s.head_dim : 1) + (parts > 1 ? 4 * parts * each : 0);
 }
 
 int64_t moe_cuda_attention_scratch(moe_device *dev, moe_attention_shape shape, moe_dtype dtype) {
   if (shape.batch == 0 || shape.seq == 0) return 0;
-  int64_t own = terms_bytes(shape) + partial_bytes(shape, backward_parts(dev, shape)), cudnn = 0;
-  if (sm90_fits(dev, shape, dtype)) own += terms_bytes(shape) * (1 + shape.head_dim);
+  int64_t bytes = backward_bytes(dev, shape, BY_MMA), other = 0;
+  if (sm90_fits(dev, shape, dtype)) other = backward_bytes(dev, shape, BY_SM90);
+  if (other > bytes) bytes = other;
 #ifdef MOE_WITH_CUDNN
-  if (cudnn_fits(dev, shape, dtype)) cudnn = cuda_cudnn_scratch(dev, shape, dtype);
+  if (cudnn_fits(dev, shape, dtype)) other = cuda_cudnn_scratch(dev, shape, dtype);
 #endif
-  return own > cudnn ? own : cudnn;
+  return other > bytes ? other : bytes;
 }
 
 static attention_args make_args(moe_attention_shape s, moe_tensor qkv, moe_tensor doc_start) {
@@ -213,7 +220,7 @@ static moe_status sum_parts(moe_device *dev, moe_dtype dtype, const attention_ar
   });
 }
 
-/* Lay delta and the parts' sums out in the device's scratch. All of what was planned must be there,
+/* Lay backward's buffers out in the device's scratch. All of what was planned must be there,
  * so that a plan that is too small is found whoever computes. */
 static moe_status take_scratch(moe_device *dev, moe_attention_shape s, moe_dtype dtype,
                                attention_maker by, attention_args *p) {
@@ -224,14 +231,15 @@ static moe_status take_scratch(moe_device *dev, moe_attention_shape s, moe_dtype
                     "kernel scratch is too small: attention_backward needs %lld bytes: plan it "
                     "with moe_attention_scratch",
                     (long long)bytes);
-  p->parts = (int)backward_parts(dev, s);
-  p->padded = s.seq;
+  int64_t terms = terms_bytes(s) / 4;
+  p->parts = (int)backward_parts(dev, s, by);
+  p->padded = by == BY_SM90 ? padded_rows(s.seq) : s.seq;
   p->delta = reinterpret_cast<float *>(scratch);
-  p->partial = reinterpret_cast<float *>(scratch + terms_bytes(s));
+  p->partial = p->delta + terms;
   if (by != BY_SM90) return MOE_OK;
-  p->padded = padded_rows(s.seq);
-  p->lse2 = reinterpret_cast<float *>(scratch + terms_bytes(s) + partial_bytes(s, p->parts));
-  p->dq = p->lse2 + terms_bytes(s) / 4;
+  p->lse2 = p->delta + terms;
+  p->dq = p->lse2 + terms;
+  p->partial = p->dq + terms * s.head_dim;
   return MOE_OK;
 }
 

@@ -39,7 +39,7 @@ struct backward_memory {
 };
 
 /* A block's keys, and the heads and blocks of queries that pass by. */
-struct backward_work {
+template <bool DOCUMENTS> struct backward_work {
   int64_t batch;
   int kv_head, part, head, heads; /* `heads` query heads from `head` on */
   int n0, begin, end;             /* first key; blocks of queries */
@@ -53,15 +53,30 @@ struct backward_work {
     head = kv_head * p.rep + part * heads;
     n0 = (int)blockIdx.y * KEYS; /* the longest first */
     begin = n0 / QUERIES;
-    int last = min(n0 + KEYS, p.seq) - 1;
-    end = (end_of_queries<THREADS>(p, batch, last, last) + QUERIES - 1) / QUERIES;
-    all_end = end_of_queries<THREADS>(p, batch, n0, n0);
+    end = (p.seq + QUERIES - 1) / QUERIES;
+    all_end = p.seq;
+    if constexpr (DOCUMENTS) {
+      int last = min(n0 + KEYS, p.seq) - 1;
+      end = (end_of_queries<THREADS>(p, batch, last, last) + QUERIES - 1) / QUERIES;
+      all_end = end_of_queries<THREADS>(p, batch, n0, n0);
+    }
   }
-  /* visit(head, block of queries, number) */
-  template <class Visit> __device__ __forceinline__ void each(Visit visit) const {
-    int number = 0;
-    for (int h = head; h < head + heads; h++)
-      for (int m = begin; m < end; m++) visit(h, m, number++);
+  /* Whether some of the queries from m0 on do not see all keys. */
+  __device__ __forceinline__ bool masked(int m0) const {
+    return m0 < n0 + KEYS || (DOCUMENTS && m0 + QUERIES > all_end);
+  }
+  __device__ __forceinline__ int tiles() const {
+    return heads * (end - begin);
+  }
+};
+
+/* A tile: a block of queries of one head. */
+struct backward_place {
+  int head, m;
+  template <class Work>
+  __device__ __forceinline__ explicit backward_place(const Work &w) : head(w.head), m(w.begin) {}
+  template <class Work> __device__ __forceinline__ void next(const Work &w) {
+    if (++m == w.end) m = w.begin, head++;
   }
 };
 
@@ -70,28 +85,29 @@ __device__ __forceinline__ int64_t term_at(const attention_args &p, int64_t batc
   return (batch * p.heads + head) * p.padded + query;
 }
 
-__device__ __forceinline__ void produce(const backward_args &p, backward_memory &s,
-                                        const backward_work &w) {
+template <class Work>
+__device__ __forceinline__ void produce(const backward_args &p, backward_memory &s, const Work &w) {
   uint32_t keys = shared_address(&s.keys_full);
   int batch = (int)w.batch, k_head = p.heads + w.kv_head;
   barrier_expect(keys, 2 * TILE);
   tma_load(shared_address(s.k), &p.qkv_map, keys, 0, w.n0, k_head, batch);
   tma_load(shared_address(s.v), &p.qkv_map, keys, 0, w.n0, k_head + p.kv_heads, batch);
-  w.each([&](int head, int m, int number) {
-    int stage = number % STAGES, m0 = m * QUERIES;
+  backward_place at(w);
+  for (int number = 0; number < w.tiles(); number++, at.next(w)) {
+    int stage = number % STAGES, m0 = at.m * QUERIES;
     uint32_t free = (uint32_t)(number / STAGES & 1) ^ 1;
-    int64_t terms = term_at(p, w.batch, head, m0);
+    int64_t terms = term_at(p, w.batch, at.head, m0);
     uint32_t full = shared_address(&s.q_full[stage]);
     barrier_wait(shared_address(&s.q_empty[stage]), free);
     barrier_expect(full, TILE + QUERIES * 4);
-    tma_load(shared_address(s.q[stage]), &p.qkv_map, full, 0, m0, head, batch);
+    tma_load(shared_address(s.q[stage]), &p.qkv_map, full, 0, m0, at.head, batch);
     bulk_load(shared_address(s.lse2[stage]), p.lse2 + terms, QUERIES * 4, full);
     full = shared_address(&s.dout_full[stage]);
     barrier_wait(shared_address(&s.dout_empty[stage]), free);
     barrier_expect(full, TILE + QUERIES * 4);
-    tma_load(shared_address(s.dout[stage]), &p.dout_map, full, 0, m0, head, batch);
+    tma_load(shared_address(s.dout[stage]), &p.dout_map, full, 0, m0, at.head, batch);
     bulk_load(shared_address(s.delta[stage]), p.delta + terms, QUERIES * 4, full);
-  });
+  }
 }
 
 /* The 128 consumers of both groups meet: dS is written. */
@@ -108,15 +124,16 @@ __device__ __forceinline__ void add_four(float *to, const float *v) {
 }
 
 /* One group's keys. */
-struct backward_group {
+template <bool DOCUMENTS> struct backward_group {
+  using work = backward_work<DOCUMENTS>;
   const backward_args &p;
   backward_memory &s;
-  const backward_work &w;
+  const work &w;
   int group, thread;
   float dk[32] = {}, dv[32] = {};
 
   __device__ __forceinline__ backward_group(const backward_args &p_, backward_memory &s_,
-                                            const backward_work &w_, int group_)
+                                            const work &w_, int group_)
       : p(p_), s(s_), w(w_), group(group_), thread((int)threadIdx.x % 128) {}
 
   /* acc [64 keys, 128 queries] = left rows^T */
@@ -133,11 +150,17 @@ struct backward_group {
 
   /* Keys that a query does not see have probability 0. */
   __device__ __forceinline__ void hide(float (&prob)[64], int m0) const {
-    int key = w.n0 + group * 64 + thread / 4 / 8 * 16 + thread / 4 % 8;
+    int key = w.n0 + group * 64 + warp_of_group() * 16 + lane_of_warp() / 4;
+    int query = m0 + thread % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < 64; i++) {
-      int query = m0 + i / 4 * 8 + thread % 4 * 2 + i % 2, own = key + i / 2 % 2 * 8;
-      if (own > query || query >= p.seq || own < first_key(p, w.batch, query)) prob[i] = 0.0f;
+    for (int i = 0; i < 64; i++)
+      if (key + i / 2 % 2 * 8 > query + i / 4 * 8 + i % 2) prob[i] = 0.0f;
+    if constexpr (DOCUMENTS) {
+#pragma unroll
+      for (int i = 0; i < 64; i++) {
+        int first = first_key(p, w.batch, min(query + i / 4 * 8 + i % 2, p.seq - 1));
+        if (key + i / 2 % 2 * 8 < first) prob[i] = 0.0f;
+      }
     }
   }
 
@@ -150,7 +173,7 @@ struct backward_group {
       for (int e = 0; e < 4; e++)
         v[4 * j + e] = exp2_fast(fmaf(v[4 * j + e], scale2, e % 2 ? -of.y : -of.x));
     }
-    if (m0 < w.n0 + KEYS || m0 + QUERIES > w.all_end) hide(v, m0);
+    if (w.masked(m0)) hide(v, m0);
   }
 
   /* This group's dS, for both. Keys lie 128 bytes apart, 64 queries side by side. */
@@ -186,19 +209,22 @@ struct backward_group {
   }
 
   __device__ __forceinline__ void free(uint64_t *empty) const {
-    if (thread == 0) barrier_arrive(shared_address(empty));
+    if (lane_of_warp() == 0) barrier_arrive(shared_address(empty));
   }
 
-  __device__ __forceinline__ void tile(int head, int m, int number) {
-    int stage = number % STAGES, m0 = m * QUERIES;
-    uint32_t parity = (uint32_t)(number / STAGES & 1);
-    float v[64], dp[64];
-    barrier_wait(shared_address(&s.q_full[stage]), parity);
+  /* S^T of a tile is begun at the end of the tile before, or before the first. */
+  __device__ __forceinline__ void begin(float (&v)[64], int number) const {
+    int stage = number % STAGES;
+    barrier_wait(shared_address(&s.q_full[stage]), (uint32_t)(number / STAGES & 1));
     scores(v, s.k, s.q[stage]);
-    barrier_wait(shared_address(&s.dout_full[stage]), parity);
+  }
+
+  /* After the last tile, next is that tile: its S^T is made again, for nothing. */
+  __device__ __forceinline__ void tile(float (&v)[64], backward_place at, int number, int next) {
+    int stage = number % STAGES, m0 = at.m * QUERIES;
+    float dp[64];
+    barrier_wait(shared_address(&s.dout_full[stage]), (uint32_t)(number / STAGES & 1));
     scores(dp, s.v, s.dout[stage]);
-    wgmma_wait<1>();
-    wgmma_keep(v);
     probabilities(v, s.lse2[stage], m0);
     uint32_t prob[32], ds[32];
 #pragma unroll
@@ -222,16 +248,30 @@ struct backward_group {
     query_grad(dq, shared_ds);
     key_grad(dk, ds, s.q[stage]);
     wgmma_wait<2>();
+    wgmma_keep(dv);
     free(&s.dout_empty[stage]);
-    wgmma_wait<1>();
+    begin(v, next);
+    wgmma_wait<2>();
     wgmma_keep(dq);
-    float *to = p.dq + (term_at(p, w.batch, head, m0) + group * 64) * HEAD + thread * 4;
+    float *to = p.dq + (term_at(p, w.batch, at.head, m0) + group * 64) * HEAD + thread * 4;
 #pragma unroll
     for (int j = 0; j < 8; j++) add_four(to + j * 512, dq + 4 * j);
     wgmma_wait<0>();
     free(&s.q_empty[stage]);
+    wgmma_keep(v);
     wgmma_keep(dk);
     wgmma_keep(dv);
+  }
+
+  __device__ __forceinline__ void all_tiles() {
+    float v[64];
+    int last = w.tiles() - 1;
+    begin(v, 0);
+    wgmma_wait<0>();
+    wgmma_keep(v);
+    backward_place at(w);
+    for (int number = 0; number <= last; number++, at.next(w))
+      tile(v, at, number, number < last ? number + 1 : last);
   }
 
   __device__ __forceinline__ void put(int which, const float (&acc)[32], float scale) const {
@@ -245,6 +285,7 @@ struct backward_group {
   }
 };
 
+template <bool DOCUMENTS>
 __global__ void __launch_bounds__(THREADS, 1)
     backward_kernel(const __grid_constant__ backward_args p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -256,12 +297,12 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int i = 0; i < STAGES; i++) {
       barrier_init(shared_address(&s.q_full[i]), 1);
       barrier_init(shared_address(&s.dout_full[i]), 1);
-      barrier_init(shared_address(&s.q_empty[i]), 2);
-      barrier_init(shared_address(&s.dout_empty[i]), 2);
+      barrier_init(shared_address(&s.q_empty[i]), 8);
+      barrier_init(shared_address(&s.dout_empty[i]), 8);
     }
     barrier_init_fence();
   }
-  backward_work work(p);
+  backward_work<DOCUMENTS> work(p);
   __syncthreads();
   int warp = (int)threadIdx.x / 32;
   if (warp < 4) {
@@ -269,9 +310,9 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x == 0) produce(p, s, work);
   } else {
     registers_more<240>();
-    backward_group own(p, s, work, warp / 4 - 1);
+    backward_group<DOCUMENTS> own(p, s, work, warp / 4 - 1);
     barrier_wait(shared_address(&s.keys_full), 0);
-    work.each([&](int head, int m, int number) { own.tile(head, m, number); });
+    own.all_tiles();
     own.put(0, own.dk, p.scale);
     own.put(1, own.dv, 1.0f);
   }
@@ -333,10 +374,10 @@ moe_status cuda_attention_sm90_backward(moe_device *dev, const attention_args &p
   MOE_TRY(map_heads(dev, &args.dout_map, p, p.dout, p.heads));
   CUDA_TRY(dev,
            cudaMemsetAsync(p.dq, 0, (size_t)(p.batch * p.heads * p.padded * HEAD * 4), stream));
-  CUDA_TRY(dev, cudaFuncSetAttribute(backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     bytes));
+  auto kernel = p.doc_start != nullptr ? backward_kernel<true> : backward_kernel<false>;
+  CUDA_TRY(dev, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   dim3 grid((unsigned)(p.batch * p.kv_heads * p.parts), (unsigned)div_up(p.seq, KEYS));
-  backward_kernel<<<grid, THREADS, (size_t)bytes, stream>>>(args);
+  kernel<<<grid, THREADS, (size_t)bytes, stream>>>(args);
   CUDA_LAUNCHED(dev);
   int64_t warps = p.batch * p.heads * (p.padded / 16);
   query_kernel<<<(unsigned)div_up(warps, 4), 128, 0, stream>>>(p);

@@ -9,8 +9,8 @@
  *   cluster  attention over short caches in one kernel (attention_cached_mma.cu)
  *   overlap  small kernels that begin before the one before has ended (launch.cuh)
  *
- * The other switches of this kind: MOE_EXPERT_GEMM=cublas (experts.cu), MOE_ATTENTION=own, exact or
- * cudnn (attention.cu), MOE_GEMM=own (device.cu), MOE_LANES=off (lanes.cu).
+ * The other switches of this kind: MOE_EXPERT_GEMM=cublas (experts.cu), MOE_ATTENTION=cudnn, own,
+ * mma or exact (attention.cu), MOE_GEMM=own (device.cu), MOE_LANES=off (lanes.cu).
  * tests/bench/ablation.sh takes a training step with each of them alone. */
 #ifndef MOE_KERNELS_CUDA_PLAIN_H
 #define MOE_KERNELS_CUDA_PLAIN_H

@@ -68,7 +68,8 @@ off experts "Hopper's expert kernels: cuBLAS per expert" MOE_EXPERT_GEMM=cublas
 off router "the one-pass router" MOE_PLAIN=router
 off norm "rms_norm_backward by a warp for a row" MOE_PLAIN=norm
 off gather "rows taken in an order that the cache likes" MOE_PLAIN=gather
-off cudnn "cuDNN's attention: our tensor core kernels" MOE_ATTENTION=own
+off hopper "our attention backward for Hopper: cuDNN's" MOE_ATTENTION=cudnn
+off cudnn "cuDNN's attention forward: our tensor cores" MOE_ATTENTION=own
 off tensor "attention on tensor cores: float32 kernels" MOE_ATTENTION=exact
 off lanes "lanes: exchanges and updates in the main one" MOE_LANES=off
 if [ "$ranks" -eq 1 ]; then

@@ -48,6 +48,10 @@ for suite in experts gpu_experts gpu_determinism; do
   check "$suite, cuBLAS per expert" "$@" env MOE_EXPERT_GEMM=cublas "$program" -j2 \
     --filter "$suite/*" --timeout 600
 done
+for wish in cudnn mma; do
+  check "attention, $wish" "$@" env MOE_ATTENTION=$wish "$program" -j2 --filter 'attention/*' \
+    --timeout 600
+done
 for suite in attention_cached experts_decode gpu_decode; do
   check "$suite, plain" "$@" env MOE_PLAIN=overlap,router \
     MOE_ATTENTION=exact "$program" -j2 --filter "$suite/*" --timeout 600
