@@ -1,8 +1,9 @@
 /* CUDA against the CPU at sizes that reach what small tests do not: rows longer than a block, split
  * sums, several rounds, scalar and 16-byte accesses. Elementwise, norm, matrix products, rope,
- * loss, optimizer, sampling, embedding. */
+ * attention, loss, optimizer, sampling, embedding. */
 #include <criterion/criterion.h>
 
+#include "kernels/backend.h"
 #include "tests/gpu/both.h"
 
 static const moe_dtype types[] = {MOE_F32, MOE_BF16, MOE_F16};
@@ -117,6 +118,45 @@ Test(gpu_rope, agrees_and_undoes_itself, .init = both_open, .fini = both_close) 
         AGREE(qkv, rounding(act));
         both_align(qkv);
       }
+    }
+}
+
+static both document_starts(int64_t tokens, int64_t seq, int64_t length) {
+  both x = both_ints("doc_start", SHAPE(tokens), 0, 1);
+  int32_t *start = x.t[CPU_SIDE].data;
+  for (int64_t i = 0; i < tokens; i++) start[i] = (int32_t)(i % seq / length * length);
+  both_align(x);
+  return x;
+}
+
+/* Sequences of many blocks, the last one not full, with and without documents; by the kernels that
+ * may add up in any order too. */
+Test(gpu_attention, agrees_over_many_blocks, .init = both_open, .fini = both_close) {
+  const moe_attention_shape shapes[] = {
+      {1, 2048, 12, 1, 64}, {2, 1100, 6, 2, 64}, {1, 900, 4, 1, 128}};
+  for (int i = 0; i < 12; i++) EACH_TYPE(act) {
+      moe_attention_shape n = shapes[i / 4];
+      both_dev[GPU_SIDE]->options.deterministic = i % 4 < 2;
+      int64_t t = n.batch * n.seq, wide = n.heads * n.head_dim;
+      int64_t width = wide + 2 * n.kv_heads * n.head_dim;
+      both qkv = both_random("qkv", act, SHAPE(t, width), 1.0), doc = both_none();
+      both dout = both_random("dout", act, SHAPE(t, wide), 1.0);
+      both out = both_output("out", act, SHAPE(t, wide));
+      both lse = both_output("lse", MOE_F32, SHAPE(n.batch, n.heads, n.seq));
+      both dqkv = both_output("dqkv", act, SHAPE(t, width));
+      if (i % 2 == 1) doc = document_starts(t, n.seq, 450); /* ends amid blocks */
+      for (int s = 0; s < SIDES; s++) {
+        int64_t bytes = moe_attention_scratch(both_dev[s], n, act);
+        moe_device_set_scratch(both_dev[s], moe_device_alloc(both_dev[s], bytes), bytes);
+      }
+      BOTH(moe_attention(dev, n, qkv.t[s], doc.t[s], out.t[s], lse.t[s]));
+      AGREE(out, rounding(act));
+      AGREE(lse, 1e-5);
+      both_align(out);
+      both_align(lse);
+      BOTH(moe_attention_backward(dev, n, dout.t[s], qkv.t[s], doc.t[s], out.t[s], lse.t[s],
+                                  dqkv.t[s]));
+      AGREE(dqkv, 2.0 * rounding(act));
     }
 }
 
