@@ -139,24 +139,30 @@ template <typename G, typename S, int N> struct adamw_elements {
 
 enum { ADAMW_THREADS = 256, ADAMW_BLOCKS = 4 /* on a multiprocessor */ };
 
-/* A thread takes N elements at each of two places a block's width apart and asks for all of them
- * before it works on any, so 8 loads are under way; a warp's accesses lie side by side. */
+/* A block takes one tile: a thread N elements at each of PLACES places a block's width apart. It
+ * asks for all of them before it works on any, so enough loads are under way; a warp's accesses lie
+ * side by side. Blocks that come and go keep memory busier than blocks that stay and take turns. */
+template <typename S> constexpr int adamw_places = sizeof(S) == 4 ? 1 : 2;
+template <typename S, int N> constexpr int adamw_tile = adamw_places<S> *ADAMW_THREADS *N;
+
 template <typename G, typename S, typename W, int N>
 __global__ void __launch_bounds__(ADAMW_THREADS, ADAMW_BLOCKS) adamw_kernel(adamw_args p) {
-  constexpr int64_t apart = ADAMW_THREADS * N, tile = 2 * apart;
+  constexpr int places = adamw_places<S>, apart = ADAMW_THREADS * N;
   float scale = *p.scale;
   if (scale < 0.0f) return; /* a non-finite step is skipped */
-  int64_t at = blockIdx.x * tile + (int64_t)threadIdx.x * N, step = gridDim.x * tile;
-  for (; at + apart + N <= p.n; at += step) {
-    adamw_elements<G, S, N> a, b;
-    a.read(p, at);
-    b.read(p, at + apart);
-    a.update(p, scale, at);
-    b.update(p, scale, at + apart);
-    a.template write<W>(p, at);
-    b.template write<W>(p, at + apart);
+  int64_t at = (int64_t)blockIdx.x * adamw_tile<S, N> + (int64_t)threadIdx.x * N;
+  if (at + (places - 1) * apart + N <= p.n) {
+    adamw_elements<G, S, N> x[places];
+#pragma unroll
+    for (int i = 0; i < places; i++) x[i].read(p, at + i * apart);
+#pragma unroll
+    for (int i = 0; i < places; i++) {
+      x[i].update(p, scale, at + i * apart);
+      x[i].template write<W>(p, at + i * apart);
+    }
+    return;
   }
-  for (int64_t part = at; part < p.n && part <= at + apart; part += apart) /* the last tile */
+  for (int64_t part = at; part < p.n && part < at + adamw_tile<S, N>; part += apart) /* the last */
     for (int64_t i = part; i < part + N && i < p.n; i++) {
       adamw_elements<G, S, 1> one;
       one.read(p, i);
@@ -171,7 +177,7 @@ template <typename F> static moe_status state_type(moe_dtype dtype, F f) {
 
 moe_status moe_cuda_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_tensor scale,
                           moe_tensor master, moe_tensor m, moe_tensor v, moe_tensor weight) {
-  int64_t n = moe_tensor_count(master), most = (int64_t)cuda_of(dev)->sms * ADAMW_BLOCKS;
+  int64_t n = moe_tensor_count(master);
   adamw_args p = {factors_of(args), args.step,
                   args.first,       cuda_data<float>(scale),
                   grad.data,        cuda_data<float>(master),
@@ -181,9 +187,9 @@ moe_status moe_cuda_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad,
   moe_dtype act = moe_tensor_present(weight) ? weight.dtype : MOE_F32;
   auto launch = [&](auto g, auto s, auto w, auto width) {
     constexpr int N = decltype(width)::value == 1 ? 1 : 4;
-    int64_t need = div_up(n, 2 * ADAMW_THREADS * N);
     adamw_kernel<decltype(g), decltype(s), decltype(w), N>
-        <<<(unsigned)(need < most ? need : most), ADAMW_THREADS, 0, cuda_of(dev)->stream>>>(p);
+        <<<(unsigned)div_up(n, adamw_tile<decltype(s), N>), ADAMW_THREADS, 0,
+           cuda_of(dev)->stream>>>(p);
     CUDA_LAUNCHED(dev);
     return MOE_OK;
   };
