@@ -8,3 +8,7 @@ if(MOE_WITH_CUDA)
   target_link_libraries(gpu_tests PRIVATE PkgConfig::CRITERION)
   add_test(NAME gpu.agree COMMAND gpu_tests -j1 --filter "gpu_*/*")
 endif()
+# Runs move between devices: on GPUs by run.sh, here between CPU ranks.
+add_test(NAME gpu.moves COMMAND ${CMAKE_CURRENT_LIST_DIR}/moves.sh ${CMAKE_BINARY_DIR}/bin)
+set_tests_properties(gpu.moves PROPERTIES TIMEOUT 300
+  ENVIRONMENT "${MOE_TEST_ENV};BACKEND=cpu;ONLY=1-2 4-2x2")

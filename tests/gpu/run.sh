@@ -7,6 +7,7 @@
 #   ONLY='router gpu_router' tests/gpu/run.sh ...            these suites
 #   tests/gpu/run.sh .gpu/bin/gpu_tests .gpu/run             through what finds its libraries
 #
+# Where moe-train and moe-data lie beside PROGRAM, whole runs move between devices, too (moves.sh).
 # Prints one line per suite and what a failing one said; ends with 1 when any failed.
 set -u
 program=${1:?usage: run.sh PROGRAM [LAUNCHER...]}
@@ -56,4 +57,8 @@ for suite in attention_cached experts_decode gpu_decode; do
   check "$suite, plain" "$@" env MOE_PLAIN=overlap,router \
     MOE_ATTENTION=exact "$program" -j2 --filter "$suite/*" --timeout 600
 done
+programs=$(dirname "$program")
+if [ -z "${ONLY:-}" ] && [ -x "$programs/moe-train" ] && [ -x "$programs/moe-data" ]; then
+  check "runs, saved and continued elsewhere" "$(dirname "$0")/moves.sh" "$programs" "$@"
+fi
 exit $failed
