@@ -8,6 +8,7 @@
 
 #include "checkpoint/proof.h"
 #include "core/base/arena.h"
+#include "core/base/integers.h"
 #include "kernels/ops.h"
 
 #define LAYER "model.layers.{L}."
@@ -45,21 +46,17 @@ typedef struct {
   moe_tensor logits;       /* [T, rows of a part] */
 } pass;
 
-static int64_t max_i64(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-
 /* Rows of the embedding or head in one part. */
 static int64_t part_rows(const moe_dims *d) {
-  int64_t rows = max_i64(1, PART / d->hidden);
-  return rows < d->vocab ? rows : d->vocab;
+  int64_t rows = moe_max64(1, PART / d->hidden);
+  return moe_min64(rows, d->vocab);
 }
 
 static int64_t weight_room(const moe_dims *d) {
   int64_t attention = (d->heads + 2 * d->kv_heads) * d->head_dim * d->hidden;
   int64_t expert = 3 * d->ffn * d->hidden;
-  return max_i64(max_i64(attention, expert),
-                 max_i64(part_rows(d) * d->hidden, d->experts * d->hidden));
+  return moe_max64(moe_max64(attention, expert),
+                 moe_max64(part_rows(d) * d->hidden, d->experts * d->hidden));
 }
 
 /* ---- set-up: runs twice, to measure and to take (arena.h) --------------------------------------
@@ -96,7 +93,7 @@ static void take_buffers(pass *p, moe_arena *arena) {
   p->sorted_gates = moe_arena_tensor_1d(arena, MOE_F32, t);
   p->logits = moe_arena_tensor_2d(arena, MOE_F32, t, part_rows(d));
   moe_attention_shape shape = {p->batch, p->seq, d->heads, d->kv_heads, d->head_dim};
-  int64_t scratch = max_i64(moe_attention_scratch(p->dev, shape, MOE_F32),
+  int64_t scratch = moe_max64(moe_attention_scratch(p->dev, shape, MOE_F32),
                             moe_expert_scratch(p->dev, t, hidden, d->ffn, MOE_F32));
   void *room = moe_arena_take(arena, scratch);
   if (!arena->measuring) moe_device_set_scratch(p->dev, room, scratch);

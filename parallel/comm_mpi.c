@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/base/integers.h"
 #include "kernels/ops.h"
 #include "parallel/comm_backend.h"
 
@@ -25,10 +26,6 @@ moe_status moe_mpi_check(int code, const char *call) {
   int length = 0;
   MPI_Error_string(code, text, &length);
   return moe_fail(MOE_FAILED, "%.*s failed: %s", (int)strcspn(call, "("), call, text);
-}
-
-static int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
 }
 
 static MPI_Datatype type_of(moe_dtype t) {
@@ -80,7 +77,7 @@ static moe_status mpi_open(moe_comm *c) {
   c->state = s;
   if (s) {
     /* room for one element of every rank's chunk and of the sum, at least */
-    int64_t least = (c->size + 1) * WIDEST, most = smaller(moe_mpi_limit, WORK_BYTES);
+    int64_t least = (c->size + 1) * WIDEST, most = moe_min64(moe_mpi_limit, WORK_BYTES);
     s->work_bytes = most > least ? most : least;
     s->work = malloc((size_t)s->work_bytes);
     s->counts = calloc(4 * (size_t)c->size, sizeof *s->counts);
@@ -107,7 +104,7 @@ static moe_status all_reduce_half(moe_comm *c, moe_tensor x) {
   mpi_state *s = c->state;
   int64_t count = moe_tensor_count(x), step = s->work_bytes / moe_dtype_size(MOE_F32);
   for (int64_t at = 0; at < count; at += step) {
-    int64_t n = smaller(step, count - at);
+    int64_t n = moe_min64(step, count - at);
     moe_tensor wide = moe_tensor_1d(s->work, MOE_F32, n);
     MOE_TRY(convert(c, wide, span(x, at, n)));
     MPI_TRY(MPI_Allreduce(MPI_IN_PLACE, wide.data, (int)n, MPI_FLOAT, MPI_SUM, c->mpi));
@@ -122,7 +119,7 @@ static moe_status mpi_all_reduce(moe_comm *c, moe_tensor x, moe_reduce_op op) {
   if (moe_is_half(x.dtype)) return all_reduce_half(c, x);
   int64_t count = moe_tensor_count(x), step = moe_mpi_limit / WIDEST;
   for (int64_t at = 0; at < count; at += step) {
-    int64_t n = smaller(step, count - at);
+    int64_t n = moe_min64(step, count - at);
     MPI_TRY(MPI_Allreduce(MPI_IN_PLACE, span(x, at, n).data, (int)n, type_of(x.dtype),
                           moe_mpi_op(op), c->mpi));
   }
@@ -146,7 +143,7 @@ static moe_status mpi_reduce_scatter(moe_comm *c, moe_tensor x, moe_tensor out) 
   int64_t chunk = moe_tensor_count(out), size = moe_dtype_size(x.dtype);
   int64_t step = s->work_bytes / (c->size * size + WIDEST);
   for (int64_t at = 0; at < chunk; at += step) {
-    int64_t n = smaller(step, chunk - at);
+    int64_t n = moe_min64(step, chunk - at);
     moe_tensor got = moe_tensor_2d((char *)s->work + n * WIDEST, x.dtype, c->size, n);
     moe_tensor sum = moe_tensor_2d(s->work, sum_type(x.dtype), 1, n);
     MPI_Datatype block;
@@ -166,7 +163,7 @@ static moe_status mpi_reduce_scatter(moe_comm *c, moe_tensor x, moe_tensor out) 
 
 moe_status moe_mpi_all_gather(moe_comm *c, const void *x, int64_t bytes, void *out) {
   for (int64_t at = 0; at < bytes; at += moe_mpi_limit) {
-    int64_t n = smaller(moe_mpi_limit, bytes - at);
+    int64_t n = moe_min64(moe_mpi_limit, bytes - at);
     const void *mine = x == MPI_IN_PLACE ? x : (const char *)x + at;
     MPI_Datatype block;
     MOE_TRY(block_type(n, bytes, &block));
@@ -179,8 +176,8 @@ moe_status moe_mpi_all_gather(moe_comm *c, const void *x, int64_t bytes, void *o
 
 moe_status moe_mpi_broadcast(moe_comm *c, void *x, int64_t bytes, int root) {
   for (int64_t at = 0; at < bytes; at += moe_mpi_limit)
-    MPI_TRY(
-        MPI_Bcast((char *)x + at, (int)smaller(moe_mpi_limit, bytes - at), MPI_BYTE, root, c->mpi));
+    MPI_TRY(MPI_Bcast((char *)x + at, (int)moe_min64(moe_mpi_limit, bytes - at), MPI_BYTE, root,
+                      c->mpi));
   return MOE_OK;
 }
 

@@ -7,6 +7,7 @@
 
 #include <string.h>
 
+#include "core/base/integers.h"
 #include "kernels/ops.h"
 
 /* Memory for what travels between ranks, if anything does. */
@@ -49,9 +50,9 @@ void moe_stash_destroy(moe_stash *s) {
 
 int64_t moe_block_most_rows(const moe_block_env *env) {
   int64_t owned = moe_range_size(env->mesh->owned);
-  int64_t most = env->dims.top_k < owned ? env->dims.top_k : owned;
+  int64_t most = moe_min64(env->dims.top_k, owned);
   int64_t rows = moe_dispatch_max_rows(env->dispatcher) * most + owned * (env->pad - 1);
-  return (rows + env->pad - 1) / env->pad * env->pad;
+  return moe_round_up64(rows, env->pad);
 }
 
 void moe_work_create(moe_block_env *env, moe_memory *memory, bool training) {

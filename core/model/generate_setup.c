@@ -2,24 +2,17 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/base/integers.h"
 #include "core/model/generate_state.h"
 
 static bool measuring(const moe_memory *memory) {
   return memory->arena[MOE_MEM_WEIGHTS].measuring;
 }
 
-static int64_t min_i64(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
-static int64_t max_i64(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-
 int64_t moe_generator_sorted_rows(const moe_generator *g, int64_t tokens) {
   int64_t owned = moe_range_size(g->params.experts);
-  int64_t rows = tokens * min_i64(g->dims.top_k, owned) + owned * (g->pad - 1);
-  return (rows + g->pad - 1) / g->pad * g->pad;
+  int64_t rows = tokens * moe_min64(g->dims.top_k, owned) + owned * (g->pad - 1);
+  return moe_round_up64(rows, g->pad);
 }
 
 static moe_status check_sizes(const moe_generator *g) {
@@ -28,7 +21,7 @@ static moe_status check_sizes(const moe_generator *g) {
     return moe_fail(MOE_INVALID, "generator of %lld slots, %lld positions, %lld tokens a pass",
                     (long long)o->batch, (long long)o->room, (long long)o->chunk);
   double cache = moe_kv_cache_bytes(&g->dims, o->batch, o->room, g->dtype);
-  double widest = (double)max_i64(g->dims.vocab, 3 * g->dims.ffn + 2 * g->dims.hidden);
+  double widest = (double)moe_max64(g->dims.vocab, 3 * g->dims.ffn + 2 * g->dims.hidden);
   double work = (double)g->most_tokens * (double)g->dims.top_k * widest * 4.0;
   if (cache + work < 1e15) return MOE_OK;
   return moe_fail(MOE_NO_MEMORY,
@@ -62,7 +55,7 @@ static moe_status create_weights(moe_generator *g, moe_memory *memory) {
 /* Rows of logits made at a time: those of a step, and as many as fit in 64 MiB. */
 static int64_t logit_rows(const moe_generator *g) {
   int64_t fit = (64LL << 20) / (g->dims.vocab * 4);
-  return max_i64(g->options.batch, min_i64(g->most_tokens, max_i64(fit, 1)));
+  return moe_max64(g->options.batch, moe_min64(g->most_tokens, moe_max64(fit, 1)));
 }
 
 static void create_work(moe_generator *g, moe_arena *arena) {
@@ -112,7 +105,7 @@ static int64_t attention_scratch(const moe_generator *g) {
     for (int64_t n = 1; n <= g->most_tokens / slots; n++) {
       moe_attention_shape s = {slots, n, d->heads, d->kv_heads, d->head_dim};
       int64_t bytes = moe_attention_cached_scratch(g->options.dev, s, g->options.room, g->dtype);
-      most = max_i64(most, bytes);
+      most = moe_max64(most, bytes);
     }
   }
   return most;
@@ -123,7 +116,7 @@ static void create_scratch(moe_generator *g, moe_memory *memory) {
   moe_device *dev = g->options.dev;
   int64_t rows = moe_generator_sorted_rows(g, g->most_tokens);
   int64_t experts = moe_expert_scratch(dev, rows, g->dims.hidden, g->dims.ffn, g->dtype);
-  int64_t bytes = max_i64(experts, attention_scratch(g));
+  int64_t bytes = moe_max64(experts, attention_scratch(g));
   void *data = moe_arena_take(&memory->arena[MOE_MEM_SCRATCH], bytes);
   if (!measuring(memory)) moe_device_set_scratch(dev, data, bytes);
 }
@@ -174,8 +167,8 @@ moe_status moe_generator_create(const moe_generator_options *options, moe_memory
   g->dims = moe_dims_of(options->config);
   g->norm_eps = options->config->model.norm_eps;
   g->dtype = moe_config_compute_dtype(options->config);
-  g->most_tokens = max_i64(options->chunk, options->batch);
-  g->few = max_i64(FEW, options->batch);
+  g->most_tokens = moe_max64(options->chunk, options->batch);
+  g->few = moe_max64(FEW, options->batch);
   g->pad = moe_device_what(options->dev) == MOE_DEVICE_CUDA ? 128 : 1;
   moe_status status = create(g, memory);
   g->options.config = NULL; /* the caller's */

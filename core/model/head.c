@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 
+#include "core/base/integers.h"
 #include "kernels/ops.h"
 
 /* Tokens per chunk: enough rows for an efficient product, within 256 MiB of logits. */
@@ -10,7 +11,7 @@ static int64_t chunk_tokens(const moe_block_env *env) {
   int64_t row = env->dims.vocab * moe_dtype_size(env->dtype);
   int64_t fit = (256LL << 20) / row;
   int64_t chunk = fit < 128 ? 128 : fit > 8192 ? 8192 : fit;
-  return chunk < env->tokens ? chunk : env->tokens;
+  return moe_min64(chunk, env->tokens);
 }
 
 void moe_head_create(moe_block_env *env, moe_arena *arena, moe_head *out) {

@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/base/integers.h"
 #include "core/model/model_state.h"
 #include "kernels/ops.h"
 #include "parallel/grad_sync.h"
@@ -78,18 +79,14 @@ static moe_status create_blocks(moe_model *m, moe_memory *memory) {
   return MOE_OK;
 }
 
-static int64_t round_up(int64_t n, int64_t unit) {
-  return (n + unit - 1) / unit * unit;
-}
-
 /* A quarter more than balanced routing needs, and never more than any routing can. */
 static int64_t choose_round_rows(const moe_block_env *env) {
   int64_t owned = moe_range_size(env->mesh->owned);
   double balanced = (double)(env->tokens * env->mesh->ep * env->dims.top_k) * (double)owned /
                     (double)env->dims.experts;
-  int64_t usual = round_up((int64_t)(1.25 * balanced) + 1, env->pad) + owned * env->pad;
+  int64_t usual = moe_round_up64((int64_t)(1.25 * balanced) + 1, env->pad) + owned * env->pad;
   int64_t most = moe_block_most_rows(env);
-  return usual < most ? usual : most;
+  return moe_min64(usual, most);
 }
 
 int64_t moe_model_stats_width(const moe_model *m) {

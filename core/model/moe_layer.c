@@ -12,6 +12,7 @@
  * Exchanges hide behind arithmetic (kernels/lanes.h). Forward, the rows set out while the router
  * still chooses. Backward, the gradients that only the optimizer waits for, those of the expert
  * weights, are put off: w2's covers the rows' way back, w1's and w3's the next layer's exchange. */
+#include "core/base/integers.h"
 #include "core/model/block.h"
 #include "kernels/lanes.h"
 #include "kernels/ops.h"
@@ -23,10 +24,6 @@ typedef struct {
   moe_tensor xs, ys, dxs, gu, a; /* [rows, ...] */
   moe_tensor gates, dgates;      /* f32 [rows] */
 } round_view;
-
-static int64_t min_i64(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
 
 /* Rows of sorted work to go through. Where one round holds whatever comes nobody needs to know how
  * many came: operations read the offsets on the device. Else the number is sent for here, and the
@@ -50,7 +47,8 @@ static moe_status count_rows(moe_block_env *env, moe_stash *s) {
 
 static round_view round_at(moe_block_env *env, moe_block *b, int64_t begin) {
   moe_work *w = &env->work;
-  round_view r = {.begin = begin, .rows = min_i64(env->round_rows, b->stash->sorted_rows - begin)};
+  round_view r = {.begin = begin,
+                  .rows = moe_min64(env->round_rows, b->stash->sorted_rows - begin)};
   r.pair = moe_tensor_rows(b->stash->pair, begin, r.rows);
   r.xs = moe_tensor_rows(w->xs, 0, r.rows);
   r.ys = moe_tensor_rows(w->ys, 0, r.rows);

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "core/base/integers.h"
 #include "core/base/log.h"
 
 typedef struct {
@@ -20,14 +21,10 @@ typedef struct {
   moe_perplexity_result *out;
 } task;
 
-static int64_t min_i64(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 /* Fill row `row` with window w: beyond the end of the file token 0 without a target. */
 static moe_status load_window(task *t, int64_t w, int64_t row) {
   int64_t s = t->options.window, start = w * t->options.stride;
-  int64_t inputs = min_i64(s, t->total - 1 - start);
+  int64_t inputs = moe_min64(s, t->total - 1 - start);
   int64_t counted = w == 0 ? 0 : s - t->options.stride; /* by the window before */
   MOE_TRY(moe_token_file_read(t->file, start, inputs + 1, t->vocab, t->read));
   for (int64_t i = 0; i < s; i++) {
@@ -58,7 +55,7 @@ static moe_status run(task *t) {
   double loss[2] = {0.0, 0.0};
   t->started_s = t->shown_s = moe_clock_s();
   for (int64_t w = 0; w < t->windows; w += batch) {
-    int64_t n = min_i64(batch, t->windows - w);
+    int64_t n = moe_min64(batch, t->windows - w);
     for (int64_t row = 0; row < n; row++) MOE_TRY(load_window(t, w + row, row));
     MOE_TRY(moe_generator_clear(t->g, 0, n));
     MOE_TRY(moe_generator_score(t->g, 0, n, t->tokens, t->targets, s, loss));
@@ -79,7 +76,7 @@ moe_status moe_perplexity(moe_generator *g, const moe_token_file *file, moe_perp
                     (long long)o.stride, (long long)s);
   *out = (moe_perplexity_result){0};
   task t = {.g = g, .file = file, .options = o, .out = out};
-  t.total = o.limit > 0 ? min_i64(o.limit, tokens) : tokens;
+  t.total = o.limit > 0 ? moe_min64(o.limit, tokens) : tokens;
   t.vocab = moe_generator_params(g)->dims.vocab;
   t.terminal = isatty(STDERR_FILENO) != 0;
   if (t.total < 2)

@@ -45,15 +45,11 @@ typedef struct {
   int64_t stride;
 } panel;
 
-static int64_t max64(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-
 static problem make_problem(moe_attention_shape s, int64_t rep, moe_tensor qkv,
                             moe_tensor doc_start) {
   problem p = {s, qkv, doc_start.data, rep, 0, 0, (s.heads + 2 * s.kv_heads) * s.head_dim, 0.0f};
-  p.tokens = max64(1, moe_min64(s.seq, moe_min64(STACK_TOKENS, STACK_ROWS / rep)));
-  p.keys = max64(1, moe_min64(s.seq, KEY_BLOCK));
+  p.tokens = moe_max64(1, moe_min64(s.seq, moe_min64(STACK_TOKENS, STACK_ROWS / rep)));
+  p.keys = moe_max64(1, moe_min64(s.seq, KEY_BLOCK));
   p.scale = (float)(1.0 / sqrt((double)s.head_dim));
   return p;
 }
@@ -112,7 +108,7 @@ int64_t moe_cpu_attention_scratch(moe_device *dev, moe_attention_shape shape, mo
   (void)dtype;
   int threads = moe_cpu_threads(dev);
   return (int64_t)sizeof(float) *
-         max64(forward_floats(shape, threads), backward_floats(shape, threads));
+         moe_max64(forward_floats(shape, threads), backward_floats(shape, threads));
 }
 
 static moe_status get_scratch(moe_device *dev, int64_t floats, float **out) {
@@ -136,7 +132,7 @@ static stack make_stack(const problem *p, int64_t batch, int64_t head, int64_t b
 static int64_t first_key(const problem *p, int64_t batch, int64_t i) {
   if (!p->doc_start) return 0;
   int64_t start = p->doc_start[batch * p->s.seq + i];
-  return moe_min64(max64(start, 0), i);
+  return moe_min64(moe_max64(start, 0), i);
 }
 
 /* The stack's rows of a tensor whose tokens are `stride` apart, the stack's heads consecutive. */
@@ -169,8 +165,8 @@ static panel view_keys(const problem *p, const stack *k, int which, int64_t begi
 static void visible(const problem *p, const stack *k, int64_t r, int64_t first, int64_t n,
                     int64_t *a, int64_t *b) {
   int64_t i = k->begin + r / p->rep;
-  *a = moe_min64(max64(first_key(p, k->batch, i) - first, 0), n);
-  *b = max64(moe_min64(i + 1 - first, n), *a);
+  *a = moe_min64(moe_max64(first_key(p, k->batch, i) - first, 0), n);
+  *b = moe_max64(moe_min64(i + 1 - first, n), *a);
 }
 
 static void clear(float *x, int64_t n) {

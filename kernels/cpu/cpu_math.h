@@ -5,11 +5,8 @@
 
 #include <string.h>
 
+#include "core/base/integers.h"
 #include "core/base/tensor.h"
-
-static inline int64_t moe_min64(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
 
 /* n elements of an act tensor, starting at element `at`, to or from float. */
 void moe_cpu_load(moe_tensor t, int64_t at, int64_t n, float *out);

@@ -11,10 +11,6 @@ enum { CHUNK = 512 }; /* elements of a row held on the stack */
 
 /* ---- plan ------------------------------------------------------------------------------------ */
 
-static int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-
 /* offset[j] = how many pairs expert j has; offset[e] = 0. */
 static void count(const int32_t *expert, int64_t pairs, int64_t e, int32_t *offset) {
   memset(offset, 0, (size_t)(e + 1) * sizeof *offset);
@@ -31,7 +27,7 @@ moe_status moe_cpu_permute_plan(moe_device *dev, moe_tensor experts, int64_t pad
 
   count(expert, pairs, e, offset);
   for (int64_t j = 0; j <= e; j++) { /* counts -> where segments begin */
-    int64_t segment = round_up(offset[j], pad);
+    int64_t segment = moe_round_up64(offset[j], pad);
     offset[j] = (int32_t)rows;
     rows += segment;
   }
@@ -42,7 +38,7 @@ moe_status moe_cpu_permute_plan(moe_device *dev, moe_tensor experts, int64_t pad
     if (mine) pair_at[slot_of[i]] = (int32_t)i;
   }
   for (int64_t j = e; j > 0; j--) /* a cursor ended where its segment's padding begins */
-    offset[j] = (int32_t)round_up(offset[j - 1], pad);
+    offset[j] = (int32_t)moe_round_up64(offset[j - 1], pad);
   offset[0] = 0;
   return MOE_OK;
 }

@@ -1,6 +1,7 @@
 /* The sort by expert and the moves into and out of it, exactly: small integers and copies. */
 #include <criterion/criterion.h>
 
+#include "core/base/integers.h"
 #include "tests/support/op_check.h"
 
 typedef struct {
@@ -8,10 +9,6 @@ typedef struct {
   op_tensor experts, offsets, pair, slot;
   double *want_offsets, *want_pair, *want_slot;
 } plan;
-
-static int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
 
 /* The plan by its definition: for each expert, its pairs in order, then padding. */
 static void reference(plan *p) {
@@ -25,7 +22,7 @@ static void reference(plan *p) {
       p->want_slot[i] = (double)row;
       p->want_pair[row++] = (double)i;
     }
-    row = round_up(row, p->pad);
+    row = moe_round_up64(row, p->pad);
   }
   p->want_offsets[p->e] = (double)row;
 }
