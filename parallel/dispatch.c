@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "core/base/config.h"
+#include "core/base/integers.h"
 #include "core/base/log.h"
 #include "kernels/lanes.h"
 #include "kernels/ops.h"
@@ -25,6 +26,7 @@ struct moe_dispatcher {
   const moe_mesh *mesh;
   moe_dispatch_shape shape;
   exchange_kind exchange;
+  bool per_expert;       /* all-to-all: a row per chosen expert, not per rank */
   double seconds, bytes; /* cost since it was last asked for */
   moe_mark (*waits)[2];  /* lanes: before and after each wait since then */
   int64_t wait_count, wait_room;
@@ -59,23 +61,32 @@ static exchange_kind choose_exchange(const moe_device *dev, const moe_mesh *mesh
   return expected < most * (mesh->ep - 1) ? EXCHANGE_ALLTOALL : EXCHANGE_ALLGATHER;
 }
 
+/* A benchmark's wish: see what sending a token once per rank is worth. */
+static bool wants_per_expert(exchange_kind exchange) {
+  const char *wish = getenv("MOE_DEDUP");
+  return exchange == EXCHANGE_ALLTOALL && wish && strcmp(wish, "off") == 0;
+}
+
 /* Indices of rows and pairs are int32 on the device. */
-static moe_status check_shape(const moe_mesh *mesh, moe_dispatch_shape s) {
+static moe_status check_shape(const moe_dispatcher *d) {
+  const moe_mesh *mesh = d->mesh;
+  moe_dispatch_shape s = d->shape;
+  int64_t places = s.top_k * (d->per_expert ? s.top_k : 1); /* of experts, per token */
   if (s.tokens < 1 || s.hidden < 1 || s.top_k < 1 || s.top_k > mesh->num_experts)
     return moe_fail(
         MOE_INVALID, "moe_dispatcher_create: %lld tokens of %lld, %lld of %lld experts each",
         (long long)s.tokens, (long long)s.hidden, (long long)s.top_k, (long long)mesh->num_experts);
-  if (s.tokens > INT32_MAX / mesh->ep / s.top_k)
+  if (s.tokens > INT32_MAX / mesh->ep / places)
     return moe_fail(MOE_USAGE,
                     "train.micro_batch: %lld tokens * %d ranks * %lld experts per token exceed "
                     "2^31: take a smaller micro_batch, sequence_length or parallel.ep",
-                    (long long)s.tokens, mesh->ep, (long long)s.top_k);
+                    (long long)s.tokens, mesh->ep, (long long)places);
   return MOE_OK;
 }
 
 static void take_host(moe_dispatcher *d, moe_arena *arena) {
   int64_t ep = d->mesh->ep;
-  moe_dispatch_plan_take(&d->plan, d->mesh->ep, d->mesh->num_experts, d->shape.top_k,
+  moe_dispatch_plan_take(&d->plan, d->mesh->ep, d->per_expert, d->mesh->num_experts, d->shape.top_k,
                          d->shape.tokens, arena);
   d->counts = moe_arena_take(arena, ep * ep * (int64_t)sizeof *d->counts);
 }
@@ -108,23 +119,22 @@ static void take_allgather(moe_dispatcher *d, moe_arena *device) {
 moe_status moe_dispatcher_create(moe_device *dev, const moe_mesh *mesh, moe_dispatch_shape shape,
                                  moe_memory *memory, moe_dispatcher **out) {
   *out = NULL;
-  MOE_TRY(check_shape(mesh, shape));
   moe_dispatcher *d = calloc(1, sizeof *d);
   if (!d) return moe_fail(MOE_NO_MEMORY, "out of memory: making a dispatcher");
   d->dev = dev;
   d->mesh = mesh;
   d->shape = shape;
   d->exchange = choose_exchange(dev, mesh, shape);
-  if (d->exchange == EXCHANGE_ALLGATHER) take_allgather(d, &memory->arena[MOE_MEM_EXCHANGE]);
-  if (d->exchange == EXCHANGE_ALLTOALL) {
-    moe_status status = take_alltoall(d, &memory->arena[MOE_MEM_EXCHANGE]);
-    if (status != MOE_OK) {
-      moe_dispatcher_destroy(d);
-      return status;
-    }
-  }
-  *out = d;
-  return MOE_OK;
+  d->per_expert = wants_per_expert(d->exchange);
+  moe_arena *arena = &memory->arena[MOE_MEM_EXCHANGE];
+  moe_status status = check_shape(d);
+  if (status == MOE_OK && d->exchange == EXCHANGE_ALLGATHER) take_allgather(d, arena);
+  if (status == MOE_OK && d->exchange == EXCHANGE_ALLTOALL) status = take_alltoall(d, arena);
+  if (status == MOE_OK)
+    *out = d;
+  else
+    moe_dispatcher_destroy(d);
+  return status;
 }
 
 void moe_dispatcher_destroy(moe_dispatcher *d) {
@@ -166,12 +176,13 @@ void moe_route_destroy(moe_route *r) {
 }
 
 int64_t moe_dispatch_max_rows(const moe_dispatcher *d) {
-  return d->shape.tokens * d->mesh->ep;
+  int64_t most = d->shape.tokens * d->mesh->ep, owned = moe_range_size(d->mesh->owned);
+  return d->per_expert ? most * moe_min64(owned, d->shape.top_k) : most;
 }
 
 const char *moe_dispatch_exchange_name(const moe_dispatcher *d) {
   static const char *const names[] = {"none", "all-to-all", "all-gather"};
-  return names[d->exchange];
+  return d->per_expert ? "all-to-all per expert" : names[d->exchange];
 }
 
 /* ---- the exchange lane --------------------------------------------------------------------- */
@@ -377,6 +388,8 @@ static moe_status exchange_counts(moe_dispatcher *d, moe_route *r) {
     r->recv_at[from] = at;
     at += r->recv_rows[from];
   }
+  if (at > moe_dispatch_max_rows(d))
+    return moe_fail(MOE_INVALID, "MOE_DEDUP: only some ranks have it: set it on all or on none");
   set_rows(r, at);
   return MOE_OK;
 }
@@ -435,7 +448,7 @@ static moe_status check_sides(const moe_dispatcher *d, const moe_route *r, moe_t
 moe_status moe_dispatch_send_early(moe_dispatcher *d, moe_tensor x, moe_route *route) {
   const moe_dispatch_shape *s = &d->shape;
   if (d->exchange != EXCHANGE_ALLGATHER) return MOE_OK;
-  int64_t t = x.shape[0] < s->tokens ? x.shape[0] : s->tokens;
+  int64_t t = moe_min64(x.shape[0], s->tokens);
   MOE_TRY(check_2d("x", x, s->dtype, t, s->hidden));
   set_rows(route, t * d->mesh->ep);
   MOE_TRY(enter_lane(d));
@@ -447,7 +460,7 @@ moe_status moe_dispatch_send_early(moe_dispatcher *d, moe_tensor x, moe_route *r
 moe_status moe_dispatch_send(moe_dispatcher *d, moe_tensor x, moe_tensor experts, moe_tensor gates,
                              moe_route *route) {
   const moe_dispatch_shape *s = &d->shape;
-  int64_t t = x.shape[0] < s->tokens ? x.shape[0] : s->tokens;
+  int64_t t = moe_min64(x.shape[0], s->tokens);
   MOE_TRY(check_2d("x", x, s->dtype, t, s->hidden));
   MOE_TRY(check_2d("experts", experts, MOE_I32, t, s->top_k));
   MOE_TRY(check_2d("gates", gates, MOE_F32, t, s->top_k));

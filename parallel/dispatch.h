@@ -9,6 +9,9 @@
  *                unless all-to-all is expected to send under 90 % (on a GPU: 40 %) of its rows
  *                (uniform routing, dispatch_plan.h).
  *
+ * MOE_DEDUP=off in the environment of all ranks (for benchmarks) sends by all-to-all a row for each
+ * of a token's experts, even where several live on one rank: what sending once per rank saves.
+ *
  * Exchanges run on the device's exchange lane (kernels/lanes.h): every call below starts what it
  * names, and moe_dispatch_wait must follow before results are used or sources are written. Work
  * queued between the two hides the exchange. Their memory is best of moe_comm_alloc.
@@ -22,7 +25,8 @@
  * moe_dispatch_return_grad sums the rows' dx and collects the gates' gradients.
  *
  * Layers share one moe_dispatcher (buffers); what a layer must keep until its backward lies in a
- * moe_route. R varies from step to step, up to T * ep. */
+ * moe_route. R varies from step to step, up to T * ep (MOE_DEDUP=off: times the
+ * experts of one rank, up to K). */
 #ifndef MOE_PARALLEL_DISPATCH_H
 #define MOE_PARALLEL_DISPATCH_H
 
@@ -64,9 +68,9 @@ void moe_dispatcher_destroy(moe_dispatcher *d);
 /* Local. Room for one layer's route, from `arena`. */
 moe_status moe_route_create(moe_dispatcher *d, moe_arena *arena, moe_route *out);
 void moe_route_destroy(moe_route *r);
-/* The most rows a route can have: T * ep. */
+/* The most rows a route can have. */
 int64_t moe_dispatch_max_rows(const moe_dispatcher *d);
-/* "all-to-all", "all-gather" or "none", for logs. */
+/* "all-to-all", "all-to-all per expert", "all-gather" or "none", for logs. */
 const char *moe_dispatch_exchange_name(const moe_dispatcher *d);
 
 /* What is started since runs on from here: results are there for what is queued next. Local. */

@@ -11,10 +11,11 @@ static int64_t *take_i64(moe_arena *arena, int64_t n) {
   return moe_arena_take(arena, n * (int64_t)sizeof(int64_t));
 }
 
-void moe_dispatch_plan_take(moe_dispatch_plan *p, int ranks, int64_t experts, int64_t top_k,
-                            int64_t tokens, moe_arena *arena) {
-  int64_t fan = ranks < top_k ? ranks : top_k, rows = tokens * fan;
-  *p = (moe_dispatch_plan){.ranks = ranks, .experts = experts, .top_k = top_k, .fan = fan};
+void moe_dispatch_plan_take(moe_dispatch_plan *p, int ranks, bool per_expert, int64_t experts,
+                            int64_t top_k, int64_t tokens, moe_arena *arena) {
+  int64_t fan = per_expert || ranks > top_k ? top_k : ranks, rows = tokens * fan;
+  *p = (moe_dispatch_plan){
+      .ranks = ranks, .per_expert = per_expert, .experts = experts, .top_k = top_k, .fan = fan};
   p->chosen = take_i32(arena, tokens * top_k);
   p->token = take_i32(arena, rows);
   p->slot = take_i32(arena, rows);
@@ -27,7 +28,14 @@ void moe_dispatch_plan_take(moe_dispatch_plan *p, int ranks, int64_t experts, in
   p->seen = take_i64(arena, ranks);
 }
 
-/* Count each token once per destination; refuse experts that do not exist. */
+/* Whether token t needs a row of its own to rank r, now that it chose an expert there. */
+static bool is_new(moe_dispatch_plan *p, int64_t t, int r) {
+  bool first = p->seen[r] != t;
+  p->seen[r] = t;
+  return first || p->per_expert;
+}
+
+/* Count the rows to each destination; refuse experts that do not exist. */
 static moe_status count_rows(moe_dispatch_plan *p, int64_t tokens) {
   for (int r = 0; r < p->ranks; r++) {
     p->rows[r] = 0;
@@ -41,21 +49,21 @@ static moe_status count_rows(moe_dispatch_plan *p, int64_t tokens) {
         return moe_fail(MOE_INVALID, "moe_dispatch_send: token %lld goes to expert %d of %lld",
                         (long long)t, (int)e, (long long)p->experts);
       int r = moe_shard_owner(p->experts, p->ranks, e);
-      p->rows[r] += p->seen[r] != t;
-      p->seen[r] = t;
+      p->rows[r] += is_new(p, t, r);
     }
   }
   return MOE_OK;
 }
 
-/* Row `row` carries token t to rank r with those of its experts that live there. */
-static void fill_row(moe_dispatch_plan *p, int64_t t, int r, int64_t row) {
+/* Row `row` carries token t to rank r for its expert `chosen`, with those of its others that live
+ * there (per expert: alone). */
+static void fill_row(moe_dispatch_plan *p, int64_t t, int64_t chosen, int r, int64_t row) {
   int64_t k_count = p->top_k;
   moe_range range = moe_shard_range(p->experts, p->ranks, r);
   p->token[row] = (int32_t)t;
   for (int64_t k = 0; k < k_count; k++) {
     int64_t from = t * k_count + k, to = row * k_count + k, e = p->chosen[from];
-    bool there = e >= range.begin && e < range.end;
+    bool there = p->per_expert ? k == chosen : e >= range.begin && e < range.end;
     p->row_experts[to] = there ? (int32_t)(e - range.begin) : -1;
     p->row_gates[to] = there ? (int32_t)from : -1;
     if (there) p->gate_slot[from] = (int32_t)to;
@@ -78,10 +86,9 @@ static void fill_token(moe_dispatch_plan *p, int64_t t) {
       continue;
     }
     int r = moe_shard_owner(p->experts, p->ranks, p->chosen[i]);
-    if (p->seen[r] == t) continue;
-    p->seen[r] = t;
+    if (!is_new(p, t, r)) continue;
     int64_t row = p->next[r]++;
-    fill_row(p, t, r, row);
+    fill_row(p, t, k, r, row);
     insert_slot(p->slot + t * p->fan, used++, row);
   }
 }

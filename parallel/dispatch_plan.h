@@ -1,8 +1,8 @@
-/* The sender's plan of an all-to-all dispatch: which token goes where, once per rank. Host only, no
- * communication. Private to parallel/.
+/* The sender's plan of an all-to-all dispatch: which token goes where, once per rank (or, to see
+ * what that saves, once per expert). Host only, no communication. Private to parallel/.
  *
- * Letters: T tokens, K experts per token, M = min(ranks, K) the most rows one token makes, S the
- * rows sent. Rows are sorted by destination, then by token. */
+ * Letters: T tokens, K experts per token, M the most rows one token makes: min(ranks, K), or K once
+ * per expert; S the rows sent. Rows are sorted by destination, then by token. */
 #ifndef MOE_PARALLEL_DISPATCH_PLAN_H
 #define MOE_PARALLEL_DISPATCH_PLAN_H
 
@@ -14,6 +14,7 @@ extern "C" {
 
 typedef struct {
   int ranks;
+  bool per_expert;
   int64_t experts, top_k, fan; /* E, K, M */
   /* in */
   int32_t *chosen; /* [T, K] global expert numbers, -1: dropped */
@@ -29,8 +30,8 @@ typedef struct {
 } moe_dispatch_plan;
 
 /* Local. Room for `tokens` tokens, taken from `arena` (host memory; pinned is best). */
-void moe_dispatch_plan_take(moe_dispatch_plan *p, int ranks, int64_t experts, int64_t top_k,
-                            int64_t tokens, moe_arena *arena);
+void moe_dispatch_plan_take(moe_dispatch_plan *p, int ranks, bool per_expert, int64_t experts,
+                            int64_t top_k, int64_t tokens, moe_arena *arena);
 /* Local. Make the plan of the first `tokens` tokens of `chosen`; sent: S. MOE_INVALID when a token
  * names an expert that is not there. */
 moe_status moe_dispatch_plan_make(moe_dispatch_plan *p, int64_t tokens, int64_t *sent);

@@ -10,7 +10,8 @@
  *   overlap  small kernels that begin before the one before has ended (launch.cuh)
  *
  * The other switches of this kind: MOE_EXPERT_GEMM=cublas (experts.cu), MOE_ATTENTION=cudnn, own,
- * mma or exact (attention.cu), MOE_GEMM=own (device.cu), MOE_LANES=off (lanes.cu).
+ * mma or exact (attention.cu), MOE_GEMM=own (device.cu), MOE_LANES=off (lanes.cu), MOE_DEDUP=off
+ * (parallel/dispatch.h).
  * tests/bench/ablation.sh takes a training step with each of them alone. */
 #ifndef MOE_KERNELS_CUDA_PLAIN_H
 #define MOE_KERNELS_CUDA_PLAIN_H

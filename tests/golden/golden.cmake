@@ -22,5 +22,7 @@ golden(tiny16-8-zero1 tiny16-2 --ranks 8 --set parallel.zero1=true)
 golden(tiny16-8-ep4 tiny16-2 --ranks 8 --set parallel.ep=4)
 golden(tiny16-8-ep2 tiny16-2 --ranks 8 --set parallel.ep=2)
 golden(tiny16-4-allgather tiny16-2 --ranks 4 --set parallel.exchange=allgather)
+golden(tiny16-4-per-expert tiny16-2 --ranks 4) # rows are not deduplicated
+set_property(TEST golden.tiny16-4-per-expert APPEND PROPERTY ENVIRONMENT MOE_DEDUP=off)
 golden(tiny-2-bf16 tiny-1 --ranks 2 --dtype bf16)
 golden(tiny16-2-bf16 tiny16-2 --ranks 2 --dtype bf16)

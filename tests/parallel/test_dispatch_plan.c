@@ -10,11 +10,12 @@
 enum { ROOM = 1 << 16 };
 static char room[ROOM] __attribute__((aligned(256)));
 
-static moe_dispatch_plan take(int ranks, int64_t experts, int64_t top_k, int64_t tokens) {
+static moe_dispatch_plan take(int ranks, bool per_expert, int64_t experts, int64_t top_k,
+                              int64_t tokens) {
   moe_arena arena = {.base = room, .size = ROOM};
   moe_dispatch_plan p;
   memset(room, 0x7f, ROOM);
-  moe_dispatch_plan_take(&p, ranks, experts, top_k, tokens, &arena);
+  moe_dispatch_plan_take(&p, ranks, per_expert, experts, top_k, tokens, &arena);
   return p;
 }
 
@@ -26,7 +27,7 @@ Test(dispatch_plan, sends_a_token_once_to_each_rank_with_that_ranks_experts) {
   static const int32_t row_gates[] = {-1, 1, /**/ 0, -1, /**/ 2, 3};
   static const int32_t gate_slot[] = {2, 1, /**/ 4, 5, /**/ -1, -1};
   int64_t sent;
-  moe_dispatch_plan p = take(2, 4, 2, 3);
+  moe_dispatch_plan p = take(2, false, 4, 2, 3);
   memcpy(p.chosen, chosen, sizeof chosen);
   cr_assert_eq(moe_dispatch_plan_make(&p, 3, &sent), MOE_OK);
   cr_expect_eq(sent, 3);
@@ -38,10 +39,30 @@ Test(dispatch_plan, sends_a_token_once_to_each_rank_with_that_ranks_experts) {
   cr_expect_arr_eq(p.gate_slot, gate_slot, sizeof gate_slot);
 }
 
+Test(dispatch_plan, sends_a_row_for_each_expert_when_asked_to) {
+  /* the same tokens: token 1 goes to rank 1 twice */
+  static const int32_t chosen[] = {3, 0, /**/ 2, 3, /**/ -1, -1};
+  static const int32_t token[] = {0, 0, 1, 1}, slot[] = {0, 1, 2, 3, -1, -1};
+  static const int32_t row_experts[] = {-1, 0, /**/ 1, -1, /**/ 0, -1, /**/ -1, 1};
+  static const int32_t row_gates[] = {-1, 1, /**/ 0, -1, /**/ 2, -1, /**/ -1, 3};
+  static const int32_t gate_slot[] = {2, 1, /**/ 4, 7, /**/ -1, -1};
+  int64_t sent;
+  moe_dispatch_plan p = take(2, true, 4, 2, 3);
+  memcpy(p.chosen, chosen, sizeof chosen);
+  cr_assert_eq(moe_dispatch_plan_make(&p, 3, &sent), MOE_OK);
+  cr_expect_eq(sent, 4);
+  cr_expect(p.rows[0] == 1 && p.rows[1] == 3 && p.at[0] == 0 && p.at[1] == 1);
+  cr_expect_arr_eq(p.token, token, sizeof token);
+  cr_expect_arr_eq(p.slot, slot, sizeof slot);
+  cr_expect_arr_eq(p.row_experts, row_experts, sizeof row_experts);
+  cr_expect_arr_eq(p.row_gates, row_gates, sizeof row_gates);
+  cr_expect_arr_eq(p.gate_slot, gate_slot, sizeof gate_slot);
+}
+
 Test(dispatch_plan, lists_a_tokens_rows_in_rank_order_whatever_the_experts_order) {
   static const int32_t chosen[] = {6, 0, 4, 2};
   int64_t sent;
-  moe_dispatch_plan p = take(4, 8, 4, 1);
+  moe_dispatch_plan p = take(4, false, 8, 4, 1);
   memcpy(p.chosen, chosen, sizeof chosen);
   cr_assert_eq(moe_dispatch_plan_make(&p, 1, &sent), MOE_OK);
   for (int32_t i = 0; i < 4; i++) cr_expect_eq(p.slot[i], i);
@@ -51,7 +72,7 @@ Test(dispatch_plan, refuses_experts_that_do_not_exist) {
   static const int32_t bad[] = {4, -2, INT32_MAX, INT32_MIN};
   int64_t sent;
   for (int i = 0; i < 4; i++) {
-    moe_dispatch_plan p = take(2, 4, 2, 1);
+    moe_dispatch_plan p = take(2, false, 4, 2, 1);
     p.chosen[0] = 0;
     p.chosen[1] = bad[i];
     cr_expect_eq(moe_dispatch_plan_make(&p, 1, &sent), MOE_INVALID);
