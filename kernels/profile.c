@@ -22,9 +22,10 @@ struct moe_profile {
   span span[SPANS];
 };
 
-/* Lanes beside MAIN are seen by what MAIN waits for them. */
+/* Lanes beside MAIN are seen by what MAIN waits for them; where all lanes are one, as MAIN is. */
 static bool sees(const moe_device *dev, const struct moe_profile *p) {
-  return p && dev->lane == MOE_LANE_MAIN && !dev->recording && p->spans < SPANS;
+  if (!p || dev->recording || p->spans == SPANS) return false;
+  return dev->lane == MOE_LANE_MAIN || !p->inner->wait_lane;
 }
 
 void moe_profile_begin(moe_device *dev, const char *op, double flops) {

@@ -3,7 +3,7 @@
  *
  * Between start and stop the device's table is replaced by one that marks the stream before and
  * after every operation; on a GPU the marks are events, so nothing waits until stop. Of other lanes
- * only the time that MAIN waits for them is seen (lanes.h). What a graph
+ * only the time that MAIN waits for them is seen (lanes.h); a CPU has one lane. What a graph
  * records is not timed; its launch is, as one operation. */
 #ifndef MOE_KERNELS_PROFILE_H
 #define MOE_KERNELS_PROFILE_H
