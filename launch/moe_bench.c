@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "core/base/log.h"
+#include "core/base/process_memory.h"
 #include "core/train/bench.h"
 #include "launch/program.h"
 
@@ -39,6 +40,7 @@ typedef struct {
   moe_ceilings ceilings;
   double bus[MOE_BENCH_COLLECTIVES][3]; /* GB/s at collective_mib */
   moe_bench_step_result step;
+  int64_t planned_bytes, used_bytes; /* of the fullest rank */
 } figures;
 static const int collective_mib[3] = {1, 8, 64};
 
@@ -116,8 +118,19 @@ static moe_status measure_step(moe_engine *e, const command *cmd, figures *f) {
   return moe_bench_step(e, cmd->warmup, cmd->steps, &f->step);
 }
 
-static void print_figures(const moe_engine *e, const command *cmd, const figures *f) {
-  const moe_bench_step_result *s = &f->step;
+/* The plan, and what came to be held: no step allocates, so what is held after them is the peak of
+ * training. Of a GPU what is gone since it was opened, libraries' own memory included; of a host
+ * the process. */
+static moe_status measure_memory(moe_engine *e, int64_t free_at_start, figures *f) {
+  int64_t bytes[2] = {moe_engine_planned_bytes(e), moe_process_resident()};
+  if (!moe_device_is_host(e->dev)) bytes[1] = free_at_start - moe_device_free_bytes(e->dev);
+  MOE_TRY(moe_comm_host_all_reduce_i64(e->world, bytes, 2, MOE_MAX));
+  f->planned_bytes = bytes[0];
+  f->used_bytes = bytes[1];
+  return MOE_OK;
+}
+
+static void print_ceilings(const moe_engine *e, const command *cmd, const figures *f) {
   int ranks = moe_comm_size(e->world);
   printf("ceilings, %d rank%s at once (%s)\n", ranks, ranks > 1 ? "s" : "",
          moe_device_name(e->dev));
@@ -129,21 +142,31 @@ static void print_figures(const moe_engine *e, const command *cmd, const figures
            moe_bench_collective_name(c), f->bus[c][0], f->bus[c][1], f->bus[c][2],
            collective_mib[0], collective_mib[1], collective_mib[2]);
   }
-  char memory[MOE_TEXT];
+}
+
+static void print_step(const moe_engine *e, const command *cmd, const figures *f) {
+  const moe_bench_step_result *s = &f->step;
+  char planned[MOE_TEXT], used[MOE_TEXT];
   int64_t experts = 0, blocks = 0;
   moe_model_recompute(e->model, &experts, &blocks);
-  printf("step: %" PRId64 " tokens, %s, exchange %s, %s planned, recomputed: experts of %" PRId64
-         " and blocks of %" PRId64 " layers%s; median of %d\n",
-         s->tokens, moe_dtype_name(moe_config_compute_dtype(&e->config)),
-         moe_model_exchange_name(e->model),
-         moe_text_bytes(memory, (double)moe_engine_planned_bytes(e)), experts, blocks,
-         cmd->balanced ? ", balanced routing" : "", cmd->steps);
+  printf("step: %" PRId64
+         " tokens, %s, ep %d x edp %d, exchange %s, %s planned, recomputed: experts "
+         "of %" PRId64 " and blocks of %" PRId64 " layers%s; median of %d\n",
+         s->tokens, moe_dtype_name(moe_config_compute_dtype(&e->config)), e->mesh.ep, e->mesh.edp,
+         moe_model_exchange_name(e->model), moe_text_bytes(planned, (double)f->planned_bytes),
+         experts, blocks, cmd->balanced ? ", balanced routing" : "", cmd->steps);
   printf("  %.1f ms (%.1f to %.1f), %.0f tokens/s, %.4f TFLOP/s per rank = %.1f %% of the product",
          1e3 * s->seconds, 1e3 * s->fastest, 1e3 * s->slowest, (double)s->tokens / s->seconds,
          s->model_tflops, 100.0 * s->model_tflops / f->ceilings.product_tflops);
   double peak = moe_device_peak_tflops(e->dev, moe_config_compute_dtype(&e->config));
   if (peak > 0.0) printf(", %.1f %% MFU of %.0f", 100.0 * s->model_tflops / peak, peak);
-  printf("\n");
+  printf("\n  arithmetic waits %.1f ms for exchanges (mean of the ranks; the one that waits least: "
+         "%.1f); %s used on the fullest rank\n",
+         1e3 * s->exchange, 1e3 * s->exchange_least, moe_text_bytes(used, (double)f->used_bytes));
+}
+
+static void print_parts(const figures *f) {
+  const moe_bench_step_result *s = &f->step;
   for (int i = 0; i < MOE_BENCH_PARTS; i++) {
     const moe_bench_part *p = &s->part[i];
     printf("  %-26s %9.2f ms %6.1f %%", p->name, 1e3 * p->seconds, 100.0 * p->seconds / s->seconds);
@@ -173,15 +196,20 @@ static moe_status write_json(const moe_engine *e, const char *path, const figure
   FILE *out = fopen(path, "w");
   if (!out) return moe_fail(MOE_IO, "cannot write: %s: choose another --json FILE", path);
   const moe_bench_step_result *s = &f->step;
+  double peak = moe_device_peak_tflops(e->dev, moe_config_compute_dtype(&e->config));
   fprintf(
       out,
       "{\"device\": \"%s\", \"ranks\": %d, \"dtype\": \"%s\", \"product_n\": %" PRId64
       ", \"product_tflops\": %.6g, \"copy_gbs\": %.6g, \"step_seconds\": %.6g, \"tokens\": %" PRId64
-      ", \"model_tflops_per_rank\": %.6g, \"of_product\": %.6g, \"parts\": [",
+      ", \"model_tflops_per_rank\": %.6g, \"of_product\": %.6g, \"mfu\": %.6g, \"ep\": %d, "
+      "\"exchange\": \"%s\", \"exchange_seconds\": %.6g, \"exchange_least_seconds\": %.6g, "
+      "\"planned_bytes\": %" PRId64 ", \"used_bytes\": %" PRId64 ", \"parts\": [",
       moe_device_name(e->dev), moe_comm_size(e->world),
       moe_dtype_name(moe_config_compute_dtype(&e->config)), f->ceilings.product,
       f->ceilings.product_tflops, f->ceilings.copy_gbs, s->seconds, s->tokens, s->model_tflops,
-      s->model_tflops / f->ceilings.product_tflops);
+      s->model_tflops / f->ceilings.product_tflops, peak > 0.0 ? s->model_tflops / peak : 0.0,
+      e->mesh.ep, moe_model_exchange_name(e->model), s->exchange, s->exchange_least,
+      f->planned_bytes, f->used_bytes);
   for (int i = 0; i < MOE_BENCH_PARTS; i++) {
     fprintf(out, "%s{\"name\": \"%s\", \"seconds\": %.6g, \"flops\": %.6g}", i ? ", " : "",
             s->part[i].name, s->part[i].seconds, s->part[i].flops);
@@ -192,7 +220,9 @@ static moe_status write_json(const moe_engine *e, const char *path, const figure
 }
 
 static moe_status tell(const moe_engine *e, const command *cmd, const figures *f) {
-  print_figures(e, cmd, f);
+  print_ceilings(e, cmd, f);
+  print_step(e, cmd, f);
+  print_parts(f);
   if (cmd->operations) print_operations(&f->step);
   return cmd->json ? write_json(e, cmd->json, f) : MOE_OK;
 }
@@ -204,10 +234,12 @@ static moe_status work(command *cmd, moe_comm *world) {
   memset(&f, 0, sizeof f);
   MOE_TRY(moe_config_resolve(&cmd->config, moe_comm_size(world)));
   MOE_TRY(moe_agree(world, moe_engine_open_device(&cmd->config, &dev)));
+  int64_t free_at_start = moe_device_free_bytes(dev);
   moe_status status = measure_machine(cmd, dev, &f);
   if (status == MOE_OK) status = moe_engine_create(&cmd->config, dev, true, false, &engine);
   if (status == MOE_OK) {
     status = measure_step(&engine, cmd, &f);
+    if (status == MOE_OK) status = measure_memory(&engine, free_at_start, &f);
     if (status == MOE_OK && moe_comm_rank(world) == 0) status = tell(&engine, cmd, &f);
     status = moe_agree(world, status);
     moe_engine_destroy(&engine);

@@ -166,6 +166,15 @@ static moe_status random_batch_create(moe_engine *e, random_batch *out) {
   return MOE_OK;
 }
 
+/* Per step, from what each rank has waited for exchanges in `steps` steps. */
+static moe_status share_exchange(moe_comm *world, double waited, int steps,
+                                 moe_bench_step_result *out) {
+  out->exchange = out->exchange_least = waited / steps;
+  MOE_TRY(moe_comm_host_all_reduce_f64(world, &out->exchange, 1, MOE_SUM));
+  out->exchange /= moe_comm_size(world);
+  return moe_comm_host_all_reduce_f64(world, &out->exchange_least, 1, MOE_MIN);
+}
+
 static moe_status one_step(moe_engine *e, const moe_batch *batch, int64_t step, double *seconds) {
   moe_step_result result;
   MOE_TRY(moe_comm_barrier(e->world));
@@ -204,6 +213,7 @@ moe_status moe_bench_step(moe_engine *e, int warmup, int steps, moe_bench_step_r
   random_batch random;
   MOE_TRY(random_batch_create(e, &random));
   double *times = calloc((size_t)steps, sizeof *times), spent = 0.0, total = 0.0;
+  double waited = 0.0, bytes = 0.0;
   moe_status status = MOE_OK;
   if (!times) {
     status = moe_fail(MOE_NO_MEMORY, "out of memory: step times");
@@ -212,9 +222,13 @@ moe_status moe_bench_step(moe_engine *e, int warmup, int steps, moe_bench_step_r
   for (int i = 0; i < warmup && status == MOE_OK; i++) {
     MOE_TRY_OR(status, done, one_step(e, &random.batch, i + 1, &spent));
   }
+  moe_model_exchange_cost(e->model, &spent, &bytes); /* the warm-up's */
   for (int i = 0; i < steps && status == MOE_OK; i++) {
     MOE_TRY_OR(status, done, one_step(e, &random.batch, warmup + i + 1, &times[i]));
+    moe_model_exchange_cost(e->model, &spent, &bytes);
+    waited += spent;
   }
+  MOE_TRY_OR(status, done, share_exchange(e->world, waited, steps, out));
   MOE_TRY_OR(status, done, moe_profile_start(e->dev));
   for (int i = 0; i < steps && status == MOE_OK; i++) {
     status = one_step(e, &random.batch, warmup + steps + i + 1, &spent);

@@ -46,6 +46,9 @@ typedef struct {
   double fastest, slowest;
   int64_t tokens;                       /* per step, all ranks */
   double model_tflops;                  /* per rank */
+  double exchange, exchange_least;      /* seconds arithmetic waits for exchanges (on a CPU: all
+                                         * they take): mean of the ranks, and the rank that waits
+                                         * least. What others wait more they wait for the slowest */
   moe_bench_part part[MOE_BENCH_PARTS]; /* the last is what no operation accounts for */
   /* every operation by name and place in the model, not scaled: sums over timed_steps steps that
    * took timed_seconds */
