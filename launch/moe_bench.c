@@ -192,27 +192,41 @@ static void print_operations(const moe_bench_step_result *s) {
   }
 }
 
+static void write_step(const moe_engine *e, const figures *f, FILE *out) {
+  const moe_bench_step_result *s = &f->step;
+  const moe_config *c = &e->config;
+  double peak = moe_device_peak_tflops(e->dev, moe_config_compute_dtype(c));
+  int64_t experts = 0, blocks = 0;
+  moe_model_recompute(e->model, &experts, &blocks);
+  fprintf(out,
+          "\"ep\": %d, \"exchange\": \"%s\", \"grad_dtype\": \"%s\", \"moment_dtype\": \"%s\", "
+          "\"recomputed_experts\": %" PRId64 ", \"recomputed_blocks\": %" PRId64
+          ", \"step_seconds\": %.6g, \"tokens\": %" PRId64
+          ", \"model_tflops_per_rank\": %.6g, \"of_product\": %.6g, \"mfu\": %.6g, "
+          "\"exchange_seconds\": %.6g, \"exchange_least_seconds\": %.6g, "
+          "\"planned_bytes\": %" PRId64 ", \"used_bytes\": %" PRId64 ", ",
+          e->mesh.ep, moe_model_exchange_name(e->model), moe_dtype_name(moe_config_grad_dtype(c)),
+          moe_dtype_name(moe_config_moment_dtype(c)), experts, blocks, s->seconds, s->tokens,
+          s->model_tflops, s->model_tflops / f->ceilings.product_tflops,
+          peak > 0.0 ? s->model_tflops / peak : 0.0, s->exchange, s->exchange_least,
+          f->planned_bytes, f->used_bytes);
+}
+
 static moe_status write_json(const moe_engine *e, const char *path, const figures *f) {
   FILE *out = fopen(path, "w");
   if (!out) return moe_fail(MOE_IO, "cannot write: %s: choose another --json FILE", path);
-  const moe_bench_step_result *s = &f->step;
-  double peak = moe_device_peak_tflops(e->dev, moe_config_compute_dtype(&e->config));
-  fprintf(
-      out,
-      "{\"device\": \"%s\", \"ranks\": %d, \"dtype\": \"%s\", \"product_n\": %" PRId64
-      ", \"product_tflops\": %.6g, \"copy_gbs\": %.6g, \"step_seconds\": %.6g, \"tokens\": %" PRId64
-      ", \"model_tflops_per_rank\": %.6g, \"of_product\": %.6g, \"mfu\": %.6g, \"ep\": %d, "
-      "\"exchange\": \"%s\", \"exchange_seconds\": %.6g, \"exchange_least_seconds\": %.6g, "
-      "\"planned_bytes\": %" PRId64 ", \"used_bytes\": %" PRId64 ", \"parts\": [",
-      moe_device_name(e->dev), moe_comm_size(e->world),
-      moe_dtype_name(moe_config_compute_dtype(&e->config)), f->ceilings.product,
-      f->ceilings.product_tflops, f->ceilings.copy_gbs, s->seconds, s->tokens, s->model_tflops,
-      s->model_tflops / f->ceilings.product_tflops, peak > 0.0 ? s->model_tflops / peak : 0.0,
-      e->mesh.ep, moe_model_exchange_name(e->model), s->exchange, s->exchange_least,
-      f->planned_bytes, f->used_bytes);
+  fprintf(out,
+          "{\"device\": \"%s\", \"ranks\": %d, \"dtype\": \"%s\", \"product_n\": %" PRId64
+          ", \"product_tflops\": %.6g, \"copy_gbs\": %.6g, ",
+          moe_device_name(e->dev), moe_comm_size(e->world),
+          moe_dtype_name(moe_config_compute_dtype(&e->config)), f->ceilings.product,
+          f->ceilings.product_tflops, f->ceilings.copy_gbs);
+  write_step(e, f, out);
+  fprintf(out, "\"parts\": [");
   for (int i = 0; i < MOE_BENCH_PARTS; i++) {
-    fprintf(out, "%s{\"name\": \"%s\", \"seconds\": %.6g, \"flops\": %.6g}", i ? ", " : "",
-            s->part[i].name, s->part[i].seconds, s->part[i].flops);
+    const moe_bench_part *p = &f->step.part[i];
+    fprintf(out, "%s{\"name\": \"%s\", \"seconds\": %.6g, \"flops\": %.6g}", i ? ", " : "", p->name,
+            p->seconds, p->flops);
   }
   fprintf(out, "]}\n");
   if (fclose(out) == 0) return MOE_OK;
