@@ -2,8 +2,9 @@
 # check.sh FILE.h5 [--ranks N] [--recompute none|experts|block] [--backend cpu|cuda]
 #                  [--dtype fp32|bf16|fp16] [--set section.key=value]...
 #
-# Train on a golden file and print the largest deviation of each quantity from the oracle's answers.
-# Exit 0 within tolerance, 1 beyond it. The build folder is $MOE_BUILD, or build.
+# Train on a golden file, on any number of ranks, and print the largest deviation of each quantity
+# from the oracle's answers. Exit 0 within tolerance, 1 beyond it. The build folder is $MOE_BUILD, or
+# build.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 build=${MOE_BUILD:-$here/../../build}
@@ -12,7 +13,7 @@ args=()
 while [ $# -gt 0 ]; do
   case $1 in
     --ranks) ranks=$2; shift 2 ;;
-    --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) args+=("$1"); shift ;;
   esac
 done

@@ -2,7 +2,10 @@
  *
  * File: params/NAME initial weights, tokens [steps, B, S+1], logits and grads/NAME of the first
  * step, expert_load [L, E] of the first step, steps/{ce,aux,z,loss,grad_norm,lr}, final/NAME;
- * attributes give sizes and hyper-parameters. */
+ * attributes give sizes and hyper-parameters.
+ *
+ * Where the ranks do not divide the batch, its sequences are trained on in as many copies as make
+ * them: all losses and gradients are means, so the answers are the same for any number of ranks. */
 #include <getopt.h>
 #include <hdf5.h>
 #include <math.h>
@@ -135,6 +138,17 @@ static double relative(const float *got, const float *expected, int64_t n, doubl
   return norm > 0.0 ? sqrt(difference / norm) : sqrt(difference);
 }
 
+/* The fewest copies of `batch` sequences that `ranks` divide. */
+static int64_t copies(int64_t batch, int64_t ranks) {
+  int64_t a = batch, b = ranks;
+  while (b != 0) { /* Euclid */
+    int64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return ranks / a;
+}
+
 static void set_up(check *c, const char *dtype, const char *recompute, const char *backend,
                    char **sets, int set_count) {
   moe_config *config = calloc(1, sizeof *config);
@@ -157,7 +171,8 @@ static void set_up(check *c, const char *dtype, const char *recompute, const cha
   moe_comm *world = NULL;
   must(moe_comm_world(NULL, &world));
   int ranks = moe_comm_size(world);
-  config->train.micro_batch = c->batch / ranks;
+  config->train.global_batch = c->batch * copies(c->batch, ranks);
+  config->train.micro_batch = config->train.global_batch / ranks;
   for (int i = 0; i < set_count; i++) must(moe_config_set(config, sets[i]));
   must(moe_config_resolve(config, ranks));
   moe_device *dev = NULL;
@@ -234,14 +249,14 @@ static void compare_final(check *c) {
   }
 }
 
-/* Rows of tokens [B, S+1] of this rank's micro-batch i. */
+/* Rows of tokens [B, S+1] of this rank's micro-batch i, from sequence `first` of the step on. */
 static void make_batch(const check *c, const int32_t *tokens, int64_t i, int32_t *room,
                        moe_batch *out, int64_t *first) {
   int64_t micro = c->engine.config.train.micro_batch, t = micro * c->seq;
   int ranks = moe_comm_size(c->engine.world), rank = moe_comm_rank(c->engine.world);
   *first = (i * ranks + rank) * micro;
   for (int64_t b = 0; b < micro; b++) {
-    const int32_t *row = tokens + (*first + b) * (c->seq + 1);
+    const int32_t *row = tokens + (*first + b) % c->batch * (c->seq + 1);
     for (int64_t s = 0; s < c->seq; s++) {
       room[b * c->seq + s] = row[s];
       room[t + b * c->seq + s] = row[s + 1];
@@ -265,7 +280,10 @@ static void compare_logits(check *c, const int32_t *tokens, int32_t *room) {
     int64_t first;
     make_batch(c, tokens, i, room, &batch, &first);
     must(moe_model_logits(c->engine.model, &batch, got));
-    note(c, LOGITS, relative(got, expected + first * row, micro * row, NULL), "first step");
+    for (int64_t b = 0; b < micro; b++) {
+      const float *golden = expected + (first + b) % c->batch * row;
+      note(c, LOGITS, relative(got + b * row, golden, row, NULL), "first step");
+    }
   }
   free(got);
   free(expected);
