@@ -1,51 +1,23 @@
 /* moe-convert as users meet it: its commands on a run that four ranks have trained, and one clear
  * line with the documented exit code for everything it is given wrongly. */
 #include <criterion/criterion.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#include "data/token_file.h"
-#include "tests/support/run_command.h"
+#include "tests/support/expect_command.h"
+#include "tests/support/tokens.h"
 
 static char folder[] = "/tmp/moe-convert-XXXXXX";
 
-/* Run a command in the folder; it must exit with `code` and say `words` ("": anything). */
-static void runs(int code, const char *words, const char *format, ...) {
-  char line[2048];
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(line, sizeof line, format, arguments);
-  va_end(arguments);
-  moe_command c = moe_command_run(100, "cd %s && PATH=%s:$PATH && %s", folder, MOE_BIN_DIR, line);
-  cr_assert(!c.timed_out && c.exit_code == code, "%s: exit code %d, not %d:\n%s", line, c.exit_code,
-            code, c.output);
-  cr_assert(moe_command_says(&c, words), "%s: does not say \"%s\":\n%s", line, words, c.output);
-  moe_command_free(&c);
-}
-
-static void write_tokens(void) {
-  char path[256];
-  snprintf(path, sizeof path, "%s/tokens", folder);
-  moe_token_writer *w;
-  cr_assert_eq(moe_token_writer_create(path, 261, &w), MOE_OK);
-  for (int d = 0; d < 20; d++) {
-    int32_t ids[64];
-    for (int i = 0; i < 64; i++) ids[i] = 4 + (d * 7 + i * 3) % 90;
-    cr_assert_eq(moe_token_writer_append(w, ids, 64), MOE_OK);
-    cr_assert_eq(moe_token_writer_end_document(w), MOE_OK);
-  }
-  cr_assert_eq(moe_token_writer_finish(w), MOE_OK);
-  moe_token_writer_destroy(w);
-}
+#define runs(...) runs_in(folder, __VA_ARGS__)
 
 /* A run of two checkpoints, written by four ranks; every size differs, 5 experts. */
 static void train(void) {
   char path[256];
   cr_assert(mkdtemp(folder));
-  write_tokens();
+  write_tokens(folder, 261);
   snprintf(path, sizeof path, "%s/cfg.ini", folder);
   FILE *f = fopen(path, "w");
   fputs("[model]\npreset = tiny\nvocab_size = 261\nhidden_size = 24\nnum_layers = 3\n"

@@ -2,23 +2,13 @@
 #include <cjson/cJSON.h>
 #include <criterion/criterion.h>
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
+
+#include "tests/support/run_command.h"
 
 static char folder[] = "/tmp/moe-generate-XXXXXX";
-
-static int shell(const char *format, ...) {
-  char command[8192];
-  va_list args;
-  va_start(args, format);
-  vsnprintf(command, sizeof command, format, args);
-  va_end(args);
-  int status = system(command);
-  return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
-}
 
 static const char config[] =
     "[model]\npreset = tiny\nvocab_size = 260\nhidden_size = 32\nhead_dim = 8\nffn_size = 32\n"
@@ -34,15 +24,15 @@ static void set_up(void) {
   fputs(config, f);
   fclose(f);
   cr_assert_eq(
-      shell("cd %s && for i in $(seq 60); do echo \"a b c d e f caf\xC3\xA9 $((i %% 3)) g h\"; "
-            "done >text && %s/moe-data tokenize --input text --tokenizer bytes --output "
-            "tokens --split-documents lines >log 2>&1 && %s/moe-train cfg.ini >>log 2>&1",
-            folder, MOE_BIN_DIR, MOE_BIN_DIR),
+      moe_shell("cd %s && for i in $(seq 60); do echo \"a b c d e f caf\xC3\xA9 $((i %% 3)) g h\"; "
+                "done >text && %s/moe-data tokenize --input text --tokenizer bytes --output "
+                "tokens --split-documents lines >log 2>&1 && %s/moe-train cfg.ini >>log 2>&1",
+                folder, MOE_BIN_DIR, MOE_BIN_DIR),
       0);
 }
 
 static void tear_down(void) {
-  shell("rm -rf %s", folder);
+  moe_shell("rm -rf %s", folder);
 }
 
 TestSuite(moe_generate, .init = set_up, .fini = tear_down, .timeout = 120);
@@ -53,23 +43,23 @@ static int generate(int ranks, const char *arguments) {
   char launcher[64] = "";
   if (ranks > 0)
     snprintf(launcher, sizeof launcher, "mpirun --oversubscribe --bind-to none -np %d", ranks);
-  return shell("cd %s && %s %s/moe-generate --checkpoint run --threads 1 %s >out 2>err", folder,
-               launcher, MOE_BIN_DIR, arguments);
+  return moe_shell("cd %s && %s %s/moe-generate --checkpoint run --threads 1 %s >out 2>err", folder,
+                   launcher, MOE_BIN_DIR, arguments);
 }
 
 static void succeeds(int ranks, const char *arguments) {
   int code = generate(ranks, arguments);
-  if (code != 0) shell("cat %s/err >&2", folder);
+  if (code != 0) moe_shell("cat %s/err >&2", folder);
   cr_assert_eq(code, 0, "%s: exit code %d", arguments, code);
 }
 
 /* One message that says `text` (a pattern), and the exit code. */
 static void fails(int ranks, const char *arguments, int code, const char *text) {
   int got = generate(ranks, arguments);
-  if (got != code) shell("cat %s/err >&2", folder);
+  if (got != code) moe_shell("cat %s/err >&2", folder);
   cr_assert_eq(got, code, "%s: exit code %d, not %d", arguments, got, code);
-  if (shell("test $(grep -c '^moe-generate: .*%s' %s/err) = 1", text, folder) != 0)
-    cr_assert_eq(shell("cat %s/err >&2; false", folder), 0, "%s: no \"%s\"", arguments, text);
+  if (moe_shell("test $(grep -c '^moe-generate: .*%s' %s/err) = 1", text, folder) != 0)
+    cr_assert_eq(moe_shell("cat %s/err >&2; false", folder), 0, "%s: no \"%s\"", arguments, text);
 }
 
 static char *contents(const char *name) {
@@ -111,17 +101,17 @@ Test(moe_generate, writes_the_same_on_one_two_and_three_ranks_and_in_any_batch) 
   const char *texts = "--prompt-file text3 --temperature 1.1 --top-k 40 --max-new 40 --dtype fp32 "
                       "--ignore-eos";
   char more[256];
-  cr_assert_eq(shell("cd %s && printf 'a b\\n\\ncaf\xC3\xA9 2\\nx\\n' >text3", folder), 0);
+  cr_assert_eq(moe_shell("cd %s && printf 'a b\\n\\ncaf\xC3\xA9 2\\nx\\n' >text3", folder), 0);
   succeeds(1, texts);
-  cr_assert_eq(shell("cd %s && mv out one && test $(wc -c <one) -gt 100", folder), 0);
+  cr_assert_eq(moe_shell("cd %s && mv out one && test $(wc -c <one) -gt 100", folder), 0);
   for (int ranks = 2; ranks <= 3; ranks++) {
     snprintf(more, sizeof more, "%s --batch %d", texts, ranks - 1);
     succeeds(ranks, more);
-    cr_assert_eq(shell("cd %s && cmp out one", folder), 0, "%d ranks differ", ranks);
+    cr_assert_eq(moe_shell("cd %s && cmp out one", folder), 0, "%d ranks differ", ranks);
   }
   snprintf(more, sizeof more, "%s --seed 7", texts);
   succeeds(0, more);
-  cr_assert_neq(shell("cd %s && cmp -s out one", folder), 0, "another seed, the same text");
+  cr_assert_neq(moe_shell("cd %s && cmp -s out one", folder), 0, "another seed, the same text");
 }
 
 Test(moe_generate, gives_texts_ids_and_rates_as_json) {
@@ -176,9 +166,9 @@ Test(moe_generate, stops_at_texts_and_tokens) {
 
 Test(moe_generate, continues_ids_without_a_tokenizer) {
   succeeds(0, "--ids --prompt '101 36, 102' --max-new 5 --greedy");
-  cr_assert_eq(shell("cd %s && grep -qE '^101 36 102( [0-9]+){5} $' out", folder), 0);
+  cr_assert_eq(moe_shell("cd %s && grep -qE '^101 36 102( [0-9]+){5} $' out", folder), 0);
   succeeds(0, "--ids --prompt '101 36, 102' --max-new 5 --greedy --no-echo");
-  cr_assert_eq(shell("cd %s && grep -qE '^([0-9]+ ){5}$' out", folder), 0);
+  cr_assert_eq(moe_shell("cd %s && grep -qE '^([0-9]+ ){5}$' out", folder), 0);
   fails(0, "--ids --prompt '101 260'", 2, "not a token id below 260");
   fails(0, "--ids --prompt '1 two'", 2, "not a token id");
 }
@@ -208,7 +198,8 @@ Test(moe_generate, measures_perplexity_the_same_in_any_batch_and_on_any_ranks) {
 
 Test(moe_generate, plans_memory_and_refuses_what_does_not_fit) {
   succeeds(0, "--prompt x --dry-run");
-  cr_assert_eq(shell("cd %s && grep -q 'key/value cache' out && grep -q 'memory ' out", folder), 0);
+  cr_assert_eq(moe_shell("cd %s && grep -q 'key/value cache' out && grep -q 'memory ' out", folder),
+               0);
   fails(0, "--prompt x --memory-gib 0.001", 1, "the plan needs");
   fails(0, "--prompt x --context 65", 2, "the model reaches 64");
   fails(0, "--prompt x --alpha 100000 --context 6400000 --batch 1 --memory-gib 0.5", 1,
@@ -236,21 +227,23 @@ Test(moe_generate, says_what_is_wrong_with_its_input) {
   fails(0, "--prompt-file none", 2, "cannot open prompts: none");
   fails(2, "--perplexity none", 2, "none");
   fails(5, "--prompt x", 2, "4 experts");
-  cr_assert_eq(shell("printf 'good\\nb\\377d\\n' >%s/text2", folder), 0);
+  cr_assert_eq(moe_shell("printf 'good\\nb\\377d\\n' >%s/text2", folder), 0);
   fails(0, "--prompt-file text2", 3, "text2, line 2, byte 1");
   fails(0, "--prompt x --checkpoint nowhere", 2, "nowhere: there is no such folder");
   fails(0, "--prompt x --checkpoint auto", 2, "is no checkpoint");
-  cr_assert_eq(shell("%s/moe-generate --help | grep -q 'Exit codes'", MOE_BIN_DIR), 0);
-  cr_assert_eq(shell("%s/moe-generate --version | grep -q '^moe-generate [0-9]'", MOE_BIN_DIR), 0);
+  cr_assert_eq(moe_shell("%s/moe-generate --help | grep -q 'Exit codes'", MOE_BIN_DIR), 0);
+  cr_assert_eq(moe_shell("%s/moe-generate --version | grep -q '^moe-generate [0-9]'", MOE_BIN_DIR),
+               0);
 }
 
 Test(moe_generate, refuses_a_damaged_checkpoint) {
-  cr_assert_eq(shell("cd %s/run/checkpoints/step-00000040 && printf '\\125' | dd of=$(ls *.h5) "
-                     "bs=1 seek=30000 conv=notrunc status=none",
-                     folder),
+  cr_assert_eq(moe_shell("cd %s/run/checkpoints/step-00000040 && printf '\\125' | dd of=$(ls *.h5) "
+                         "bs=1 seek=30000 conv=notrunc status=none",
+                         folder),
                0);
   int code = generate(2, "--prompt x");
   cr_assert_eq(code, 3);
   cr_assert_eq(
-      shell("cd %s && grep -q '^moe-generate: .*none of its checkpoints is valid' err", folder), 0);
+      moe_shell("cd %s && grep -q '^moe-generate: .*none of its checkpoints is valid' err", folder),
+      0);
 }

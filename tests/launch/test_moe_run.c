@@ -4,13 +4,12 @@
  * line n of `script` in its n-th call: EXIT_CODE SAVED_STEP LAST_STEP [wait]. The false sleep does
  * not. */
 #include <criterion/criterion.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 
-#include "tests/support/run_command.h"
+#include "tests/support/expect_command.h"
 
 static char folder[] = "/tmp/moe-run-XXXXXX";
 
@@ -74,18 +73,7 @@ static moe_command shell(const char *line) {
       folder, MOE_SOURCE_DIR, line);
 }
 
-/* `line` ends with `code` and says each of the texts that follow, up to NULL. */
-static void expect(const char *line, int code, ...) {
-  moe_command c = shell(line);
-  cr_expect_eq(c.exit_code, code, "%s: exit code %d, not %d:\n%s", line, c.exit_code, code,
-               c.output);
-  va_list texts;
-  va_start(texts, code);
-  for (const char *t = va_arg(texts, const char *); t; t = va_arg(texts, const char *))
-    cr_expect(moe_command_says(&c, t), "%s: does not say: %s\nbut:\n%s", line, t, c.output);
-  va_end(texts);
-  moe_command_free(&c);
-}
+#define expect(line, ...) expect_command(shell(line), line, __VA_ARGS__)
 
 /* How many times mpirun and srun were called. */
 static void expect_calls(int n) {

@@ -1,26 +1,15 @@
 /* moe-train as users meet it: bad input ends with one line that says what, where and how to mend
  * it, and the documented exit code, on any number of ranks and without a hang. */
 #include <criterion/criterion.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "data/token_file.h"
+#include "tests/support/run_command.h"
 
 static char folder[] = "/tmp/moe-cli-XXXXXX";
-
-static int shell(const char *format, ...) {
-  char command[8192];
-  va_list args;
-  va_start(args, format);
-  vsnprintf(command, sizeof command, format, args);
-  va_end(args);
-  int status = system(command);
-  return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
-}
 
 static void write_tokens(const char *name, int32_t biggest) {
   char path[256];
@@ -56,7 +45,7 @@ static void set_up(void) {
 }
 
 static void tear_down(void) {
-  shell("rm -rf %s", folder);
+  moe_shell("rm -rf %s", folder);
 }
 
 TestSuite(moe_train, .init = set_up, .fini = tear_down);
@@ -64,10 +53,10 @@ TestSuite(moe_train, .init = set_up, .fini = tear_down);
 /* The command ends with `code` within a minute, and says each of `words` in exactly one line that
  * begins with the program's name. */
 static void fails(int ranks, const char *arguments, int code, const char *words) {
-  int got = shell("timeout 60 mpirun --oversubscribe -np %d %s/moe-train %s >%s/log 2>&1", ranks,
-                  MOE_BIN_DIR, arguments, folder);
-  int lines = shell("test $(grep -c '^moe-train.*: .*%s' %s/log) -eq 1", words, folder);
-  if (got != code || lines != 0) shell("cat %s/log >&2", folder);
+  int got = moe_shell("timeout 60 mpirun --oversubscribe -np %d %s/moe-train %s >%s/log 2>&1",
+                      ranks, MOE_BIN_DIR, arguments, folder);
+  int lines = moe_shell("test $(grep -c '^moe-train.*: .*%s' %s/log) -eq 1", words, folder);
+  if (got != code || lines != 0) moe_shell("cat %s/log >&2", folder);
   cr_assert_eq(got, code, "%s: exit code %d, not %d", arguments, got, code);
   cr_assert_eq(lines, 0, "%s: no single line with: %s", arguments, words);
 }
@@ -106,17 +95,17 @@ Test(moe_train, explains_its_command_line) {
   fails(2, "--frobnicate", 2, "--frobnicate");
   snprintf(arguments, sizeof arguments, "%s/cfg.ini --set train.steps", folder);
   fails(2, arguments, 2, "train.steps");
-  cr_assert_eq(shell("%s/moe-train --help | grep -q 'exit\\|Exit codes'", MOE_BIN_DIR), 0);
-  cr_assert_eq(shell("%s/moe-train --version | grep -q '^moe-train [0-9]'", MOE_BIN_DIR), 0);
+  cr_assert_eq(moe_shell("%s/moe-train --help | grep -q 'exit\\|Exit codes'", MOE_BIN_DIR), 0);
+  cr_assert_eq(moe_shell("%s/moe-train --version | grep -q '^moe-train [0-9]'", MOE_BIN_DIR), 0);
 }
 
 Test(moe_train, names_file_and_offset_of_damage) {
   char arguments[512];
   snprintf(arguments, sizeof arguments, "%s/cfg.ini", folder);
-  cr_assert_eq(shell("truncate -s -3 %s/tokens.idx", folder), 0);
+  cr_assert_eq(moe_shell("truncate -s -3 %s/tokens.idx", folder), 0);
   fails(2, arguments, 3, "tokens.idx");
   write_tokens("tokens", 5);
-  cr_assert_eq(shell("truncate -s -8 %s/tokens.bin", folder), 0);
+  cr_assert_eq(moe_shell("truncate -s -8 %s/tokens.bin", folder), 0);
   fails(3, arguments, 3, "tokens.idx, byte 190");
 }
 
@@ -129,8 +118,8 @@ Test(moe_train, names_file_and_offset_of_a_token_outside_the_vocabulary) {
 }
 
 Test(moe_train, a_second_job_on_one_run_folder_is_refused) {
-  cr_assert_eq(shell("mkdir -p %s/run && flock %s/run/.lock sleep 20 & sleep 1", folder, folder),
-               0);
+  cr_assert_eq(
+      moe_shell("mkdir -p %s/run && flock %s/run/.lock sleep 20 & sleep 1", folder, folder), 0);
   char arguments[512];
   snprintf(arguments, sizeof arguments, "%s/cfg.ini", folder);
   fails(2, arguments, 1, "another job");
@@ -139,14 +128,15 @@ Test(moe_train, a_second_job_on_one_run_folder_is_refused) {
 Test(moe_train, a_signal_saves_and_exits_75_and_the_same_command_goes_on) {
   write_config("[checkpoint]\ninterval = 0\n");
   /* wait for a few steps, then send the signal to mpirun, which forwards it */
-  int code = shell("cd %s; mpirun --oversubscribe -np 2 %s/moe-train cfg.ini --set "
-                   "train.steps=1000000 >log 2>&1 & pid=$!; "
-                   "for i in $(seq 300); do test $(wc -l <%s/run/metrics.jsonl 2>/dev/null || echo "
-                   "0) -gt 5 && break; "
-                   "sleep 0.2; done; kill -USR2 $pid; wait $pid",
-                   folder, MOE_BIN_DIR, folder);
-  if (code != 75) shell("tail -5 %s/log >&2", folder);
+  int code =
+      moe_shell("cd %s; mpirun --oversubscribe -np 2 %s/moe-train cfg.ini --set "
+                "train.steps=1000000 >log 2>&1 & pid=$!; "
+                "for i in $(seq 300); do test $(wc -l <%s/run/metrics.jsonl 2>/dev/null || echo "
+                "0) -gt 5 && break; "
+                "sleep 0.2; done; kill -USR2 $pid; wait $pid",
+                folder, MOE_BIN_DIR, folder);
+  if (code != 75) moe_shell("tail -5 %s/log >&2", folder);
   cr_assert_eq(code, 75);
-  cr_assert_eq(shell("grep -q 'stopped on request' %s/log", folder), 0);
-  cr_assert_eq(shell("ls %s/run/checkpoints | grep -q step-", folder), 0);
+  cr_assert_eq(moe_shell("grep -q 'stopped on request' %s/log", folder), 0);
+  cr_assert_eq(moe_shell("ls %s/run/checkpoints | grep -q step-", folder), 0);
 }

@@ -1,11 +1,10 @@
 /* The preflight as users meet it: a row per check, and the one that fails names rank and remedy.
  * mpirun can start different programs in one job, which is how hosts that disagree are played. */
 #include <criterion/criterion.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "tests/support/run_command.h"
+#include "tests/support/expect_command.h"
 
 static char folder[] = "/tmp/moe-preflight-XXXXXX";
 
@@ -16,18 +15,7 @@ static moe_command shell(const char *line) {
                          folder, MOE_BIN_DIR, line);
 }
 
-/* `line` ends with `code` and says each of the texts that follow, up to NULL. */
-static void expect(const char *line, int code, ...) {
-  moe_command c = shell(line);
-  cr_expect_eq(c.exit_code, code, "%s: exit code %d, not %d:\n%s", line, c.exit_code, code,
-               c.output);
-  va_list texts;
-  va_start(texts, code);
-  for (const char *t = va_arg(texts, const char *); t; t = va_arg(texts, const char *))
-    cr_expect(moe_command_says(&c, t), "%s: does not say: %s\nbut:\n%s", line, t, c.output);
-  va_end(texts);
-  moe_command_free(&c);
-}
+#define expect(line, ...) expect_command(shell(line), line, __VA_ARGS__)
 
 static void set_up(void) {
   cr_assert(mkdtemp(folder));

@@ -75,6 +75,16 @@ moe_command moe_command_run(double timeout_s, const char *format, ...) {
   return c;
 }
 
+int moe_shell(const char *format, ...) {
+  char line[8192];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(line, sizeof line, format, arguments);
+  va_end(arguments);
+  int status = system(line);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
+}
+
 void moe_command_free(moe_command *c) {
   free(c->output);
   c->output = NULL;

@@ -17,6 +17,10 @@ void moe_command_free(moe_command *c);
 /* Does the output hold `text`? */
 bool moe_command_says(const moe_command *c, const char *text);
 
+/* Run a shell command line (printf-style) whose output is the test's own; returns its exit code,
+ * 128 when a signal ended it. */
+int moe_shell(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
 /* "mpirun ... -np RANKS BIN/mpi_WORKER ARGUMENTS" for moe_command_run: a format that takes the
  * number of ranks. More ranks than cores is the normal case, so nobody is bound to one. */
 #define MOE_MPIRUN(worker) \

@@ -3,15 +3,14 @@
 #include <cjson/cJSON.h>
 #include <criterion/criterion.h>
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "core/base/rng.h"
 #include "data/token_file.h"
+#include "tests/support/run_command.h"
 
 enum { STEPS = 6, LONG = 200, VOCAB = 97 };
 static char folder[] = "/tmp/moe-runs-XXXXXX";
@@ -22,16 +21,6 @@ static const char model[] =
     "num_kv_heads = 2\nhead_dim = 8\nnum_experts = 16\ntop_k = 3\nffn_size = 20\ncontext = 12\n"
     "[optim]\nlr = 5e-3\nwarmup_steps = 2\n[train]\nsteps = 6\n[checkpoint]\nsave_final = false\n"
     "[run]\ndeterministic = true\nthreads = 1\n[log]\ntensorboard = false\n";
-
-static int shell(const char *format, ...) {
-  char command[4096];
-  va_list args;
-  va_start(args, format);
-  vsnprintf(command, sizeof command, format, args);
-  va_end(args);
-  int status = system(command);
-  return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
-}
 
 static void set_up(void) {
   cr_assert(mkdtemp(folder));
@@ -56,16 +45,16 @@ static void set_up(void) {
 }
 
 static void tear_down(void) {
-  shell("rm -rf %s", folder);
+  moe_shell("rm -rf %s", folder);
 }
 
 TestSuite(runs, .init = set_up, .fini = tear_down);
 
 /* Start moe-train in run folder `name`; returns the exit code. */
 static int train(const char *name, int ranks, const char *more) {
-  return shell("mpirun --oversubscribe -np %d %s/moe-train %s/cfg.ini --set run.dir=%s/%s %s "
-               ">%s/%s.log 2>&1",
-               ranks, MOE_BIN_DIR, folder, folder, name, more, folder, name);
+  return moe_shell("mpirun --oversubscribe -np %d %s/moe-train %s/cfg.ini --set run.dir=%s/%s %s "
+                   ">%s/%s.log 2>&1",
+                   ranks, MOE_BIN_DIR, folder, folder, name, more, folder, name);
 }
 
 /* A value of each of the first `steps` steps of a run; NAN where one is missing or twice. */
@@ -75,7 +64,7 @@ static void long_curve(const char *name, const char *key, int steps, double *out
   for (int i = 0; i < steps; i++) out[i] = NAN;
   snprintf(path, sizeof path, "%s/%s/metrics.jsonl", folder, name);
   FILE *f = fopen(path, "r");
-  if (!f) shell("cat %s/%s.log >&2", folder, name);
+  if (!f) moe_shell("cat %s/%s.log >&2", folder, name);
   cr_assert(f, "no %s", path);
   while (fgets(line, sizeof line, f)) {
     cJSON *json = cJSON_Parse(line);
@@ -108,7 +97,7 @@ static void same_curves(const char *a, const char *b, double tolerance) {
 
 static void succeeds(const char *name, int ranks, const char *more) {
   int code = train(name, ranks, more);
-  if (code != 0) shell("tail -5 %s/%s.log >&2", folder, name);
+  if (code != 0) moe_shell("tail -5 %s/%s.log >&2", folder, name);
   cr_assert_eq(code, 0, "%s: exit code %d", name, code);
 }
 
@@ -254,8 +243,8 @@ Test(runs, auto_rounds_state_only_when_nothing_else_fits) {
     char all[512];
     snprintf(all, sizeof all, "%s%s", more, plans[i].gib);
     succeeds("plan", 1, all);
-    cr_assert_eq(shell("grep -q '%s' %s/plan.log || { cat %s/plan.log >&2; false; }", plans[i].says,
-                       folder, folder),
+    cr_assert_eq(moe_shell("grep -q '%s' %s/plan.log || { cat %s/plan.log >&2; false; }",
+                           plans[i].says, folder, folder),
                  0);
   }
 }
@@ -269,12 +258,12 @@ static void resume(const char *name, int before, int after, const char *batch_be
   snprintf(saving, sizeof saving, "%s--set checkpoint.interval=3 --set checkpoint.keep=4",
            batch_before);
   succeeds("through", before, saving);
-  cr_assert_eq(shell("cp -r %s/through %s/%s && rm -rf %s/%s/checkpoints/step-00000006", folder,
-                     folder, half, folder, half),
+  cr_assert_eq(moe_shell("cp -r %s/through %s/%s && rm -rf %s/%s/checkpoints/step-00000006", folder,
+                         folder, half, folder, half),
                0);
   succeeds(half, after, batch_after);
   same_curves("through", half, tolerance);
-  cr_assert_eq(shell("grep -q 'resuming after step 3' %s/%s.log", folder, half), 0);
+  cr_assert_eq(moe_shell("grep -q 'resuming after step 3' %s/%s.log", folder, half), 0);
 }
 
 Test(runs, resume_is_bitwise_on_the_same_ranks) {
@@ -300,7 +289,7 @@ Test(runs, resume_works_on_other_ranks) {
 Test(runs, resume_with_other_mathematics_is_refused) {
   succeeds("first", 1, BATCH(4, 4) "--set checkpoint.interval=3");
   cr_assert_eq(train("first", 1, BATCH(4, 4) "--set model.rope_alpha=2"), 2);
-  cr_assert_eq(shell("grep -q 'model.rope_alpha' %s/first.log", folder), 0);
+  cr_assert_eq(moe_shell("grep -q 'model.rope_alpha' %s/first.log", folder), 0);
 }
 
 Test(runs, capacity_factor_reports_what_it_drops) {
@@ -318,11 +307,12 @@ Test(runs, divergence_ends_the_run_with_exit_4) {
                      BATCH(4, 2) "--set optim.lr=100 --set optim.clip=0 --set model.init_std=10 "
                                  "--set train.nonfinite_limit=2 --set train.steps=50"),
                4);
-  cr_assert_eq(shell("grep -q 'training diverged' %s/wild.log", folder), 0);
+  cr_assert_eq(moe_shell("grep -q 'training diverged' %s/wild.log", folder), 0);
 }
 
 Test(runs, dry_run_prints_the_plan_and_touches_nothing) {
   cr_assert_eq(train("dry", 2, BATCH(4, 2) "--dry-run"), 0);
-  cr_assert_eq(shell("grep -q 'experts   0 to   7 of every layer: rank 0' %s/dry.log", folder), 0);
-  cr_assert_neq(shell("test -e %s/dry", folder), 0);
+  cr_assert_eq(moe_shell("grep -q 'experts   0 to   7 of every layer: rank 0' %s/dry.log", folder),
+               0);
+  cr_assert_neq(moe_shell("test -e %s/dry", folder), 0);
 }
