@@ -14,7 +14,7 @@
 
 #include "checkpoint/snapshot.h"
 #include "core/base/log.h"
-#include "core/base/progress.h"
+#include "core/base/place.h"
 
 enum { NICE = 10 };
 
@@ -90,9 +90,9 @@ static void start_work(moe_saver *s) {
 
 /* Waits. What the work came to, with its message as this thread's. */
 static moe_status collect_work(moe_saver *s) {
-  moe_progress_wait("for the disk");
+  moe_place_wait("for the disk");
   if (s->threaded) pthread_join(s->thread, NULL);
-  moe_progress_return();
+  moe_place_return();
   s->threaded = false;
   return s->result == MOE_OK ? MOE_OK : moe_fail(s->result, "%s", s->message);
 }
@@ -117,9 +117,9 @@ static moe_status begin_copy(moe_saver *s, const moe_run_state *state, const moe
              moe_save_open(s->world, NULL, s->run_dir, state, list, n, s->keep, &s->save));
   start_work(s);
   /* When a copy fails the writer hears of it, and so do all ranks at the end of its phase. */
-  moe_progress_wait("for a copy to host memory");
+  moe_place_wait("for a copy to host memory");
   if (moe_snapshot_fill(s->snapshot) != MOE_OK) moe_error_clear();
-  moe_progress_return();
+  moe_place_return();
 done:
   free(list);
   return status;

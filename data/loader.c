@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/base/progress.h"
+#include "core/base/place.h"
 #include "data/samples.h"
 
 typedef struct {
@@ -208,10 +208,10 @@ moe_status moe_loader_seek(moe_loader *l, int64_t step) {
 
 /* A failed slot is not taken: every further call gives the same answer, until a seek. */
 moe_status moe_loader_next(moe_loader *l, moe_batch *out) {
-  moe_progress_wait("reading data");
+  moe_place_wait("reading data");
   pthread_mutex_lock(&l->lock);
   while (l->filled == l->taken) pthread_cond_wait(&l->changed, &l->lock);
-  moe_progress_return();
+  moe_place_return();
   const slot *from = &l->slot[l->taken % l->slots];
   if (from->status == MOE_OK) {
     l->taken++;

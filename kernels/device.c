@@ -5,7 +5,7 @@
 
 #include <stdlib.h>
 
-#include "core/base/progress.h"
+#include "core/base/place.h"
 #include "kernels/backend.h"
 
 static int cuda_count(void) {
@@ -113,9 +113,9 @@ moe_status moe_device_sync(moe_device *dev) {
   if (forbidden(dev, "the device was waited for"))
     return moe_fail(MOE_INVALID, "graph: the device cannot be waited for while its work is being "
                                  "recorded: wait before or after");
-  moe_progress_wait("the device's work");
+  moe_place_wait("the device's work");
   moe_status status = dev->backend->sync(dev);
-  moe_progress_return();
+  moe_place_return();
   return status;
 }
 
@@ -124,9 +124,9 @@ void moe_device_mark(moe_device *dev, moe_mark *mark) {
 }
 
 moe_status moe_device_wait(moe_device *dev, const moe_mark *mark) {
-  moe_progress_wait("the device's work");
+  moe_place_wait("the device's work");
   moe_status status = dev->backend->wait(dev, mark);
-  moe_progress_return();
+  moe_place_return();
   return status;
 }
 
@@ -191,5 +191,5 @@ void *moe_device_scratch(moe_device *dev, int64_t bytes) {
 void moe_device_label(moe_device *dev, const char *what, int64_t layer) {
   dev->label = what;
   dev->label_layer = layer;
-  moe_progress_label(what, layer);
+  moe_place_label(what, layer);
 }

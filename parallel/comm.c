@@ -8,7 +8,7 @@
 #include <stdlib.h>
 
 #include "core/base/log.h"
-#include "core/base/progress.h"
+#include "core/base/place.h"
 #include "kernels/ops.h"
 #include "kernels/profile.h"
 #include "parallel/comm_backend.h"
@@ -111,10 +111,10 @@ moe_status moe_comm_world(moe_device *dev, moe_comm **out) {
   *out = NULL;
   if (!mpi_is_running())
     return moe_fail(MOE_INVALID, "moe_comm_world: MPI is not running: call moe_comm_init first");
-  moe_progress_collective("making the group of all ranks");
+  moe_place_collective("making the group of all ranks");
   MPI_TRY(MPI_Comm_dup(MPI_COMM_WORLD, &mpi));
   moe_status status = make_group(dev, mpi, out);
-  moe_progress_return();
+  moe_place_return();
   return status;
 }
 
@@ -122,10 +122,10 @@ moe_status moe_comm_split(moe_comm *parent, int color, int key, moe_comm **out) 
   MPI_Comm mpi;
   *out = NULL;
   if (color < 0) return moe_fail(MOE_INVALID, "moe_comm_split: color %d is negative", color);
-  moe_progress_collective("making groups");
+  moe_place_collective("making groups");
   MPI_TRY(MPI_Comm_split(parent->mpi, color, key, &mpi));
   moe_status status = make_group(parent->dev, mpi, out);
-  moe_progress_return();
+  moe_place_return();
   return status;
 }
 
@@ -152,9 +152,9 @@ static moe_status check_device(const moe_comm *c) {
 #define TRANSPORT(c, call, args)               \
   MOE_TRY(check_device(c));                    \
   moe_profile_begin((c)->dev, #call, 0.0);     \
-  moe_progress_collective(#call);              \
+  moe_place_collective(#call);                 \
   moe_status status = (c)->backend->call args; \
-  moe_progress_return();                       \
+  moe_place_return();                          \
   moe_profile_end((c)->dev);                   \
   return status
 

@@ -5,15 +5,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/base/progress.h"
+#include "core/base/place.h"
 #include "parallel/comm_backend.h"
 
 enum { GATHER_TAG = 1, MESSAGE_BYTES = 1024 };
 
 static moe_status all_reduce(moe_comm *c, void *x, int n, MPI_Datatype type, moe_reduce_op op) {
-  moe_progress_collective("host all-reduce");
+  moe_place_collective("host all-reduce");
   int code = MPI_Allreduce(MPI_IN_PLACE, x, n, type, moe_mpi_op(op), c->mpi);
-  moe_progress_return();
+  moe_place_return();
   return moe_mpi_check(code, "MPI_Allreduce");
 }
 
@@ -26,23 +26,23 @@ moe_status moe_comm_host_all_reduce_f64(moe_comm *c, double *x, int n, moe_reduc
 }
 
 moe_status moe_comm_host_all_gather(moe_comm *c, const void *x, int64_t bytes, void *out) {
-  moe_progress_collective("host all-gather");
+  moe_place_collective("host all-gather");
   moe_status status = moe_mpi_all_gather(c, x, bytes, out);
-  moe_progress_return();
+  moe_place_return();
   return status;
 }
 
 moe_status moe_comm_host_broadcast(moe_comm *c, void *x, int64_t bytes, int root) {
-  moe_progress_collective("host broadcast");
+  moe_place_collective("host broadcast");
   moe_status status = moe_mpi_broadcast(c, x, bytes, root);
-  moe_progress_return();
+  moe_place_return();
   return status;
 }
 
 moe_status moe_comm_barrier(moe_comm *c) {
-  moe_progress_collective("barrier");
+  moe_place_collective("barrier");
   int code = MPI_Barrier(c->mpi);
-  moe_progress_return();
+  moe_place_return();
   return moe_mpi_check(code, "MPI_Barrier");
 }
 
@@ -104,9 +104,9 @@ static moe_status gather_bytes(moe_comm *c, const void *x, int64_t bytes, int ro
 
 moe_status moe_comm_host_gather_bytes(moe_comm *c, const void *x, int64_t bytes, int root,
                                       void **out, int64_t *lengths) {
-  moe_progress_collective("host gather");
+  moe_place_collective("host gather");
   moe_status status = gather_bytes(c, x, bytes, root, out, lengths);
-  moe_progress_return();
+  moe_place_return();
   return status;
 }
 

@@ -57,7 +57,7 @@ static void look(moe_watchdog *w) {
   double now = moe_clock_s(), gap = now - w->looked;
   w->looked = now;
   w->clock += gap < most_gap ? gap : most_gap;
-  moe_place place = moe_progress_read();
+  moe_place place = moe_place_read();
   if (place.signs != w->place.signs) w->signed_at = w->clock;
   w->place = place;
 }

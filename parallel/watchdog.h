@@ -1,6 +1,6 @@
 /* The watchdog: a job in which nothing moves any more ends itself, and says who hangs.
  *
- * A thread per rank counts the time since its rank's last sign of life (core/base/progress.h). Past
+ * A thread per rank counts the time since its rank's last sign of life (core/base/place.h). Past
  * the phase's limit it asks all ranks over the side channel. While one answers that it has time
  * left, say because it is writing a checkpoint, the job goes on. When all who answer have used up
  * theirs, the lowest of them prints where each rank is and names those that did not answer or are
@@ -11,7 +11,7 @@
 #ifndef MOE_PARALLEL_WATCHDOG_H
 #define MOE_PARALLEL_WATCHDOG_H
 
-#include "core/base/progress.h"
+#include "core/base/place.h"
 #include "parallel/comm.h"
 
 #ifdef __cplusplus

@@ -6,7 +6,7 @@
 #include <stdio.h>
 
 #include "core/base/log.h"
-#include "core/base/progress.h"
+#include "core/base/place.h"
 
 moe_status moe_run_saves_create(moe_engine *engine, moe_wall_clock *clock, moe_run_saves *out) {
   const moe_config *c = &engine->config;
@@ -40,7 +40,7 @@ static void warn(const moe_run_saves *s, int64_t step, const char *why) {
 
 moe_status moe_run_saves_go_on(moe_run_saves *s, int64_t step, bool wait) {
   moe_saved saved;
-  if (wait && moe_saver_busy(s->saver)) moe_progress_enter(MOE_PHASE_SAVE, step);
+  if (wait && moe_saver_busy(s->saver)) moe_place_enter(MOE_PHASE_SAVE, step);
   MOE_TRY(moe_saver_poll(s->saver, wait, &saved));
   if (!saved.news) return MOE_OK;
   if (saved.status == MOE_OK)
@@ -58,7 +58,7 @@ static moe_status begin(moe_run_saves *s, const moe_run_position *at) {
     moe_info("training waited %.1f s for the checkpoint before: a longer checkpoint.interval or a "
              "faster disk would avoid it",
              moe_clock_s() - start);
-  moe_progress_enter(MOE_PHASE_SAVE, at->step);
+  moe_place_enter(MOE_PHASE_SAVE, at->step);
   return moe_run_save(s->engine, s->saver, at);
 }
 

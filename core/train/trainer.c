@@ -8,8 +8,8 @@
 #include <string.h>
 
 #include "core/base/log.h"
+#include "core/base/place.h"
 #include "core/base/process_memory.h"
-#include "core/base/progress.h"
 #include "core/train/matrix_rate.h"
 #include "core/train/metrics.h"
 #include "core/train/run_dir.h"
@@ -105,7 +105,7 @@ static moe_status train_step(trainer *t) {
   double start = moe_clock_s();
   double lr = moe_schedule_lr(&t->schedule, t->step + 1);
   moe_step_result result;
-  moe_progress_enter(MOE_PHASE_STEP, t->step + 1);
+  moe_place_enter(MOE_PHASE_STEP, t->step + 1);
   memset(t->record.part_seconds, 0, sizeof t->record.part_seconds);
   MOE_TRY(micro_batches(t));
   MOE_TRY(moe_engine_finish_step(&t->engine, lr, t->step + 1, &result));
@@ -139,7 +139,7 @@ static moe_status agree_to_stop(trainer *t, bool clock_is_up) {
 static moe_status evaluate(trainer *t) {
   moe_engine *e = &t->engine;
   double start = moe_clock_s(), sums[2] = {0.0, 0.0};
-  moe_progress_enter(MOE_PHASE_EVALUATION, t->step);
+  moe_place_enter(MOE_PHASE_EVALUATION, t->step);
   MOE_TRY(moe_loader_seek(t->valid, 0));
   for (int64_t i = 0; i < e->config.train.eval_batches; i++) {
     moe_batch batch;
@@ -325,14 +325,14 @@ moe_status moe_train(const moe_config *config, moe_device *dev, const char *resu
   moe_status status;
   memset(&t, 0, sizeof t);
   moe_stop_listen();
-  moe_progress_enter(MOE_PHASE_START, 0);
+  moe_place_enter(MOE_PHASE_START, 0);
   MOE_TRY_OR(status, done, watch(config, &watchdog));
   MOE_TRY_OR(status, done, moe_engine_create(config, dev, true, false, &t.engine));
   MOE_TRY_OR(status, done, moe_engine_print_plan(&t.engine, stderr));
   MOE_TRY_OR(status, done, set_up(&t, resume));
   MOE_TRY_OR(status, done, run(&t));
 done:
-  moe_progress_enter(MOE_PHASE_END, t.step);
+  moe_place_enter(MOE_PHASE_END, t.step);
   moe_run_saves_destroy(&t.saves);
   moe_metrics_destroy(t.metrics);
   moe_loader_destroy(t.valid);

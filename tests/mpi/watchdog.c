@@ -41,7 +41,7 @@ static moe_status torn(void *about) {
 
 static void misbehave(worker *w, const char *what, double limit) {
   if (strcmp(what, "save") == 0) {
-    moe_progress_enter(MOE_PHASE_SAVE, 7);
+    moe_place_enter(MOE_PHASE_SAVE, 7);
     sleep_s(3.0 * limit);
   }
   if (strcmp(what, "stop") == 0) raise(SIGSTOP);
@@ -67,7 +67,7 @@ int main(int argc, char **argv) {
   REQUIRE(dog != NULL);
   OK(moe_comm_barrier(w.world));
 
-  moe_progress_enter(MOE_PHASE_STEP, 7);
+  moe_place_enter(MOE_PHASE_STEP, 7);
   OK(moe_comm_barrier(w.world));
   moe_device_label(w.dev, "experts forward", 3);
   for (int i = 0; strcmp(what, "work") == 0 && i < 6; i++) {

@@ -3,7 +3,7 @@
  * The one thing that must hold: who sees a new phase or place also sees a new sign of life, lest
  * the time since an old sign be held against a new phase's limit. So a sign is given before what it
  * is a sign of, and read after it. */
-#include "core/base/progress.h"
+#include "core/base/place.h"
 
 #include <stdatomic.h>
 
@@ -40,37 +40,37 @@ static void sign(void) {
   PUT(signs, GET(signs) + 1);
 }
 
-void moe_progress_enter(moe_phase phase, int64_t step) {
+void moe_place_enter(moe_phase phase, int64_t step) {
   sign();
   PUT(phase, (int)phase);
   PUT(step, step);
-  moe_progress_label("", -1);
+  moe_place_label("", -1);
 }
 
-void moe_progress_label(const char *what, int64_t layer) {
+void moe_place_label(const char *what, int64_t layer) {
   sign();
   PUT(what, what);
   PUT(layer, layer);
 }
 
-void moe_progress_collective(const char *name) {
+void moe_place_collective(const char *name) {
   sign();
   PUT(collective, name);
   PUT(collectives, GET(collectives) + 1);
-  moe_progress_wait(name);
+  moe_place_wait(name);
 }
 
-void moe_progress_wait(const char *name) {
+void moe_place_wait(const char *name) {
   sign();
   PUT(inside, name);
 }
 
-void moe_progress_return(void) {
+void moe_place_return(void) {
   sign();
   PUT(inside, "");
 }
 
-moe_place moe_progress_read(void) {
+moe_place moe_place_read(void) {
   moe_place p = {.phase = (moe_phase)GET(phase),
                  .step = GET(step),
                  .what = GET(what),
