@@ -6,6 +6,7 @@
 #include "kernels/ops.h"
 
 #include <math.h>
+#include <stdlib.h>
 
 #include "kernels/check.h"
 
@@ -133,6 +134,18 @@ void moe_rope_table_fill(double base, double alpha, int64_t positions, int64_t d
       table[p * d + half + i] = (float)sin((double)p * frequency);
     }
   }
+}
+
+moe_status moe_rope_table_upload(moe_device *dev, double base, double alpha, moe_tensor table) {
+  int64_t bytes = moe_tensor_bytes(table);
+  MOE_TRY(moe_check_2d("rope", "table", table, MOE_IS_F32, MOE_ANY, MOE_ANY));
+  float *host = malloc((size_t)bytes);
+  if (!host) return moe_fail(MOE_NO_MEMORY, "out of memory: rotary table");
+  moe_rope_table_fill(base, alpha, table.shape[0], table.shape[1], host);
+  moe_status status = moe_device_upload(dev, table.data, host, bytes);
+  if (status == MOE_OK) status = moe_device_sync(dev);
+  free(host);
+  return status;
 }
 
 static moe_status check_heads(const char *op, int64_t heads, int64_t kv_heads) {

@@ -61,6 +61,8 @@ moe_status moe_gemm(moe_device *dev, moe_gemm_form form, moe_tensor a, moe_tenso
  * w_i = b'^(-2i/d), b' = base * alpha^(d/(d-2)) (NTK-aware scaling), computed in f64.
  * Host memory; a set-up helper, not queued. */
 void moe_rope_table_fill(double base, double alpha, int64_t positions, int64_t d, float *table);
+/* The same into a table on the device. Waits. */
+moe_status moe_rope_table_upload(moe_device *dev, double base, double alpha, moe_tensor table);
 /* Rotate the query and key heads of qkv [T, (H+2G) d] act in place, pairs (i, i + d/2).
  * positions i32 [T]; direction +1 forward, -1 backward (the inverse rotation).
  * Source: Su et al. 2021, arXiv:2104.09864. */

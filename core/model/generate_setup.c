@@ -121,18 +121,6 @@ static void create_scratch(moe_generator *g, moe_memory *memory) {
   if (!measuring(memory)) moe_device_set_scratch(dev, data, bytes);
 }
 
-static moe_status fill_rope_table(moe_generator *g) {
-  moe_tensor t = g->rope_table;
-  const moe_config *c = g->options.config;
-  float *host = malloc((size_t)moe_tensor_bytes(t));
-  if (!host) return moe_fail(MOE_NO_MEMORY, "out of memory: rotary table");
-  moe_rope_table_fill(c->model.rope_base, c->model.rope_alpha, t.shape[0], t.shape[1], host);
-  moe_status status = moe_device_upload(g->options.dev, t.data, host, moe_tensor_bytes(t));
-  if (status == MOE_OK) status = moe_device_sync(g->options.dev);
-  free(host);
-  return status;
-}
-
 static moe_status create_host(moe_generator *g) {
   int64_t words = 3 * g->most_tokens, drawn = MOE_STEPS_KEPT * g->options.batch;
   g->staged = moe_device_alloc_host(g->options.dev, words * 4);
@@ -154,7 +142,9 @@ static moe_status create(moe_generator *g, moe_memory *memory) {
   if (measuring(memory)) return MOE_OK;
   MOE_TRY(create_host(g));
   MOE_TRY(moe_generator_clear(g, 0, g->options.batch));
-  return fill_rope_table(g);
+  const moe_config *c = g->options.config;
+  return moe_rope_table_upload(g->options.dev, c->model.rope_base, c->model.rope_alpha,
+                               g->rope_table);
 }
 
 moe_status moe_generator_create(const moe_generator_options *options, moe_memory *memory,

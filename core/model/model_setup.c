@@ -112,18 +112,6 @@ static void create_batch(moe_model *m, moe_memory *memory) {
   }
 }
 
-static moe_status upload_rope_table(moe_model *m) {
-  moe_tensor t = m->env.rope_table;
-  float *host = malloc((size_t)moe_tensor_bytes(t));
-  if (!host) return moe_fail(MOE_NO_MEMORY, "out of memory: rotary table");
-  moe_rope_table_fill(m->config.model.rope_base, m->config.model.rope_alpha, t.shape[0], t.shape[1],
-                      host);
-  moe_status status = moe_device_upload(m->env.dev, t.data, host, moe_tensor_bytes(t));
-  if (status == MOE_OK) status = moe_device_sync(m->env.dev);
-  free(host);
-  return status;
-}
-
 static void create_scratch(moe_model *m, moe_memory *memory) {
   moe_block_env *env = &m->env;
   const moe_dims *d = &env->dims;
@@ -191,7 +179,8 @@ static moe_status create(moe_model *m, moe_memory *memory) {
   env->rows_host = moe_device_alloc_host(env->dev, (int64_t)sizeof *env->rows_host);
   if (!m->stats_host || !env->rows_host)
     return moe_fail(MOE_NO_MEMORY, "out of memory: router statistics");
-  return upload_rope_table(m);
+  return moe_rope_table_upload(m->env.dev, m->config.model.rope_base, m->config.model.rope_alpha,
+                               m->env.rope_table);
 }
 
 moe_status moe_model_create(const moe_model_options *options, moe_memory *memory, moe_model **out) {
