@@ -9,6 +9,7 @@
 #include "core/base/log.h"
 #include "core/base/process_memory.h"
 #include "core/train/matrix_rate.h"
+#include "core/train/memory_plan.h"
 #include "kernels/ops.h"
 
 /* This rank's share of the cores it may run on; mpirun binds ranks to cores unless told not to. */
@@ -118,22 +119,12 @@ static moe_status settle(moe_engine *e, int64_t budget) {
   return MOE_OK;
 }
 
-static moe_status check_budget(moe_engine *e, int64_t budget) {
-  int64_t total = moe_engine_planned_bytes(e);
-  if (total <= budget) return MOE_OK;
-  char need[MOE_TEXT], have[MOE_TEXT], largest_text[MOE_TEXT];
-  int largest = 0;
-  for (int i = 1; i < MOE_MEM_PURPOSES; i++) {
-    if (e->memory.arena[i].used > e->memory.arena[largest].used) largest = i;
-  }
-  return moe_fail(MOE_NO_MEMORY,
-                  "the plan needs %s and %s may be used: most of it is %s (%s): lower "
-                  "train.micro_batch or data.sequence_length, set train.recompute = auto, "
-                  "parallel.zero1 = true, precision.grad_dtype or moment_dtype = auto, or use more "
-                  "ranks",
-                  moe_text_bytes(need, (double)total), moe_text_bytes(have, (double)budget),
-                  moe_memory_purpose_text((moe_memory_purpose)largest),
-                  moe_text_bytes(largest_text, (double)e->memory.arena[largest].used));
+static moe_status check_budget(const moe_engine *e, int64_t budget) {
+  moe_memory_plan p = moe_memory_plan_of(&e->memory, e->program_bytes);
+  return moe_memory_plan_check(
+      &p, budget,
+      "lower train.micro_batch or data.sequence_length, set train.recompute = auto, "
+      "parallel.zero1 = true, precision.grad_dtype or moment_dtype = auto, or use more ranks");
 }
 
 static moe_status plan(moe_engine *e, bool training) {

@@ -8,6 +8,7 @@
 #include "core/base/log.h"
 #include "core/base/process_memory.h"
 #include "core/train/engine.h"
+#include "core/train/memory_plan.h"
 
 /* ---- finding --------------------------------------------------------------------------------- */
 
@@ -76,29 +77,18 @@ static moe_status set_up(moe_inference *f, const moe_inference_options *o) {
   return moe_generator_create(&options, &f->memory, &f->generator);
 }
 
-static int64_t planned_bytes(const moe_inference *f) {
-  return f->program_bytes + moe_memory_total(&f->memory);
-}
-
 static moe_status check_budget(const moe_inference *f) {
   double gib = f->config.run.memory_gib;
-  int64_t budget = (int64_t)(gib * 1073741824.0), total = planned_bytes(f);
+  int64_t budget = (int64_t)(gib * 1073741824.0);
   if (gib <= 0.0) {
     budget = moe_device_free_bytes(f->dev);
     int64_t host = moe_host_available() / moe_comm_local_size();
     if (moe_device_is_host(f->dev) && host < budget) budget = host;
   }
-  if (total <= budget) return MOE_OK;
-  char need[MOE_TEXT], have[MOE_TEXT], most[MOE_TEXT];
-  int largest = 0;
-  for (int i = 1; i < MOE_MEM_PURPOSES; i++)
-    if (f->memory.arena[i].used > f->memory.arena[largest].used) largest = i;
-  return moe_fail(MOE_NO_MEMORY,
-                  "the plan needs %s and %s may be used: most of it is %s (%s): lower --batch, "
-                  "--context or --chunk, or use more ranks, which share the experts",
-                  moe_text_bytes(need, (double)total), moe_text_bytes(have, (double)budget),
-                  moe_memory_purpose_text((moe_memory_purpose)largest),
-                  moe_text_bytes(most, (double)f->memory.arena[largest].used));
+  moe_memory_plan p = moe_memory_plan_of(&f->memory, f->program_bytes);
+  return moe_memory_plan_check(&p, budget,
+                               "lower --batch, --context or --chunk, or use more ranks, which "
+                               "share the experts");
 }
 
 static moe_status plan(moe_inference *f, const moe_inference_options *o) {
@@ -162,7 +152,8 @@ moe_status moe_inference_create(moe_inference *f, const moe_inference_options *o
 }
 
 moe_status moe_inference_print_plan(const moe_inference *f, FILE *out) {
-  int64_t most = planned_bytes(f), mine = most;
+  moe_memory_plan p = moe_memory_plan_of(&f->memory, f->program_bytes);
+  int64_t mine = moe_memory_plan_total(&p), most = mine;
   char text[MOE_TEXT], count[MOE_TEXT];
   moe_dims d = moe_dims_of(&f->config);
   MOE_TRY(moe_comm_host_all_reduce_i64(f->world, &most, 1, MOE_MAX));
@@ -179,14 +170,7 @@ moe_status moe_inference_print_plan(const moe_inference *f, FILE *out) {
           moe_comm_size(f->world), f->chunk);
   fprintf(out, "memory       %s on the fullest rank; on rank 0 %s:\n",
           moe_text_bytes(text, (double)most), moe_text_bytes(count, (double)mine));
-  for (int i = 0; i < MOE_MEM_PURPOSES; i++) {
-    if (f->memory.arena[i].used == 0) continue;
-    fprintf(out, "  %-32s %12s\n", moe_memory_purpose_text((moe_memory_purpose)i),
-            moe_text_bytes(text, (double)f->memory.arena[i].used));
-  }
-  if (f->program_bytes > 0)
-    fprintf(out, "  %-32s %12s\n", "program and libraries",
-            moe_text_bytes(text, (double)f->program_bytes));
+  moe_memory_plan_print(&p, out);
   return MOE_OK;
 }
 

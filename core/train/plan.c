@@ -4,9 +4,8 @@
 
 #include "core/base/log.h"
 #include "core/train/engine.h"
+#include "core/train/memory_plan.h"
 #include "core/train/run_state.h"
-
-enum { PARTS = MOE_MEM_PURPOSES + 1 }; /* by purpose, and the program itself */
 
 static void print_sizes(const moe_engine *e, FILE *out) {
   const moe_config *c = &e->config;
@@ -46,50 +45,39 @@ static void print_owners(const moe_engine *e, FILE *out) {
   }
 }
 
-static void print_memory(const moe_engine *e, const int64_t *bytes, int fullest, FILE *out) {
+static void print_memory(const moe_engine *e, const moe_memory_plan *p, int fullest, FILE *out) {
   static const char *const modes[] = {"none", "experts", "block", "auto"};
   const moe_config *c = &e->config;
   char text[MOE_TEXT];
-  int64_t total = 0;
-  for (int i = 0; i < PARTS; i++) total += bytes[i];
   fprintf(out, "memory       %s on the fullest rank (%d); recompute %s",
-          moe_text_bytes(text, (double)total), fullest, modes[c->train.recompute]);
+          moe_text_bytes(text, (double)moe_memory_plan_total(p)), fullest,
+          modes[c->train.recompute]);
   if (c->train.recompute != MOE_RECOMPUTE_NONE) {
     int64_t layers = c->train.recompute_layers;
     fprintf(out, " in %" PRId64 " of %" PRId64 " layers",
             layers == 0 ? c->model.num_layers : layers, c->model.num_layers);
   }
   fprintf(out, "\n");
-  for (int i = 0; i < MOE_MEM_PURPOSES; i++) {
-    if (i == MOE_MEM_CACHE) continue; /* generation's */
-    fprintf(out, "  %-32s %12s\n", moe_memory_purpose_text((moe_memory_purpose)i),
-            moe_text_bytes(text, (double)bytes[i]));
-  }
-  if (bytes[MOE_MEM_PURPOSES] > 0) {
-    fprintf(out, "  %-32s %12s\n", "program and libraries",
-            moe_text_bytes(text, (double)bytes[MOE_MEM_PURPOSES]));
-  }
+  moe_memory_plan_print(p, out);
 }
 
 moe_status moe_engine_print_plan(moe_engine *e, FILE *out) {
   int ranks = moe_comm_size(e->world);
-  int64_t mine[PARTS] = {[MOE_MEM_PURPOSES] = e->program_bytes};
-  for (int i = 0; i < MOE_MEM_PURPOSES; i++) mine[i] = e->memory.arena[i].used;
-  int64_t *all = calloc((size_t)ranks, sizeof mine);
+  moe_memory_plan mine = moe_memory_plan_of(&e->memory, e->program_bytes);
+  moe_memory_plan *all = calloc((size_t)ranks, sizeof mine);
   if (!all) return moe_fail(MOE_NO_MEMORY, "out of memory: plan of %d ranks", ranks);
-  moe_status status = moe_comm_host_all_gather(e->world, mine, (int64_t)sizeof mine, all);
+  moe_status status = moe_comm_host_all_gather(e->world, &mine, (int64_t)sizeof mine, all);
   int fullest = 0;
   int64_t most = 0;
   for (int r = 0; r < ranks; r++) {
-    int64_t total = 0;
-    for (int i = 0; i < PARTS; i++) total += all[r * PARTS + i];
+    int64_t total = moe_memory_plan_total(&all[r]);
     if (total > most) most = total, fullest = r;
   }
   if (status == MOE_OK && moe_comm_rank(e->world) == 0) {
     char text[MOE_TEXT];
     print_sizes(e, out);
     print_owners(e, out);
-    print_memory(e, all + fullest * PARTS, fullest, out);
+    print_memory(e, &all[fullest], fullest, out);
     fprintf(out, "checkpoint   %s each on disk, %" PRId64 " kept\n",
             moe_text_bytes(text, (double)moe_run_state_bytes(&e->config)),
             e->config.checkpoint.keep);
