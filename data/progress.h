@@ -1,4 +1,4 @@
-/* Progress of work over bytes: one line on stderr, rewritten on a terminal, else now and then. */
+/* Progress: one line on stderr, rewritten on a terminal, else now and then. */
 #ifndef MOE_DATA_PROGRESS_H
 #define MOE_DATA_PROGRESS_H
 
@@ -17,8 +17,13 @@ typedef struct {
 
 void moe_progress_start(moe_progress *p, const char *label);
 /* done of total bytes (total < 0: not known), what else is to be said ("" for nothing). Cheap: it
- * draws at most every half second, off a terminal every ten. */
+ * draws only when due. */
 void moe_progress_show(moe_progress *p, int64_t done, int64_t total, const char *more);
+/* For work that is not over bytes: say a line of your own when one is due, which is every half
+ * second, off a terminal every ten. */
+bool moe_progress_due(const moe_progress *p);
+void moe_progress_say(moe_progress *p, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
 /* Clear the line; seconds since the start. */
 double moe_progress_end(moe_progress *p);
 

@@ -1,12 +1,11 @@
 /* Windows of a token file through a generator, as many at a time as it has slots. */
 #include "core/train/perplexity.h"
 
-#include <stdio.h>
 #include <stdlib.h>
-#include <unistd.h>
 
 #include "core/base/integers.h"
 #include "core/base/log.h"
+#include "data/progress.h"
 
 typedef struct {
   moe_generator *g;
@@ -16,8 +15,7 @@ typedef struct {
   int64_t windows, vocab;    /* how many; V */
   int32_t *tokens, *targets; /* [batch, S] */
   int32_t *read;             /* [S + 1] */
-  double started_s, shown_s;
-  bool terminal;
+  moe_progress progress;
   moe_perplexity_result *out;
 } task;
 
@@ -37,23 +35,20 @@ static moe_status load_window(task *t, int64_t w, int64_t row) {
 }
 
 static void show(task *t, int64_t done, const double loss[2]) {
-  double now = moe_clock_s(), elapsed = now - t->started_s;
-  if (!t->options.show || now - t->shown_s < (t->terminal ? 0.5 : 10.0)) return;
-  t->shown_s = now;
+  if (!t->options.show || !moe_progress_due(&t->progress)) return;
+  double elapsed = moe_clock_s() - t->progress.started_s;
   char rate[MOE_TEXT], left[MOE_TEXT];
   double seconds = elapsed * (double)(t->windows - done) / (double)done;
-  fprintf(stderr, "%s%s: perplexity: %.0f %%, %.4f nats/token, %s tokens/s, ETA %s%s",
-          t->terminal ? "\r\033[K" : "", moe_log_program(),
-          100.0 * (double)done / (double)t->windows, loss[1] > 0.0 ? loss[0] / loss[1] : 0.0,
-          moe_text_count(rate, (double)t->out->fed / elapsed), moe_text_seconds(left, seconds),
-          t->terminal ? "" : "\n");
-  fflush(stderr);
+  moe_progress_say(
+      &t->progress, "%.0f %%, %.4f nats/token, %s tokens/s, ETA %s",
+      100.0 * (double)done / (double)t->windows, loss[1] > 0.0 ? loss[0] / loss[1] : 0.0,
+      moe_text_count(rate, (double)t->out->fed / elapsed), moe_text_seconds(left, seconds));
 }
 
 static moe_status run(task *t) {
   int64_t batch = moe_generator_batch(t->g), s = t->options.window;
   double loss[2] = {0.0, 0.0};
-  t->started_s = t->shown_s = moe_clock_s();
+  moe_progress_start(&t->progress, "perplexity");
   for (int64_t w = 0; w < t->windows; w += batch) {
     int64_t n = moe_min64(batch, t->windows - w);
     for (int64_t row = 0; row < n; row++) MOE_TRY(load_window(t, w + row, row));
@@ -61,8 +56,7 @@ static moe_status run(task *t) {
     MOE_TRY(moe_generator_score(t->g, 0, n, t->tokens, t->targets, s, loss));
     show(t, w + n, loss);
   }
-  if (t->options.show && t->terminal) fputs("\r\033[K", stderr);
-  t->out->seconds = moe_clock_s() - t->started_s;
+  t->out->seconds = moe_progress_end(&t->progress);
   t->out->tokens = (int64_t)loss[1];
   t->out->nats = loss[0] / loss[1];
   return MOE_OK;
@@ -78,7 +72,6 @@ moe_status moe_perplexity(moe_generator *g, const moe_token_file *file, moe_perp
   task t = {.g = g, .file = file, .options = o, .out = out};
   t.total = o.limit > 0 ? moe_min64(o.limit, tokens) : tokens;
   t.vocab = moe_generator_params(g)->dims.vocab;
-  t.terminal = isatty(STDERR_FILENO) != 0;
   if (t.total < 2)
     return moe_fail(MOE_USAGE, "%s: %lld tokens, where 2 are the least to predict one",
                     moe_token_file_prefix(file), (long long)t.total);
