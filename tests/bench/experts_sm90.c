@@ -15,13 +15,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/base/log.h"
-#include "core/base/rng.h"
 #include "kernels/backend.h"
+#include "tests/bench/draws.h"
 
 enum { D = 768, F = 6144, MOST_EXPERTS = 16, FEW_COPIES = 3, ROUNDS = 21, SUSTAINED = 40 };
 enum { FRESH_GB = 40 };
-enum { BLOCK = 1 << 22, OWN = 0, GEMM, CUBLAS, CONTESTANTS };
+enum { OWN = 0, GEMM, CUBLAS, CONTESTANTS };
 typedef enum { UP, DOWN, DOWN_BACKWARD, UP_BACKWARD, GRAD_W13, GRAD_W2, PRODUCTS } product;
 static const char *const names[] = {"up",          "down",     "down_backward",
                                     "up_backward", "grad w13", "grad w2"};
@@ -29,11 +28,7 @@ static const char *const names[] = {"up",          "down",     "down_backward",
 static moe_device *own, *cublas;
 static int64_t e, C, bounds[MOST_EXPERTS + 1]; /* experts, rows, where segments begin */
 static int turn;                               /* which copy of rotating inputs */
-static moe_tensor block;
-
-static void must(moe_status status) {
-  if (status != MOE_OK) exit(moe_report(status));
-}
+static moe_tensor draws;
 
 /* ---- tensors --------------------------------------------------------------------------------- */
 
@@ -46,22 +41,12 @@ static moe_tensor at(rotating x) {
   return x.copy[turn % x.copies];
 }
 
-static void fill(moe_tensor x, double scale) {
-  int64_t n = moe_tensor_count(x), size = moe_dtype_size(x.dtype);
-  for (int64_t i = 0; i < n; i += BLOCK) {
-    int64_t here = n - i < BLOCK ? n - i : BLOCK;
-    must(moe_copy(own, moe_tensor_1d((char *)x.data + i * size, x.dtype, here),
-                  moe_tensor_rows(block, 0, here)));
-  }
-  must(moe_scale(own, x, (float)scale));
-}
-
 static void copy_more(rotating *x, moe_tensor t, int copies, double scale) {
   for (; x->copies < copies; x->copies++) {
     t.data = moe_device_alloc(own, moe_tensor_bytes(t));
     if (t.data == NULL)
       must(moe_fail(MOE_NO_MEMORY, "experts_sm90: no device memory: give fewer EXPERTS"));
-    fill(t, scale);
+    fill(own, draws, t, scale);
     x->copy[x->copies] = t;
   }
 }
@@ -202,12 +187,12 @@ static void sustain(product k, double seconds[2]) {
   if (k == DOWN_BACKWARD) {
     int64_t most = ((int64_t)FRESH_GB << 30) / moe_tensor_bytes(gu.copy[0]);
     count = most < gu.copies ? gu.copies : most < SUSTAINED ? (int)most : SUSTAINED;
-    for (int i = 0; i < gu.copies; i++) fill(gu.copy[i], 1);
+    for (int i = 0; i < gu.copies; i++) fill(own, draws, gu.copy[i], 1);
     copy_more(&gu, gu.copy[0], count, 1);
   }
   for (int who = OWN; who <= GEMM; who++) seconds[who] = launches(who, k, count);
   if (k == DOWN_BACKWARD || k == UP) /* these wrote over gu */
-    for (int i = 0; i < gu.copies; i++) fill(gu.copy[i], 1);
+    for (int i = 0; i < gu.copies; i++) fill(own, draws, gu.copy[i], 1);
 }
 
 static void measure(product k) {
@@ -268,12 +253,7 @@ int main(int argc, char **argv) {
   moe_log_init("experts_sm90", -1);
   own = device("sm90");
   cublas = device("cublas");
-  block = moe_tensor_1d(moe_device_alloc(own, 4LL * BLOCK), MOE_F32, BLOCK);
-  float *host = malloc(4LL * BLOCK);
-  moe_rng_normal_fill(1, 2, 0, BLOCK, 1.0f, host);
-  must(moe_device_upload(own, block.data, host, 4LL * BLOCK));
-  must(moe_device_sync(own));
-  free(host);
+  draws = make_draws(own);
   printf("%s, bf16\n", moe_device_name(own));
   const int64_t each[] = {2048, 4096, 8192};
   for (int i = 0; i < 3; i++) {

@@ -13,35 +13,22 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/base/log.h"
-#include "core/base/rng.h"
-#include "kernels/ops.h"
+#include "tests/bench/draws.h"
 
 static const double COPY_RATE = 4.26e12;
 enum { D = 768, E = 16, F = 6144, K = 4, V = 32000, H = 12, G = 1, HEAD = 64, LAYERS = 30 };
-enum { QKV = (H + 2 * G) * HEAD, ROUNDS = 25, BLOCK = 1 << 22, ROOM_MORE = 64 };
+enum { QKV = (H + 2 * G) * HEAD, ROUNDS = 25, ROOM_MORE = 64 };
 
 static moe_device *dev;
-static moe_tensor block; /* normal draws */
-
-static void must(moe_status status) {
-  if (status != MOE_OK) exit(moe_report(status));
-}
+static moe_tensor draws;
 
 /* ---- tensors ------------------------------------------------------------------------------- */
 
 static moe_tensor make(moe_dtype dtype, int64_t a, int64_t b, double scale) {
   moe_tensor x = moe_tensor_2d(NULL, dtype, a, b);
-  int64_t n = moe_tensor_count(x), size = moe_dtype_size(dtype);
-  x.data = moe_device_alloc(dev, n * size);
+  x.data = moe_device_alloc(dev, moe_tensor_bytes(x));
   if (x.data == NULL) must(moe_fail(MOE_NO_MEMORY, "gpu_decode: out of device memory"));
-  if (scale <= 0) return x;
-  for (int64_t i = 0; i < n; i += BLOCK) {
-    int64_t here = n - i < BLOCK ? n - i : BLOCK;
-    must(moe_copy(dev, moe_tensor_1d((char *)x.data + i * size, dtype, here),
-                  moe_tensor_rows(block, 0, here)));
-  }
-  must(moe_scale(dev, x, (float)scale));
+  if (scale > 0) fill(dev, draws, x, scale);
   return x;
 }
 
@@ -263,12 +250,7 @@ int main(int argc, char **argv) {
   moe_log_init("gpu_decode", -1);
   moe_device_options options = {.kind = MOE_DEVICE_CUDA};
   must(moe_device_open(&options, &dev));
-  block = moe_tensor_1d(moe_device_alloc(dev, 4LL * BLOCK), MOE_F32, BLOCK);
-  float *host = malloc(4LL * BLOCK);
-  moe_rng_normal_fill(1, 2, 0, BLOCK, 1.0f, host);
-  must(moe_device_upload(dev, block.data, host, 4LL * BLOCK));
-  must(moe_device_sync(dev));
-  free(host);
+  draws = make_draws(dev);
   make_weights();
   printf("%s, 6.9b shape, bf16; floors at %.2f TB/s\n", moe_device_name(dev), 1e-12 * COPY_RATE);
   const int64_t list[] = {asked > 0 ? asked : 1, asked > 0 ? 0 : 32};

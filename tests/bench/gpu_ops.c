@@ -11,22 +11,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/base/log.h"
-#include "core/base/rng.h"
-#include "kernels/ops.h"
+#include "tests/bench/draws.h"
 
 static const double COPY_RATE = 4.26e12, MATRIX_RATE = 780e12;
 enum { D = 768, E = 16, F = 6144, K = 4, V = 32000, H = 12, G = 1, HEAD = 64, PAD = 128 };
-enum { ROUNDS = 9, MOST_COPIES = 4, BLOCK = 1 << 22, CHUNK = 8192 };
+enum { ROUNDS = 9, MOST_COPIES = 4, CHUNK = 8192 };
 
 static moe_device *dev;
 static int64_t T, S, C;
 static int turn; /* which copy of rotating inputs */
-static moe_tensor block;
-
-static void must(moe_status status) {
-  if (status != MOE_OK) exit(moe_report(status));
-}
+static moe_tensor draws;
 
 /* ---- tensors: up to MOST_COPIES copies of what would fit the cache ----------------------------
  */
@@ -40,16 +34,6 @@ static moe_tensor at(rotating x) {
   return x.copy[turn % x.copies];
 }
 
-static void fill(moe_tensor x, double scale) {
-  int64_t n = moe_tensor_count(x), size = moe_dtype_size(x.dtype);
-  for (int64_t i = 0; i < n; i += BLOCK) {
-    int64_t here = n - i < BLOCK ? n - i : BLOCK;
-    must(moe_copy(dev, moe_tensor_1d((char *)x.data + i * size, x.dtype, here),
-                  moe_tensor_rows(block, 0, here)));
-  }
-  must(moe_scale(dev, x, (float)scale));
-}
-
 static rotating make(moe_dtype dtype, int dims, int64_t a, int64_t b, int64_t c, int64_t d,
                      double scale) {
   rotating x = {.copies = 1};
@@ -60,7 +44,7 @@ static rotating make(moe_dtype dtype, int dims, int64_t a, int64_t b, int64_t c,
     x.copy[i] = t;
     x.copy[i].data = moe_device_alloc(dev, bytes);
     if (x.copy[i].data == NULL) must(moe_fail(MOE_NO_MEMORY, "gpu_ops: out of device memory"));
-    if (dtype != MOE_I32 && dtype != MOE_F64) fill(x.copy[i], scale);
+    if (dtype != MOE_I32 && dtype != MOE_F64) fill(dev, draws, x.copy[i], scale);
   }
   return x;
 }
@@ -224,8 +208,8 @@ static int by_value(const void *p, const void *q) {
 
 /* What is changed in place would drift to values that are cheaper to multiply. */
 static void refresh(void) {
-  for (int i = 0; i < gu.copies; i++) fill(gu.copy[i], 1);
-  for (int i = 0; i < logits.copies; i++) fill(logits.copy[i], 1);
+  for (int i = 0; i < gu.copies; i++) fill(dev, draws, gu.copy[i], 1);
+  for (int i = 0; i < logits.copies; i++) fill(dev, draws, logits.copy[i], 1);
 }
 
 #define MEASURE(text, bytes_, products_, call)                                      \
@@ -266,12 +250,7 @@ int main(int argc, char **argv) {
   moe_log_init("gpu_ops", -1);
   moe_device_options options = {.kind = MOE_DEVICE_CUDA};
   must(moe_device_open(&options, &dev));
-  block = moe_tensor_1d(moe_device_alloc(dev, 4LL * BLOCK), MOE_F32, BLOCK);
-  float *host = malloc(4LL * BLOCK);
-  moe_rng_normal_fill(1, 2, 0, BLOCK, 1.0f, host);
-  must(moe_device_upload(dev, block.data, host, 4LL * BLOCK));
-  must(moe_device_sync(dev));
-  free(host);
+  draws = make_draws(dev);
   make_dense();
   make_moe();
   printf("%s, %lld tokens, bf16; floors at %.2f TB/s and %.0f TFLOP/s\n", moe_device_name(dev),
