@@ -8,6 +8,7 @@
 #include "core/base/log.h"
 #include "core/base/process_memory.h"
 #include "core/train/bench.h"
+#include "launch/options.h"
 #include "launch/program.h"
 
 static const char help[] =
@@ -32,7 +33,7 @@ static const char help[] =
 typedef struct {
   moe_config config;
   const char *answer, *json;
-  int steps, warmup;
+  int64_t steps, warmup;
   bool collectives, operations, balanced;
 } command;
 
@@ -44,16 +45,7 @@ typedef struct {
 } figures;
 static const int collective_mib[3] = {1, 8, 64};
 
-static moe_status parse_count(const char *option, const char *text, int least, int *out) {
-  char *end;
-  long value = strtol(text, &end, 10);
-  if (*text == '\0' || *end != '\0' || value < least || value > 100000) {
-    return moe_fail(MOE_USAGE, "%s %s: command line: give a whole number from %d to 100000", option,
-                    text, least);
-  }
-  *out = (int)value;
-  return MOE_OK;
-}
+enum { MOST_STEPS = 100000 };
 
 static moe_status parse(int argc, char **argv, command *cmd) {
   static const struct option options[] = {
@@ -80,8 +72,8 @@ static moe_status parse(int argc, char **argv, command *cmd) {
       if (option == 'o') cmd->operations = true;
       if (option == 'b') cmd->balanced = true;
       if (option == 'j') cmd->json = optarg;
-      if (option == 'n') MOE_TRY(parse_count("--steps", optarg, 1, &cmd->steps));
-      if (option == 'w') MOE_TRY(parse_count("--warmup", optarg, 0, &cmd->warmup));
+      if (option == 'n') MOE_TRY(moe_option_int("steps", optarg, 1, MOST_STEPS, &cmd->steps));
+      if (option == 'w') MOE_TRY(moe_option_int("warmup", optarg, 0, MOST_STEPS, &cmd->warmup));
       if (option == 's' && pass == 1) MOE_TRY(moe_config_set(&cmd->config, optarg));
     }
     if (argc - optind > 1) return moe_fail(MOE_USAGE, "too many arguments: see moe-bench --help");
@@ -115,7 +107,7 @@ done:
 static moe_status measure_step(moe_engine *e, const command *cmd, figures *f) {
   MOE_TRY(moe_optimizer_init_weights(e->optimizer, (uint64_t)e->config.train.seed));
   if (cmd->balanced) MOE_TRY(moe_model_force_balance(e->model));
-  return moe_bench_step(e, cmd->warmup, cmd->steps, &f->step);
+  return moe_bench_step(e, (int)cmd->warmup, (int)cmd->steps, &f->step);
 }
 
 /* The plan, and what came to be held: no step allocates, so what is held after them is the peak of
@@ -154,7 +146,7 @@ static void print_step(const moe_engine *e, const command *cmd, const figures *f
          "of %" PRId64 " and blocks of %" PRId64 " layers%s; median of %d\n",
          s->tokens, moe_dtype_name(moe_config_compute_dtype(&e->config)), e->mesh.ep, e->mesh.edp,
          moe_model_exchange_name(e->model), moe_text_bytes(planned, (double)f->planned_bytes),
-         experts, blocks, cmd->balanced ? ", balanced routing" : "", cmd->steps);
+         experts, blocks, cmd->balanced ? ", balanced routing" : "", (int)cmd->steps);
   printf("  %.1f ms (%.1f to %.1f), %.0f tokens/s, %.4f TFLOP/s per rank = %.1f %% of the product",
          1e3 * s->seconds, 1e3 * s->fastest, 1e3 * s->slowest, (double)s->tokens / s->seconds,
          s->model_tflops, 100.0 * s->model_tflops / f->ceilings.product_tflops);

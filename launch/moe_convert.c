@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -96,13 +95,6 @@ typedef struct {
   bool all, no_values, tensors, config, help, version;
   bool differ; /* diff's answer */
 } request;
-
-static volatile sig_atomic_t stop_asked;
-
-static void ask_to_stop(int number) {
-  (void)number;
-  stop_asked = 1;
-}
 
 /* ---- help ---- */
 
@@ -248,10 +240,10 @@ static moe_status check(const request *r) {
 static moe_status export_weights(const request *r) {
   char path[MOE_PATH];
   moe_gguf_options options = r->export;
-  MOE_TRY(moe_audit_choose(r->arguments[0], true, &stop_asked, path));
+  MOE_TRY(moe_audit_choose(r->arguments[0], true, &moe_stop_asked, path));
   options.common.checkpoint = path;
   options.common.out = r->output;
-  options.common.stop = &stop_asked;
+  options.common.stop = &moe_stop_asked;
   options.common.dtype = r->command == EXPORT_HF ? dtypes[r->dtype].dtype : MOE_EXPORT_RUN_DTYPE;
   options.type = dtypes[r->dtype].ggml;
   return r->command == EXPORT_HF ? moe_export_hf(&options.common) : moe_export_gguf(&options);
@@ -262,21 +254,21 @@ static moe_status import(const request *r, moe_comm *world) {
                                       .run_dir = r->output,
                                       .step = r->step,
                                       .dtype = dtypes[r->dtype].dtype,
-                                      .stop = &stop_asked};
+                                      .stop = &moe_stop_asked};
   return moe_import_hf(world, &options);
 }
 
 static moe_status reshard(const request *r, moe_comm *world) {
   char path[MOE_PATH];
-  MOE_TRY(moe_audit_choose(r->arguments[0], true, &stop_asked, path));
-  return moe_reshard(world, path, r->output, (int)r->ranks, &stop_asked);
+  MOE_TRY(moe_audit_choose(r->arguments[0], true, &moe_stop_asked, path));
+  return moe_reshard(world, path, r->output, (int)r->ranks, &moe_stop_asked);
 }
 
 static moe_status inspect(const request *r) {
   char path[MOE_PATH];
   const moe_inspect_options options = {
-      .values = !r->no_values, .tensors = r->tensors, .config = r->config, .stop = &stop_asked};
-  MOE_TRY(moe_audit_choose(r->arguments[0], false, &stop_asked, path));
+      .values = !r->no_values, .tensors = r->tensors, .config = r->config, .stop = &moe_stop_asked};
+  MOE_TRY(moe_audit_choose(r->arguments[0], false, &moe_stop_asked, path));
   return moe_inspect_checkpoint(path, &options, stdout);
 }
 
@@ -293,7 +285,7 @@ static moe_status open_weights(const char *path, moe_weights **out) {
   if (is_export(path))
     return moe_files_is_folder(path) ? moe_weights_open_hf(path, out)
                                      : moe_weights_open_gguf(path, out);
-  MOE_TRY(moe_audit_choose(path, false, &stop_asked, step));
+  MOE_TRY(moe_audit_choose(path, false, &moe_stop_asked, step));
   return moe_weights_open_checkpoint(step, out);
 }
 
@@ -310,12 +302,12 @@ static moe_status diff_exports(request *r, const moe_diff_options *options) {
 static moe_status diff(request *r) {
   char a[MOE_PATH], b[MOE_PATH];
   const moe_diff_options options = {
-      .tolerance = r->tolerance, .all = r->all, .stop = &stop_asked, .out = stdout};
+      .tolerance = r->tolerance, .all = r->all, .stop = &moe_stop_asked, .out = stdout};
   if (is_export(r->arguments[0]) || is_export(r->arguments[1])) {
     MOE_TRY(diff_exports(r, &options));
   } else {
-    MOE_TRY(moe_audit_choose(r->arguments[0], false, &stop_asked, a));
-    MOE_TRY(moe_audit_choose(r->arguments[1], false, &stop_asked, b));
+    MOE_TRY(moe_audit_choose(r->arguments[0], false, &moe_stop_asked, a));
+    MOE_TRY(moe_audit_choose(r->arguments[1], false, &moe_stop_asked, b));
     MOE_TRY(moe_diff_checkpoints(a, b, &options, &r->differ));
   }
   printf("%s and %s %s\n", r->arguments[0], r->arguments[1], r->differ ? "differ" : "are equal");
@@ -334,7 +326,7 @@ static moe_status run_command(request *r, moe_comm *world) {
   case INSPECT:
     return inspect(r);
   case VERIFY:
-    return moe_audit(r->arguments[0], r->all, &stop_asked, stdout);
+    return moe_audit(r->arguments[0], r->all, &moe_stop_asked, stdout);
   default:
     return diff(r);
   }
@@ -360,9 +352,7 @@ static moe_status execute(int argc, char **argv, moe_comm *world, request *r) {
 static bool checkpoints_differ;
 
 static moe_status body(int argc, char **argv, moe_comm *world) {
-  struct sigaction action = {.sa_handler = ask_to_stop};
-  sigaction(SIGINT, &action, NULL);
-  sigaction(SIGTERM, &action, NULL);
+  moe_program_catch_stop();
   request r = {.ranks = 1};
   moe_status status = execute(argc, argv, world, &r);
   checkpoints_differ = r.differ;

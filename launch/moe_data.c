@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,6 +12,7 @@
 #include "data/encode_pool.h"
 #include "data/tokenize.h"
 #include "launch/options.h"
+#include "launch/program.h"
 
 enum { TRAIN = 1, TOKENIZE = 2, INSPECT = 4, VERIFY = 8, TEXT = TRAIN | TOKENIZE, ANY = 15 };
 
@@ -72,13 +72,6 @@ typedef struct {
   int64_t vocab_size, workers;
   bool append_eos, prepend_bos, overwrite, help, version;
 } request;
-
-static volatile sig_atomic_t stop_asked;
-
-static void ask_to_stop(int number) {
-  (void)number;
-  stop_asked = 1;
-}
 
 /* ---- help ---- */
 
@@ -274,7 +267,7 @@ static moe_status verify(const request *r) {
     moe_tokenizer_close(t);
   }
   for (int i = 0; i < r->argument_count; i++)
-    MOE_TRY(moe_verify_tokens(r->arguments[i], vocab_size, &stop_asked));
+    MOE_TRY(moe_verify_tokens(r->arguments[i], vocab_size, &moe_stop_asked));
   return MOE_OK;
 }
 
@@ -297,13 +290,11 @@ static moe_status execute(const request *r) {
 
 int main(int argc, char **argv) {
   moe_log_init("moe-data", -1);
-  struct sigaction action = {.sa_handler = ask_to_stop}; /* no SA_RESTART: reads must wake up */
-  sigaction(SIGINT, &action, NULL);
-  sigaction(SIGTERM, &action, NULL);
+  moe_program_catch_stop();
   long cores = sysconf(_SC_NPROCESSORS_ONLN);
   if (cores < 1) cores = 1;
   request r = {
-      .text = {.json_key = "text", .stop = &stop_asked},
+      .text = {.json_key = "text", .stop = &moe_stop_asked},
       .training = {.model_type = "unigram",
                    .vocab_size = 32000,
                    .character_coverage = 0.9995,

@@ -1,7 +1,20 @@
-/* The frame of a parallel program. */
+/* The frame of a program. */
 #include "launch/program.h"
 
 #include "core/base/log.h"
+
+volatile sig_atomic_t moe_stop_asked;
+
+static void on_signal(int number) {
+  (void)number;
+  moe_stop_asked = 1;
+}
+
+void moe_program_catch_stop(void) {
+  struct sigaction action = {.sa_handler = on_signal}; /* no SA_RESTART: reads must wake up */
+  sigaction(SIGINT, &action, NULL);
+  sigaction(SIGTERM, &action, NULL);
+}
 
 int moe_program_run(const char *name, int argc, char **argv,
                     moe_status (*body)(int argc, char **argv, moe_comm *world)) {
