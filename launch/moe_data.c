@@ -8,6 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "checkpoint/files.h"
 #include "core/base/log.h"
 #include "data/encode_pool.h"
 #include "data/tokenize.h"
@@ -223,6 +224,17 @@ static moe_status check(const request *r) {
 
 /* ---- the commands ---- */
 
+/* Before work that may take minutes. */
+static moe_status make_output_folder(const request *r) {
+  const char *slash = r->output ? strrchr(r->output, '/') : NULL;
+  if (!slash || slash == r->output) return MOE_OK;
+  char *folder = strndup(r->output, (size_t)(slash - r->output));
+  if (!folder) return moe_fail(MOE_NO_MEMORY, "out of memory: command line");
+  moe_status status = moe_files_make_folders(folder);
+  free(folder);
+  return status;
+}
+
 static moe_status train(const request *r) {
   moe_train_tokenizer_options o = {
       .inputs = r->arguments,
@@ -276,6 +288,7 @@ static moe_status execute(const request *r) {
   if (r->version) printf("moe-data %s\n", MOE_VERSION);
   if (r->help || r->version) return MOE_OK;
   MOE_TRY(check(r));
+  if (r->command & TEXT) MOE_TRY(make_output_folder(r));
   switch (r->command) {
   case TRAIN:
     return train(r);

@@ -68,6 +68,8 @@ Test(moe_data, tokenizes_documents_in_order) {
       "cat a.txt | " MOE_DATA
       " tokenize --input - --tokenizer bytes --output s --split-documents lines");
   holds("s", "one$two$");
+  run(0, "1 document", MOE_DATA " tokenize a.txt --tokenizer bytes --output new/folder/a");
+  holds("new/folder/a", "one\n\ntwo\n$");
 }
 
 Test(moe_data, gives_the_same_file_with_any_number_of_workers) {
@@ -96,7 +98,8 @@ Test(moe_data, leaves_nothing_behind_when_it_fails) {
   run(3, "not a SentencePiece model", MOE_DATA " tokenize bad.txt --tokenizer bad.txt --output x");
   write_file(in_folder("empty.txt"), "", 0);
   run(2, "no text", MOE_DATA " tokenize empty.txt --tokenizer bytes --output x");
-  run(1, "cannot create", MOE_DATA " tokenize bad.txt --tokenizer bytes --output no/x");
+  run(1, "bad.txt: is in the way",
+      MOE_DATA " tokenize bad.txt --tokenizer bytes --output bad.txt/x");
   run(0, "left out 1 invalid",
       MOE_DATA " tokenize bad.txt --tokenizer bytes --output y --skip-invalid && rm y.bin y.idx");
   run(0, "2 files", "echo $(ls | wc -l) files");
