@@ -12,6 +12,8 @@
  * Exchanges hide behind arithmetic (kernels/lanes.h). Forward, the rows set out while the router
  * still chooses. Backward, the gradients that only the optimizer waits for, those of the expert
  * weights, are put off: w2's covers the rows' way back, w1's and w3's the next layer's exchange. */
+#include <math.h>
+
 #include "core/base/integers.h"
 #include "core/model/block.h"
 #include "kernels/lanes.h"
@@ -82,8 +84,8 @@ static moe_status route_tokens(moe_block_env *env, moe_block *b, moe_tensor stat
   double factor = env->config->train.capacity_factor;
   if (factor > 0.0) {
     double share = factor * (double)(env->tokens * d->top_k) / (double)d->experts;
-    int64_t capacity = (int64_t)share < share ? (int64_t)share + 1 : (int64_t)share;
-    MOE_TRY(moe_router_drop(env->dev, s->probs, capacity, s->experts, s->gates, b->dropped));
+    MOE_TRY(moe_router_drop(env->dev, s->probs, (int64_t)ceil(share), s->experts, s->gates,
+                            b->dropped));
   }
   MOE_TRY(moe_dispatch_send(env->dispatcher, s->h2, s->experts, s->gates, &s->route));
   MOE_TRY(moe_dispatch_wait(env->dispatcher));
