@@ -107,7 +107,7 @@ static moe_status tidy_phase(moe_save *s) {
 
 /* ---- the phases in turn */
 
-moe_status moe_save_work(moe_save *s) {
+static moe_status work(moe_save *s) {
   switch (s->phase) {
   case MOE_SAVE_WRITE:
     return write_phase(s);
@@ -124,16 +124,28 @@ moe_status moe_save_work(moe_save *s) {
   return MOE_OK;
 }
 
+moe_status moe_save_work(moe_save *s) {
+  double start_s = moe_clock_s();
+  moe_status status = work(s);
+  s->work_s[s->phase] = moe_clock_s() - start_s;
+  return status;
+}
+
 static moe_status gather_reports(moe_save *s) {
   int64_t length = (int64_t)sizeof(moe_shard_file) + s->slices * (int64_t)sizeof(moe_slice);
   return moe_comm_host_gather_bytes(s->world, s->report, length, 0, &s->reports, s->lengths);
 }
 
-static void settle(moe_save *s, moe_status outcome) {
+static moe_status settle(moe_save *s, moe_status outcome) {
+  double slowest[2] = {s->work_s[MOE_SAVE_WRITE], s->work_s[MOE_SAVE_VERIFY]};
   s->outcome = outcome;
   if (outcome != MOE_OK) snprintf(s->message, sizeof s->message, "%s", moe_error_message());
   s->seconds = moe_clock_s() - s->started;
   s->phase = MOE_SAVE_TIDY;
+  MOE_TRY(moe_comm_host_all_reduce_f64(s->world, slowest, 2, MOE_MAX));
+  s->write_s = slowest[0];
+  s->verify_s = slowest[1];
+  return MOE_OK;
 }
 
 moe_status moe_save_advance(moe_save *s, moe_status mine) {
@@ -141,7 +153,7 @@ moe_status moe_save_advance(moe_save *s, moe_status mine) {
   if (s->phase == MOE_SAVE_TIDY)
     s->phase = MOE_SAVE_DONE;
   else if (agreed != MOE_OK || s->phase == MOE_SAVE_VERIFY)
-    settle(s, agreed);
+    return settle(s, agreed);
   else if (++s->phase == MOE_SAVE_PUBLISH)
     return gather_reports(s);
   return MOE_OK;

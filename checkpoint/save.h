@@ -36,12 +36,14 @@ typedef struct {
   /* rank 0: everyone's reports, one after the other */
   void *reports;
   int64_t *lengths;
-  int64_t bytes;  /* of all ranks' pieces */
-  double started; /* moe_clock_s */
+  int64_t bytes;                    /* of all ranks' pieces */
+  double started;                   /* moe_clock_s */
+  double work_s[MOE_SAVE_DONE + 1]; /* how long the work of each phase took this rank */
   /* agreed by all ranks when TIDY begins */
   moe_status outcome;
   char message[1100];
   double seconds;
+  double write_s, verify_s; /* the work of those phases, on the slowest rank */
 } moe_save;
 
 /* Collective. Prepare a save; state (with what it points to) and the list of pieces are copied, the

@@ -64,7 +64,7 @@ bool moe_saver_busy(const moe_saver *s) {
 static void *work(void *context) {
   moe_saver *s = context;
   /* The processors are training's; the thread gets what it leaves. Linux keeps this per thread. */
-  setpriority(PRIO_PROCESS, (id_t)gettid(), NICE);
+  setpriority(PRIO_PROCESS, (id_t)gettid(), getpriority(PRIO_PROCESS, 0) + NICE);
   s->result = moe_save_work(&s->save);
   if (s->result != MOE_OK) snprintf(s->message, sizeof s->message, "%s", moe_error_message());
   if (s->save.phase == MOE_SAVE_WRITE) moe_snapshot_leave(s->snapshot);
@@ -150,6 +150,8 @@ static void tell(moe_saver *s, moe_saved *out) {
                      .step = s->save.state.step,
                      .bytes = s->save.bytes,
                      .seconds = s->save.seconds,
+                     .write_s = s->save.write_s,
+                     .verify_s = s->save.verify_s,
                      .held_s = s->held_s};
 }
 

@@ -22,8 +22,9 @@ typedef struct {
   moe_status status; /* MOE_OK: it is there, and verified */
   const char *message;
   int64_t step, bytes;
-  double seconds; /* from begin until it was verified */
-  double held_s;  /* how long training waited in moe_saver_begin */
+  double seconds; /* from begin until it was verified, with what ranks waited between phases */
+  double write_s, verify_s; /* of it: until all was on the disk, and reading it back */
+  double held_s;            /* how long training waited in moe_saver_begin */
 } moe_saved;
 
 /* Collective. memory: bytes of host memory to copy to on this rank, or 0 on all ranks: saves then

@@ -24,11 +24,14 @@ void moe_run_saves_destroy(moe_run_saves *s) {
 }
 
 static void report(moe_run_saves *s, const moe_saved *saved) {
-  char size[MOE_TEXT], rate[MOE_TEXT], held[64] = "";
+  char size[MOE_TEXT], writing[MOE_TEXT], verifying[MOE_TEXT], held[64] = "";
+  double bytes = (double)saved->bytes;
   if (s->plan.memory > 0) snprintf(held, sizeof held, ", training held for %.2f s", saved->held_s);
-  moe_info("checkpoint of step %" PRId64 " saved: %s in %.1f s (%s/s)%s", saved->step,
-           moe_text_bytes(size, (double)saved->bytes), saved->seconds,
-           moe_text_bytes(rate, (double)saved->bytes / fmax(saved->seconds, 1e-9)), held);
+  moe_info("checkpoint of step %" PRId64 " saved: %s in %.1f s: written in %.2f s (%s/s), verified "
+           "in %.2f s (%s/s)%s",
+           saved->step, moe_text_bytes(size, bytes), saved->seconds, saved->write_s,
+           moe_text_bytes(writing, bytes / fmax(saved->write_s, 1e-9)), saved->verify_s,
+           moe_text_bytes(verifying, bytes / fmax(saved->verify_s, 1e-9)), held);
   s->saved_step = saved->step;
   moe_wall_clock_saved(s->clock, saved->seconds);
 }
