@@ -1,5 +1,5 @@
-/* A checkpoint's tensors, streamed: whoever wants every tensor once, whole and in order (inspect,
- * diff, reshard) reads it here, whatever slices and files it lies in.
+/* A checkpoint's tensors, streamed: whoever wants tensors whole and in order (inspect, diff,
+ * reshard, weights) reads it here, whatever slices and files it lies in.
  *
  * Bytes are hashed as they pass, and the end of each slice is where its hash is checked: what was
  * read before may be wrong until then. All functions are local. */

@@ -42,7 +42,9 @@ struct moe_weights {
 };
 
 /* Open a checkpoint's step folder. Masters are preferred to params where there are any, as the
- * values rounded least. Each slice's hash is checked when it is first read. MOE_DAMAGED, MOE_IO. */
+ * values rounded least. Hashes are checked as bytes pass, so what was read of a slice may be wrong
+ * until its last element was; reading a tensor in order reads each byte once, reading elsewhere in
+ * it begins anew. MOE_DAMAGED, MOE_IO. */
 moe_status moe_weights_open_checkpoint(const char *step_folder, moe_weights **out);
 /* The same values rounded to the type an export keeps them in (moe_pool_dtype(pool, dtype): norms
  * and routers stay f32). Borrows w, which must outlive it. */
