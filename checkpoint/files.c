@@ -50,11 +50,6 @@ static moe_status sync_parent(const char *path) {
   return moe_files_sync_folder(parent);
 }
 
-moe_status moe_files_make_folder(const char *path) {
-  if (mkdir(path, 0777) != 0) return fail_io("cannot make the folder", path);
-  return sync_parent(path);
-}
-
 moe_status moe_files_make_folders(const char *path) {
   char prefix[PATH_MAX];
   size_t length = strlen(path);
@@ -145,9 +140,45 @@ moe_status moe_files_open(const char *path, int *fd, int64_t *size) {
   return status;
 }
 
+moe_status moe_files_read_at(int fd, const char *path, int64_t at, int64_t bytes, void *out) {
+  for (char *to = out; bytes > 0;) {
+    ssize_t n = pread(fd, to, (size_t)bytes, at);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) return fail_io("cannot read", path);
+    if (n == 0) return moe_fail(MOE_DAMAGED, "%s: shrank while it was read", path);
+    to += n;
+    at += n;
+    bytes -= n;
+  }
+  return MOE_OK;
+}
+
+moe_status moe_files_write_at(int fd, const char *path, int64_t at, int64_t bytes,
+                              const void *data) {
+  for (const char *from = data; bytes > 0;) {
+    ssize_t n = pwrite(fd, from, (size_t)bytes, at);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) return fail_io("cannot write", path);
+    from += n;
+    at += n;
+    bytes -= n;
+  }
+  return MOE_OK;
+}
+
+/* Left alone, the kernel gathers gigabytes before it begins, and the disk idles meanwhile. This
+ * flag alone neither waits for the disk nor takes an error from fsync; where it is not supported,
+ * fsync does it all. */
+void moe_files_sync_soon(int fd, int64_t end, int64_t *begun) {
+  enum { WORTH = 8 << 20 };
+  if (end - *begun < WORTH) return;
+  sync_file_range(fd, *begun, end - *begun, SYNC_FILE_RANGE_WRITE);
+  *begun = end;
+}
+
 moe_status moe_files_read(const char *path, int64_t limit, char **out, int64_t *length) {
   int fd;
-  int64_t size, at = 0;
+  int64_t size;
   MOE_TRY(moe_files_open(path, &fd, &size));
   moe_status status = MOE_OK;
   char *text = NULL;
@@ -156,16 +187,7 @@ moe_status moe_files_read(const char *path, int64_t limit, char **out, int64_t *
                       size, limit);
   else if (!(text = malloc((size_t)size + 1)))
     status = moe_fail(MOE_NO_MEMORY, "%s: no memory for %" PRId64 " bytes", path, size);
-  while (status == MOE_OK && at < size) {
-    ssize_t n = read(fd, text + at, (size_t)(size - at));
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0)
-      status = fail_io("cannot read", path);
-    else if (n == 0)
-      status = moe_fail(MOE_DAMAGED, "%s: shrank while it was read", path);
-    else
-      at += n;
-  }
+  if (status == MOE_OK) status = moe_files_read_at(fd, path, 0, size, text);
   close(fd);
   if (status != MOE_OK) {
     free(text);

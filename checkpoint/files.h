@@ -15,8 +15,6 @@ extern "C" {
 
 /* Make a folder and its parents, each fsynced into its parent; existing ones are fine. */
 moe_status moe_files_make_folders(const char *path);
-/* Make one new folder. */
-moe_status moe_files_make_folder(const char *path);
 moe_status moe_files_sync_folder(const char *path);
 /* Write a new file and fsync it. On an error nothing is left. */
 moe_status moe_files_write_new(const char *path, const void *data, int64_t length);
@@ -30,6 +28,15 @@ moe_status moe_files_replace(const char *path, const void *data, int64_t length)
 moe_status moe_files_read(const char *path, int64_t limit, char **out, int64_t *length);
 /* Open a regular file (no link) to read. MOE_DAMAGED as above. */
 moe_status moe_files_open(const char *path, int *fd, int64_t *size);
+/* Bytes [at, at + bytes) of an open file; `path` is for messages. MOE_DAMAGED when it ends before,
+ * MOE_IO. */
+moe_status moe_files_read_at(int fd, const char *path, int64_t at, int64_t bytes, void *out);
+moe_status moe_files_write_at(int fd, const char *path, int64_t at, int64_t bytes,
+                              const void *data);
+/* For a file that is written from its beginning and fsynced at its end: have the kernel bring to
+ * the disk what was written up to byte `end`, as soon as that is worth it, without waiting. *begun,
+ * from 0: how far that has come. */
+void moe_files_sync_soon(int fd, int64_t end, int64_t *begun);
 /* Remove a folder of files. False (errno) when something stayed; leaves the error message alone. */
 bool moe_files_remove_folder(const char *path);
 bool moe_files_is_folder(const char *path);

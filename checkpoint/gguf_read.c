@@ -423,15 +423,7 @@ moe_status moe_gguf_read(const moe_gguf *g, const moe_gguf_tensor *t, int64_t be
   if (begin < 0 || count < 0 || count > t->elements - begin)
     return moe_fail(MOE_INVALID, "%s: %s: elements outside the tensor", g->name, t->name);
   int64_t at = t->offset + moe_ggml_bytes(t->type, begin), bytes = moe_ggml_bytes(t->type, count);
-  if (g->fd < 0) memcpy(out, g->data + at, (size_t)bytes);
-  for (char *to = out; g->fd >= 0 && bytes > 0;) {
-    ssize_t n = pread(g->fd, to, (size_t)bytes, at);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) return moe_fail(MOE_IO, "%s: cannot read: %s", g->name, strerror(errno));
-    if (n == 0) return moe_fail(MOE_DAMAGED, "%s: shrank while it was read", g->name);
-    to += n;
-    at += n;
-    bytes -= n;
-  }
+  if (g->fd >= 0) return moe_files_read_at(g->fd, g->name, at, bytes, out);
+  memcpy(out, g->data + at, (size_t)bytes);
   return MOE_OK;
 }

@@ -1,8 +1,11 @@
 /* HDF5, used narrowly.
  *
- * V110 bounds put a checksum on every metadata block. bf16 and f16 are custom float types, and the
- * memory type is always the file's: HDF5 converts nothing. HDF5's own exit handler and error
- * printing are off: it crashes at exit after a close that failed, and our message says it better.
+ * The library lays a file out and looks after everything but the data, which is read and written
+ * straight at the offset that the library gave the contiguous dataset: by any number of threads at
+ * once, where the library has one lock, and without its copies. V110 bounds put a checksum on every
+ * metadata block. bf16 and f16 are custom float types, and the memory type is always the file's:
+ * HDF5 converts nothing. HDF5's own exit handler and error printing are off: it crashes at exit
+ * after a close that failed, and our message says it better.
  */
 #include "checkpoint/hdf5_file.h"
 
@@ -16,6 +19,8 @@
 #include <string.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
+
+#include "checkpoint/files.h"
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "files are little-endian, as memory is");
 _Static_assert(sizeof(hid_t) == sizeof(int64_t), "moe_hdf5 keeps HDF5's ids as int64_t");
@@ -100,7 +105,6 @@ static hid_t access_list(void) {
   H5Pset_fclose_degree(list, H5F_CLOSE_STRONG);
   H5Pset_file_locking(list, 0, 1); /* the run's lock is ours; some file systems have none */
   H5Pset_meta_block_size(list, 64 << 10);
-  H5Pset_sieve_buf_size(list, 0); /* data goes straight to the file: our pieces are large */
   return list;
 }
 
@@ -165,20 +169,27 @@ void moe_hdf5_release(moe_hdf5 *f) {
 /* ---- datasets
  * ------------------------------------------------------------------------------------ */
 
-static void extent_of(const moe_slice *s, moe_dataset *d, hsize_t dims[2]) {
+/* A dataset of a slice, not open yet, and its extent. */
+static moe_dataset dataset_of(const moe_hdf5 *f, const moe_slice *s, hsize_t dims[2]) {
   bool whole = s->count == moe_slice_total(s);
-  d->rank = whole ? s->dims : 1;
+  int rank = whole ? s->dims : 1;
   dims[0] = (hsize_t)(whole ? s->shape[0] : s->count);
-  dims[1] = (hsize_t)(d->rank == 2 ? s->shape[1] : 1);
-  d->columns = (int64_t)dims[1];
+  dims[1] = (hsize_t)(rank == 2 ? s->shape[1] : 1);
+  return (moe_dataset){.id = -1,
+                       .type = -1,
+                       .space = -1,
+                       .rank = rank,
+                       .fd = f->fd,
+                       .offset = s->offset,
+                       .size = moe_dtype_size(s->dtype),
+                       .path = f->path};
 }
 
 moe_status moe_dataset_create(moe_hdf5 *f, moe_slice *s, moe_dataset *out) {
   enter();
   char name[MOE_DATASET_PATH];
   hsize_t dims[2];
-  *out = (moe_dataset){.id = -1, .path = f->path};
-  extent_of(s, out, dims);
+  *out = dataset_of(f, s, dims);
   moe_slice_dataset(s, name);
   hid_t link = H5Pcreate(H5P_LINK_CREATE), layout = H5Pcreate(H5P_DATASET_CREATE);
   H5Pset_create_intermediate_group(link, 1);
@@ -192,7 +203,7 @@ moe_status moe_dataset_create(moe_hdf5 *f, moe_slice *s, moe_dataset *out) {
   moe_status status = MOE_OK;
   if (offset == HADDR_UNDEF)
     status = moe_fail(MOE_IO, "%s: cannot create %s: %s", f->path, name, why().text);
-  s->offset = (int64_t)offset;
+  s->offset = out->offset = (int64_t)offset;
   H5Pclose(link);
   H5Pclose(layout);
   if (status != MOE_OK) moe_dataset_close(out);
@@ -238,8 +249,7 @@ moe_status moe_dataset_open(const moe_hdf5 *f, const moe_slice *s, moe_dataset *
   enter();
   char name[MOE_DATASET_PATH], group[16];
   hsize_t dims[2];
-  *out = (moe_dataset){.id = -1, .type = -1, .space = -1, .path = f->path};
-  extent_of(s, out, dims);
+  *out = dataset_of(f, s, dims);
   moe_slice_dataset(s, name);
   snprintf(group, sizeof group, "/%s", moe_role_name(s->role));
   const char *fault = NULL;
@@ -266,50 +276,17 @@ moe_status moe_dataset_close(moe_dataset *d) {
   return status;
 }
 
-/* A range of elements is at most three boxes of a matrix: the end of a row, whole rows, the start
- * of a row. Returns how many elements the next box has, having selected it. */
-static int64_t select_box(const moe_dataset *d, int64_t at, int64_t count) {
-  int64_t row = at / d->columns, column = at % d->columns, rows = 1, width;
-  if (column == 0 && count >= d->columns) {
-    rows = count / d->columns;
-    width = d->columns;
-  } else {
-    width = count < d->columns - column ? count : d->columns - column;
-  }
-  hsize_t start[2] = {(hsize_t)row, (hsize_t)column}, box[2] = {(hsize_t)rows, (hsize_t)width};
-  H5Sselect_hyperslab(d->space, H5S_SELECT_SET, start, NULL, box, NULL);
-  return rows * width;
-}
-
-typedef enum { READ, WRITE } direction;
-
-static moe_status transfer(const moe_dataset *d, int64_t at, int64_t count, char *data,
-                           direction way) {
-  enter();
-  int64_t size = (int64_t)H5Tget_size(d->type);
-  while (count > 0) {
-    int64_t n = select_box(d, at, count);
-    hid_t memory = H5Screate_simple(1, &(hsize_t){(hsize_t)n}, NULL);
-    herr_t done = way == WRITE ? H5Dwrite(d->id, d->type, memory, d->space, H5P_DEFAULT, data)
-                               : H5Dread(d->id, d->type, memory, d->space, H5P_DEFAULT, data);
-    reason r = done < 0 ? why() : (reason){""};
-    H5Sclose(memory);
-    if (done < 0)
-      return moe_fail(MOE_IO, "%s: cannot %s: %s", d->path, way == WRITE ? "write" : "read",
-                      r.text);
-    at += n;
-    count -= n;
-    data += n * size;
-  }
-  return MOE_OK;
+/* Where element `begin` of the dataset lies in the file. */
+static int64_t place(const moe_dataset *d, int64_t begin) {
+  return d->offset + begin * d->size;
 }
 
 moe_status moe_dataset_write(const moe_dataset *d, int64_t begin, int64_t count, const void *data) {
-  return transfer(d, begin, count, (char *)(uintptr_t)data, WRITE);
+  return moe_files_write_at(d->fd, d->path, place(d, begin), count * d->size, data);
 }
 
 moe_status moe_dataset_read(const moe_dataset *d, int64_t begin, int64_t count, void *data) {
-  return transfer(d, begin, count, data, READ);
+  return moe_files_read_at(d->fd, d->path, place(d, begin), count * d->size, data);
 }
 
 static bool put_attribute(hid_t object, const char *name, hid_t type, hsize_t n, const void *data) {

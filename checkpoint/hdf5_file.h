@@ -15,7 +15,7 @@ extern "C" {
 
 typedef struct {
   int64_t id;  /* HDF5's; -1 when closed */
-  int fd;      /* the same file, to allocate, hash metadata and fsync */
+  int fd;      /* the same file, for data, to allocate, hash metadata and fsync */
   bool broken; /* HDF5 could not close it; it must not be touched through HDF5 again */
   char path[MOE_PATH];
 } moe_hdf5;
@@ -24,8 +24,9 @@ typedef struct {
 typedef struct {
   int64_t id, type, space;
   int rank;
-  int64_t columns;  /* of a 2-D dataset; 1 */
-  const char *path; /* of the file */
+  int fd;
+  int64_t offset, size; /* of its first byte in the file; of one element */
+  const char *path;     /* of the file */
 } moe_dataset;
 
 /* Make a new file with `room` bytes set aside on the disk. MOE_IO: the disk is full, ... */
@@ -43,7 +44,8 @@ moe_status moe_dataset_create(moe_hdf5 *f, moe_slice *s, moe_dataset *out);
 moe_status moe_dataset_open(const moe_hdf5 *f, const moe_slice *s, moe_dataset *out);
 /* MOE_IO when what was written could not be kept. */
 moe_status moe_dataset_close(moe_dataset *d);
-/* Elements [begin, begin + count) of the dataset, in the file's type. */
+/* Elements [begin, begin + count) of the dataset, in the file's type. MOE_IO, MOE_DAMAGED: the file
+ * ends before. */
 moe_status moe_dataset_write(const moe_dataset *d, int64_t begin, int64_t count, const void *data);
 moe_status moe_dataset_read(const moe_dataset *d, int64_t begin, int64_t count, void *data);
 /* Attributes shape, slice, role and xxh3_128: the file tells its story without the manifest. */

@@ -92,13 +92,13 @@ static int by_place(const void *pa, const void *pb) {
 /* ---- read
  * ---------------------------------------------------------------------------------------- */
 
-enum { STEP = MOE_SHARD_CHUNK / 8 }; /* elements at a time: no type is wider than 8 bytes */
+enum { CHUNK = 16 << 20, STEP = CHUNK / 8 }; /* bytes, elements at a time: of 8 bytes at most */
 
 typedef struct {
   moe_device *dev;
   bool verify;
   XXH3_state_t *hash;
-  char *raw, *converted; /* MOE_SHARD_CHUNK bytes each */
+  char *raw, *converted; /* CHUNK bytes each */
   moe_hdf5 file;
 } reader;
 
@@ -170,8 +170,8 @@ static moe_status read_plan(moe_device *dev, const moe_manifest *m, const load_p
   reader r = {.dev = dev, .verify = verify, .file = {.id = -1, .fd = -1}};
   moe_status status;
   r.hash = XXH3_createState();
-  r.raw = moe_device_alloc_host(dev, MOE_SHARD_CHUNK);
-  r.converted = moe_device_alloc_host(dev, MOE_SHARD_CHUNK);
+  r.raw = moe_device_alloc_host(dev, CHUNK);
+  r.converted = moe_device_alloc_host(dev, CHUNK);
   if (r.hash && r.raw && r.converted)
     status = read_all(&r, m, plan, dir);
   else

@@ -3,7 +3,6 @@
  * The header is checked as a whole before anything is believed: its length against the file, each
  * tensor's extent against its shape and type, and all extents against each other: sorted, they must
  * cover the data exactly, so none overlap and none reach outside. */
-#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -159,25 +158,11 @@ moe_status moe_safetensors_parse(const char *header, int64_t length, int64_t dat
   return status;
 }
 
-static moe_status pull(int fd, const char *path, void *out, int64_t bytes, int64_t at) {
-  char *to = out;
-  while (bytes > 0) {
-    ssize_t n = pread(fd, to, (size_t)bytes, at);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) return moe_fail(MOE_IO, "%s: cannot read: %s", path, strerror(errno));
-    if (n == 0) return moe_fail(MOE_DAMAGED, "%s: ended too early", path);
-    to += n;
-    at += n;
-    bytes -= n;
-  }
-  return MOE_OK;
-}
-
 static moe_status read_file(int fd, int64_t size, const char *path, moe_safetensors *out) {
   uint64_t prefix = 0;
   int64_t start = (int64_t)sizeof prefix;
   if (size < start) return moe_fail(MOE_DAMAGED, "%s: is too short for a safetensors file", path);
-  MOE_TRY(pull(fd, path, &prefix, start, 0));
+  MOE_TRY(moe_files_read_at(fd, path, 0, start, &prefix));
   if (prefix > MOE_SAFETENSORS_HEADER || (int64_t)prefix > size - start)
     return moe_fail(MOE_DAMAGED,
                     "%s: says that its header has %" PRIu64 " bytes, in a file of %" PRId64
@@ -186,7 +171,7 @@ static moe_status read_file(int fd, int64_t size, const char *path, moe_safetens
   int64_t length = (int64_t)prefix;
   char *header = malloc((size_t)length + 1);
   if (!header) return moe_fail(MOE_NO_MEMORY, "%s: no memory for its header", path);
-  moe_status status = pull(fd, path, header, length, start);
+  moe_status status = moe_files_read_at(fd, path, start, length, header);
   if (status == MOE_OK)
     status = moe_safetensors_parse(header, length, size - start - length, path, out);
   free(header);
@@ -228,5 +213,5 @@ moe_status moe_safetensors_read(const moe_safetensors *f, const moe_safetensor *
   if (begin < 0 || count < 0 || begin > t->count - count || !t->readable)
     return moe_fail(MOE_INVALID, "%s: %s: its range is outside the tensor", f->path, t->name);
   int64_t size = moe_dtype_size(t->dtype);
-  return pull(f->fd, f->path, out, count * size, t->offset + begin * size);
+  return moe_files_read_at(f->fd, f->path, t->offset + begin * size, count * size, out);
 }

@@ -7,11 +7,18 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "checkpoint/files.h"
+
+/* Bytes fetched, hashed and written at a time: what is copied in stays in the processor's cache
+ * until it is copied out. */
+enum { PART = 1 << 20 };
 
 /* ---- hashing the bytes between datasets
  * ---------------------------------------------------------- */
@@ -19,11 +26,8 @@
 static moe_status hash_range(const moe_hdf5 *f, int64_t at, int64_t end, XXH3_state_t *hash) {
   char buffer[16 << 10];
   while (at < end) {
-    int64_t want = end - at < (int64_t)sizeof buffer ? end - at : (int64_t)sizeof buffer;
-    ssize_t n = pread(f->fd, buffer, (size_t)want, at);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) return moe_fail(MOE_IO, "%s: cannot read: %s", f->path, strerror(errno));
-    if (n == 0) return moe_fail(MOE_DAMAGED, "%s: shrank while it was read", f->path);
+    int64_t n = end - at < (int64_t)sizeof buffer ? end - at : (int64_t)sizeof buffer;
+    MOE_TRY(moe_files_read_at(f->fd, f->path, at, n, buffer));
     XXH3_128bits_update(hash, buffer, (size_t)n);
     at += n;
   }
@@ -54,8 +58,9 @@ static moe_status hash_metadata(const moe_hdf5 *f, int64_t size, const moe_slice
 typedef struct {
   moe_hdf5 file;
   moe_device *dev; /* NULL: pieces are in host memory */
-  void *staging;   /* MOE_SHARD_CHUNK bytes of host memory, with dev or for pieces that fetch */
+  void *staging;   /* PART bytes of host memory, with dev or for pieces that fetch */
   XXH3_state_t *hash;
+  int64_t begun; /* bytes of the file that are on their way to the disk */
 } writer;
 
 /* Elements [at, at + n) of a piece, on the host. */
@@ -74,7 +79,7 @@ static moe_status fetch(writer *w, const moe_piece *p, int64_t at, int64_t n, co
 
 static moe_status write_data(writer *w, const moe_piece *p, const moe_dataset *d,
                              XXH128_hash_t *hash) {
-  int64_t size = moe_dtype_size(p->dtype), step = MOE_SHARD_CHUNK / size;
+  int64_t size = moe_dtype_size(p->dtype), step = PART / size;
   XXH3_128bits_reset(w->hash);
   for (int64_t at = 0; at < p->count; at += step) {
     int64_t n = p->count - at < step ? p->count - at : step;
@@ -82,6 +87,7 @@ static moe_status write_data(writer *w, const moe_piece *p, const moe_dataset *d
     MOE_TRY(fetch(w, p, at, n, &data));
     XXH3_128bits_update(w->hash, data, (size_t)(n * size));
     MOE_TRY(moe_dataset_write(d, at, n, data));
+    moe_files_sync_soon(w->file.fd, d->offset + (at + n) * size, &w->begun);
   }
   *hash = XXH3_128bits_digest(w->hash);
   return MOE_OK;
@@ -138,8 +144,7 @@ moe_status moe_shard_write(const char *path, moe_device *dev, const moe_piece *p
     staged = staged || pieces[i].fetch;
   }
   w.hash = XXH3_createState();
-  if (staged)
-    w.staging = w.dev ? moe_device_alloc_host(dev, MOE_SHARD_CHUNK) : malloc(MOE_SHARD_CHUNK);
+  if (staged) w.staging = w.dev ? moe_device_alloc_host(dev, PART) : malloc(PART);
   if (!w.hash || (staged && !w.staging)) {
     status = moe_fail(MOE_NO_MEMORY, "%s: no memory to write it", path);
     goto done;
@@ -195,33 +200,98 @@ moe_status moe_shard_compare_hash(const moe_hdf5 *f, const moe_slice *s, XXH128_
                   moe_slice_dataset(s, path));
 }
 
-moe_status moe_shard_verify_slice(const moe_hdf5 *f, const moe_slice *s, void *buffer,
-                                  XXH3_state_t *hash) {
-  moe_dataset d;
-  MOE_TRY(moe_dataset_open(f, s, &d));
-  moe_status status = MOE_OK;
-  int64_t size = moe_dtype_size(s->dtype), step = MOE_SHARD_CHUNK / size;
+/* ---- all of a file
+ * --------------------------------------------------------------------------------------- */
+
+/* Read one slice of an open file and check its hash. buffer: PART bytes; both are work space. */
+static moe_status check_data(const moe_hdf5 *f, const moe_slice *s, void *buffer,
+                             XXH3_state_t *hash) {
+  int64_t end = s->offset + moe_slice_bytes(s);
   XXH3_128bits_reset(hash);
-  for (int64_t at = 0; at < s->count && status == MOE_OK; at += step) {
-    int64_t n = s->count - at < step ? s->count - at : step;
-    status = moe_dataset_read(&d, at, n, buffer);
-    if (status == MOE_OK) XXH3_128bits_update(hash, buffer, (size_t)(n * size));
+  for (int64_t at = s->offset; at < end; at += PART) {
+    int64_t n = end - at < PART ? end - at : PART;
+    MOE_TRY(moe_files_read_at(f->fd, f->path, at, n, buffer));
+    XXH3_128bits_update(hash, buffer, (size_t)n);
   }
-  moe_dataset_close(&d);
-  return status == MOE_OK ? moe_shard_compare_hash(f, s, XXH3_128bits_digest(hash)) : status;
+  return moe_shard_compare_hash(f, s, XXH3_128bits_digest(hash));
 }
 
+/* A file's slices, shared out to threads: each takes the next one. */
+typedef struct {
+  const moe_hdf5 *file;
+  const moe_slice *const *slice;
+  int64_t n;
+  atomic_llong next;
+  atomic_bool failed;
+  pthread_mutex_t lock;
+  /* the first slice at fault, under the lock */
+  int64_t fault;
+  moe_status status;
+  char message[1024];
+} checking;
+
+static void report(checking *c, int64_t slice, moe_status status) {
+  pthread_mutex_lock(&c->lock);
+  if (slice < c->fault) {
+    c->fault = slice;
+    c->status = status;
+    snprintf(c->message, sizeof c->message, "%s", moe_error_message());
+  }
+  pthread_mutex_unlock(&c->lock);
+  atomic_store(&c->failed, true);
+}
+
+static void *check_slices(void *context) {
+  checking *c = context;
+  XXH3_state_t *hash = XXH3_createState();
+  void *buffer = malloc(PART);
+  if (!hash || !buffer)
+    report(c, 0, moe_fail(MOE_NO_MEMORY, "%s: no memory to verify it", c->file->path));
+  while (!atomic_load(&c->failed)) {
+    int64_t i = atomic_fetch_add(&c->next, 1);
+    if (i >= c->n) break;
+    moe_status status = check_data(c->file, c->slice[i], buffer, hash);
+    if (status != MOE_OK) report(c, i, status);
+  }
+  free(buffer);
+  XXH3_freeState(hash);
+  return NULL;
+}
+
+/* The data of all slices of an open file. One thread neither keeps a fast disk busy nor copies from
+ * the kernel's cache as fast as memory allows; a few do. */
+static moe_status check_all_data(const moe_hdf5 *f, const moe_slice *const *slice, int64_t n) {
+  enum { HELPERS = 3 };
+  pthread_t helper[HELPERS];
+  sigset_t all, before;
+  int helpers = 0;
+  checking c = {.file = f, .slice = slice, .n = n, .fault = n, .status = MOE_OK};
+  pthread_mutex_init(&c.lock, NULL);
+  sigfillset(&all); /* signals are for the thread that asks */
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  while (helpers < HELPERS && helpers + 1 < n &&
+         pthread_create(&helper[helpers], NULL, check_slices, &c) == 0)
+    helpers++;
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
+  check_slices(&c);
+  while (helpers > 0) pthread_join(helper[--helpers], NULL);
+  pthread_mutex_destroy(&c.lock);
+  return c.status == MOE_OK ? MOE_OK : moe_fail(c.status, "%s", c.message);
+}
+
+/* First what HDF5 says of each dataset, then the bytes that this was said of. */
 moe_status moe_shard_verify(const char *dir, const moe_manifest *m, int i) {
   moe_hdf5 file;
   MOE_TRY(moe_shard_open(dir, m, i, &file));
+  const moe_slice *const *slice = m->by_offset + m->first[i];
+  int64_t n = m->first[i + 1] - m->first[i];
   moe_status status = MOE_OK;
-  XXH3_state_t *hash = XXH3_createState();
-  void *buffer = malloc(MOE_SHARD_CHUNK);
-  if (!hash || !buffer) status = moe_fail(MOE_NO_MEMORY, "%s: no memory to verify it", file.path);
-  for (int64_t k = m->first[i]; k < m->first[i + 1] && status == MOE_OK; k++)
-    status = moe_shard_verify_slice(&file, m->by_offset[k], buffer, hash);
-  free(buffer);
-  XXH3_freeState(hash);
+  for (int64_t k = 0; k < n && status == MOE_OK; k++) {
+    moe_dataset d;
+    status = moe_dataset_open(&file, slice[k], &d);
+    if (status == MOE_OK) moe_dataset_close(&d);
+  }
+  if (status == MOE_OK) status = check_all_data(&file, slice, n);
   moe_hdf5_release(&file);
   return status;
 }

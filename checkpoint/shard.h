@@ -11,9 +11,6 @@
 extern "C" {
 #endif
 
-/* Bytes moved at a time between file and memory. */
-enum { MOE_SHARD_CHUNK = 16 << 20 };
-
 /* Write pieces[0..n) (those with elements) to the new file `path`, fsynced. slices[0..n) receive
  * one entry per written piece, *written how many, *file the size and metadata hash (the names and
  * numbers of files are the caller's). Piece data is memory of `dev`; NULL: host memory.
@@ -23,12 +20,8 @@ moe_status moe_shard_write(const char *path, moe_device *dev, const moe_piece *p
 /* Open file number i of the checkpoint in folder `dir` after checking its kind, size and the hash
  * of its metadata. MOE_DAMAGED names the file. */
 moe_status moe_shard_open(const char *dir, const moe_manifest *m, int i, moe_hdf5 *out);
-/* Read the whole file: metadata, structure and every dataset's hash. */
+/* Read the whole file: metadata, structure and every dataset's hash. Uses a few threads. */
 moe_status moe_shard_verify(const char *dir, const moe_manifest *m, int i);
-/* Read one slice of an open file and check its hash. buffer: MOE_SHARD_CHUNK bytes; both are work
- * space. */
-moe_status moe_shard_verify_slice(const moe_hdf5 *f, const moe_slice *s, void *buffer,
-                                  XXH3_state_t *hash);
 /* MOE_DAMAGED naming the dataset unless both hashes are equal. */
 moe_status moe_shard_compare_hash(const moe_hdf5 *f, const moe_slice *s, XXH128_hash_t got);
 
