@@ -62,7 +62,6 @@ static bool has_prefix(const char *name, const char *prefix) {
   return strncmp(name, prefix, strlen(prefix)) == 0;
 }
 
-/* All but the folder of this save, which other ranks may be writing to already. */
 static void remove_leftovers(const moe_commit *c) {
   DIR *folder = opendir(c->folder);
   if (!folder) return;
@@ -70,7 +69,7 @@ static void remove_leftovers(const moe_commit *c) {
     char victim[MOE_PATH + 256];
     if (!has_prefix(e->d_name, TEMPORARY) && !has_prefix(e->d_name, DELETED)) continue;
     snprintf(victim, sizeof victim, "%s/%s", c->folder, e->d_name);
-    if (strcmp(victim, c->temporary) != 0 && !moe_files_remove_folder(victim))
+    if (!moe_files_remove_folder(victim))
       moe_warn("%s: cannot remove this left-over: %s", victim, strerror(errno));
   }
   closedir(folder);

@@ -42,7 +42,7 @@ const char *moe_commit_place(const char *folder, int64_t step, char path[MOE_PAT
  * too long. */
 moe_status moe_commit_plan(const char *run_dir, int64_t step, moe_commit *out);
 /* Make the folder of checkpoints and remove what earlier crashes left there. MOE_IO when the disk
- * has not `bytes` free. Other ranks may already write to the temporary folder. */
+ * has not `bytes` free. Before any rank writes. */
 moe_status moe_commit_make_room(const moe_commit *c, int64_t bytes);
 /* Everything is written and fsynced: give it its name. A checkpoint of the same step is replaced.
  */

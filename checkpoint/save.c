@@ -42,7 +42,6 @@ static moe_status write_shard(moe_save *s) {
 }
 
 static moe_status write_phase(moe_save *s) {
-  if (moe_comm_rank(s->world) == 0) MOE_TRY(moe_commit_make_room(&s->commit, s->bytes));
   MOE_TRY(moe_files_make_folders(s->commit.temporary));
   return write_shard(s);
 }
@@ -190,11 +189,13 @@ static moe_status prepare(moe_save *s, const char *run_dir, const moe_run_state 
 moe_status moe_save_open(moe_comm *world, moe_device *dev, const char *run_dir,
                          const moe_run_state *state, const moe_piece *pieces, int n, moe_keep keep,
                          moe_save *out) {
-  moe_status status;
+  moe_status status = MOE_OK;
   *out = (moe_save){.world = world, .dev = dev, .n = n, .keep = keep, .started = moe_clock_s()};
   MOE_TRY_OR(status, failed, moe_agree(world, prepare(out, run_dir, state, pieces)));
   MOE_TRY_OR(status, failed, moe_comm_host_broadcast(world, out->commit.temporary, MOE_PATH, 0));
   MOE_TRY_OR(status, failed, moe_comm_host_all_reduce_i64(world, &out->bytes, 1, MOE_SUM));
+  if (moe_comm_rank(world) == 0) status = moe_commit_make_room(&out->commit, out->bytes);
+  MOE_TRY_OR(status, failed, moe_agree(world, status));
   return MOE_OK;
 failed:
   moe_save_close(out);

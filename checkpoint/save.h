@@ -47,7 +47,8 @@ typedef struct {
 } moe_save;
 
 /* Collective. Prepare a save; state (with what it points to) and the list of pieces are copied, the
- * pieces' data is not. On an error nothing is held. */
+ * pieces' data is not. MOE_IO when the disk has no room for all ranks' pieces: that is seen now,
+ * while none of them writes. On an error nothing is held. */
 moe_status moe_save_open(moe_comm *world, moe_device *dev, const char *run_dir,
                          const moe_run_state *state, const moe_piece *pieces, int n, moe_keep keep,
                          moe_save *out);

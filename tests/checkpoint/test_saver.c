@@ -126,6 +126,8 @@ Test(saver, what_changes_after_begin_is_not_in_the_checkpoint) {
     moe_saved saved = finish();
     cr_expect(saved.news && saved.status == MOE_OK && saved.step == 1 + i, "%s", saved.message);
     cr_expect(saved.bytes > 100000 && saved.seconds >= 0.0 && saved.held_s <= saved.seconds + 0.01);
+    cr_expect(saved.write_s > 0.0 && saved.verify_s > 0.0 &&
+              saved.write_s + saved.verify_s <= saved.seconds);
     EXPECT_OK(load_sample(1 + i, in_step(1 + i, "")));
     cr_expect(!finish().news, "news comes once");
     moe_saver_destroy(saver);
@@ -175,6 +177,21 @@ Test(saver, a_save_that_is_abandoned_stays_invisible) {
   moe_saver_destroy(saver);
   cr_expect(resumed_step() == 3);
   SHELL("test -z \"$(find %s -name '.tmp-*')\"", run);
+}
+
+Test(saver, a_save_for_which_the_disk_has_no_room_does_not_begin) {
+  static const int64_t memory[] = {MIB, 0};
+  for (int i = 0; i < 2; i++) {
+    moe_run_state state = {.step = 2};
+    moe_piece piece = {.name = "large", .dtype = MOE_F32, .dims = 1, .shape = {INT64_MAX / 8}};
+    piece.count = piece.shape[0];
+    make_saver(memory[i], (moe_keep){.newest = 2});
+    cr_expect(moe_saver_begin(saver, &state, &piece, 1) == MOE_IO);
+    EXPECT_SAYS("a checkpoint needs 4");
+    cr_expect(!moe_saver_busy(saver));
+    SHELL("test -z \"$(ls -A %s/checkpoints)\"", run);
+    moe_saver_destroy(saver);
+  }
 }
 
 Test(saver, a_failure_in_the_background_is_told_and_leaves_no_rubbish) {

@@ -3,7 +3,7 @@
  *     reshard RUN        save on 1..size ranks, load on 1..size, in one job
  *     loop RUN FIRST     save FIRST, FIRST+1, ... for ever, saying "saved N" after each
  *     check RUN          find what to resume, load it on these ranks; says "found N"
- *     fail RUN           one rank cannot write; all must say so
+ *     fail RUN           the disk is too small, then one rank cannot write; all must say so
  *     background RUN     save and train in turn, in the background, through a small ring
  *     lock RUN           take the lock, say "locked", hold it until stdin ends
  *     bench RUN MIB      rates of save, verify and load */
@@ -96,12 +96,23 @@ static void check(worker *w, const char *run) {
   if (w->rank == 0) printf("found %" PRId64 "\n", step);
 }
 
+/* The disk has no room for all ranks' parts together: nobody begins. */
+static void refuse(worker *w, const char *run) {
+  moe_run_state state = sample_state(2);
+  moe_piece piece = {.name = "large", .dtype = MOE_F32, .dims = 1, .shape = {INT64_MAX / 8}};
+  piece.count = INT64_MAX / 16 / w->size;
+  piece.begin = piece.count * w->rank;
+  REQUIRE(moe_checkpoint_save(w->world, w->dev, run, &state, &piece, 1, 2, NULL, NULL) == MOE_IO);
+  REQUIRE(strstr(moe_error_message(), "a checkpoint needs 2"));
+}
+
 /* The last rank hits a file size limit: everyone gets its error, and the older checkpoint stands.
  */
 static void fail(worker *w, const char *run) {
   moe_piece pieces[SAMPLE_PIECES];
   moe_run_state state = sample_state(2);
   save(w->world, w->dev, run, 1);
+  refuse(w, run);
   if (w->rank == w->size - 1)
     setrlimit(RLIMIT_FSIZE, &(struct rlimit){.rlim_cur = 8192, .rlim_max = RLIM_INFINITY});
   sample_make(pieces, w->rank, w->size, 2);
