@@ -246,3 +246,14 @@ moe_status moe_commit_list(const char *folder, int64_t **steps, int64_t *n) {
   }
   return status;
 }
+
+moe_status moe_commit_check_new(const char *run_dir) {
+  char folder[MOE_PATH];
+  int64_t *steps, n;
+  MOE_TRY(moe_commit_folder(run_dir, folder));
+  MOE_TRY(moe_commit_list(folder, &steps, &n));
+  free(steps);
+  if (n == 0) return MOE_OK;
+  return moe_fail(MOE_USAGE, "%s: has checkpoints already: choose a new folder for --output",
+                  folder);
+}

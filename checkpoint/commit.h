@@ -53,6 +53,8 @@ void moe_commit_undo(moe_commit *c);
  * checkpoint stands whatever fails here, so failures are warnings. */
 void moe_commit_finish(const moe_commit *c, moe_keep keep);
 
+/* MOE_USAGE when the run has checkpoints: saving others into it would set them aside. */
+moe_status moe_commit_check_new(const char *run_dir);
 /* The steps that have a folder, newest first; malloc'd. A missing folder has none. */
 moe_status moe_commit_list(const char *folder, int64_t **steps, int64_t *n);
 

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "checkpoint/stored_config.h"
 #include "checkpoint/tensors.h"
 #include "core/base/log.h"
 #include "data/progress.h"
@@ -204,18 +205,6 @@ static void compare_state(comparison *c) {
   if (c->options->out) fprintf(c->options->out, "  the router's selection bias differs\n");
 }
 
-static moe_status read_config(const moe_run_state *s, moe_config **config, char **text) {
-  *text = NULL;
-  *config = malloc(sizeof **config);
-  if (!*config) return moe_fail(MOE_NO_MEMORY, "no memory for a configuration");
-  moe_config_defaults(*config);
-  MOE_TRY(
-      moe_config_parse(*config, s->config, (int64_t)strlen(s->config), "a saved configuration"));
-  MOE_TRY(moe_config_resolve(*config, 0));
-  *text = moe_config_text(*config);
-  return *text ? MOE_OK : moe_fail(MOE_NO_MEMORY, "no memory for a configuration");
-}
-
 /* Both texts come from one table: line i of one is line i of the other. */
 static void print_settings(FILE *out, char *a, char *b) {
   char section[64] = "", *x_rest, *y_rest;
@@ -235,7 +224,11 @@ static moe_status compare_settings(comparison *c) {
   size_t size = 0;
   moe_status status = MOE_OK;
   if (!s[0]->config || !s[1]->config || !s[0]->config[0] || !s[1]->config[0]) return MOE_OK;
-  for (int i = 0; i < 2 && status == MOE_OK; i++) status = read_config(s[i], &config[i], &text[i]);
+  for (int i = 0; i < 2 && status == MOE_OK; i++) {
+    status = moe_stored_config(s[i]->config, i == 0 ? "the first" : "the second", &config[i]);
+    if (status == MOE_OK && !(text[i] = moe_config_text(config[i])))
+      status = moe_fail(MOE_NO_MEMORY, "no memory for a configuration");
+  }
   FILE *nowhere = status == MOE_OK ? open_memstream(&unused, &size) : NULL;
   if (nowhere) {
     c->differ = c->differ || moe_config_diff_for_resume(config[0], config[1], nowhere) > 0;
@@ -247,7 +240,7 @@ static moe_status compare_settings(comparison *c) {
     free(config[i]);
     free(text[i]);
   }
-  return status == MOE_USAGE ? MOE_DAMAGED : status;
+  return status;
 }
 
 static moe_status compare_all(comparison *c) {

@@ -84,17 +84,6 @@ static moe_status list_pieces(import *m) {
 /* ---- the run around them -----------------------------------------------------------------------
  */
 
-/* Saving into a run that goes on would set its checkpoints aside. */
-static moe_status check_run(const char *run_dir) {
-  char folder[MOE_PATH];
-  int64_t *steps = NULL, n;
-  MOE_TRY(moe_commit_folder(run_dir, folder));
-  MOE_TRY(moe_commit_list(folder, &steps, &n));
-  free(steps);
-  if (n == 0) return MOE_OK;
-  return moe_fail(MOE_USAGE, "%s: has checkpoints: import into a new run's folder", folder);
-}
-
 /* The folder's SentencePiece model, if it has one, comes along and is named in the configuration.
  */
 static moe_status bring_tokenizer(import *m) {
@@ -223,7 +212,7 @@ import m = {.options = options };
     return moe_fail(MOE_USAGE, "import runs on one rank, not on %d: start it without mpirun",
                     moe_comm_size(world));
   moe_status status;
-  MOE_TRY_OR(status, done, check_run(options->run_dir));
+  MOE_TRY_OR(status, done, moe_commit_check_new(options->run_dir));
   MOE_TRY_OR(status, done, moe_weights_open_hf(options->folder, &m.source));
   MOE_TRY_OR(status, done, make_config(&m));
   MOE_TRY_OR(status, done, list_pieces(&m));

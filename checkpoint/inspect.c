@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "checkpoint/stored_config.h"
 #include "checkpoint/tensors.h"
 #include "core/base/log.h"
 #include "core/model/params.h"
@@ -248,18 +249,13 @@ static void print_experts(const inspection *c) {
 static moe_status describe_model(inspection *c, const char *folder) {
   const char *text = c->manifest->state.config;
   if (!text || !text[0]) return MOE_OK;
-  moe_config *config = malloc(sizeof *config);
-  if (!config) return moe_fail(MOE_NO_MEMORY, "no memory for a configuration");
-  moe_config_defaults(config);
-  moe_status status = moe_config_parse(config, text, (int64_t)strlen(text), folder);
-  if (status == MOE_OK) status = moe_config_resolve(config, 0);
-  if (status == MOE_OK) {
-    moe_dims dims = moe_dims_of(config);
-    status = moe_params_create(&dims, (moe_range){0, dims.experts}, &c->params);
-    c->has_model = status == MOE_OK;
-  }
+  moe_config *config;
+  MOE_TRY(moe_stored_config(text, folder, &config));
+  moe_dims dims = moe_dims_of(config);
   free(config);
-  return status == MOE_USAGE ? MOE_DAMAGED : status;
+  MOE_TRY(moe_params_create(&dims, (moe_range){0, dims.experts}, &c->params));
+  c->has_model = true;
+  return MOE_OK;
 }
 
 static moe_status print_values(inspection *c) {

@@ -13,6 +13,7 @@
 #include "checkpoint/commit.h"
 #include "checkpoint/diff.h"
 #include "checkpoint/files.h"
+#include "checkpoint/stored_config.h"
 #include "checkpoint/tensors.h"
 #include "core/base/log.h"
 #include "data/progress.h"
@@ -128,33 +129,19 @@ static moe_status write_files(resharding *r) {
 
 /* ---- the new run */
 
-static moe_status check_new(const char *run_dir) {
-  char folder[MOE_PATH];
-  int64_t *steps, n;
-  MOE_TRY(moe_commit_folder(run_dir, folder));
-  MOE_TRY(moe_commit_list(folder, &steps, &n));
-  free(steps);
-  if (n == 0) return MOE_OK;
-  return moe_fail(MOE_USAGE, "%s: has checkpoints already: choose a new folder for --output",
-                  folder);
-}
-
 /* The run's configuration, at home in its new folder: what moe-train can be started with. */
 static moe_status write_config(const moe_run_state *state, const char *run_dir) {
   char path[MOE_PATH + 16];
   if (!state->config || !state->config[0]) return MOE_OK;
-  moe_config *c = malloc(sizeof *c);
-  if (!c) return moe_fail(MOE_NO_MEMORY, "no memory for a configuration");
-  moe_config_defaults(c);
-  moe_status status = moe_config_parse(c, state->config, (int64_t)strlen(state->config),
-                                       "the checkpoint's configuration");
+  moe_config *c;
+  MOE_TRY(moe_stored_config(state->config, "the checkpoint", &c));
   snprintf(c->run.dir, sizeof c->run.dir, "%s", run_dir);
-  char *text = status == MOE_OK ? moe_config_text(c) : NULL;
-  if (status == MOE_OK && !text) status = moe_fail(MOE_NO_MEMORY, "no memory for a configuration");
-  snprintf(path, sizeof path, "%s/config.ini", run_dir);
-  if (status == MOE_OK) status = moe_files_replace(path, text, (int64_t)strlen(text));
-  free(text);
+  char *text = moe_config_text(c);
   free(c);
+  snprintf(path, sizeof path, "%s/config.ini", run_dir);
+  moe_status status = text ? moe_files_replace(path, text, (int64_t)strlen(text))
+                           : moe_fail(MOE_NO_MEMORY, "no memory for a configuration");
+  free(text);
   return status;
 }
 
@@ -203,7 +190,7 @@ moe_status moe_reshard(moe_comm *world, const char *from, const char *run_dir, i
   double start_s = moe_clock_s();
   if (ranks < 1 || ranks > MOST_RANKS)
     return moe_fail(MOE_USAGE, "--ranks %d: not from 1 to %d", ranks, MOST_RANKS);
-  MOE_TRY(check_new(run_dir));
+  MOE_TRY(moe_commit_check_new(run_dir));
   MOE_TRY(moe_tensors_open(from, &r.from));
   moe_status status = moe_run_lock_take(world, run_dir, &lock);
   if (status == MOE_OK) status = reshard(&r, from, run_dir);

@@ -7,22 +7,21 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "checkpoint/stored_config.h"
+
 static bool is_file(const char *name) {
   return access(name, R_OK) == 0;
 }
 
 /* data.tokenizer of a configuration; "" when it is not set. */
-static moe_status from_config(const char *config, char name[MOE_PATH]) {
+static moe_status from_config(const char *step_folder, const char *config, char name[MOE_PATH]) {
   name[0] = 0;
   if (!config || !config[0]) return MOE_OK;
-  moe_config *c = malloc(sizeof *c);
-  if (!c) return moe_fail(MOE_NO_MEMORY, "no memory for a configuration");
-  moe_config_defaults(c);
-  moe_status status =
-      moe_config_parse(c, config, (int64_t)strlen(config), "the checkpoint's configuration");
-  if (status == MOE_OK) snprintf(name, MOE_PATH, "%s", c->data.tokenizer);
+  moe_config *c;
+  MOE_TRY(moe_stored_config(config, step_folder, &c));
+  snprintf(name, MOE_PATH, "%s", c->data.tokenizer);
   free(c);
-  return status == MOE_USAGE ? MOE_DAMAGED : status;
+  return MOE_OK;
 }
 
 moe_status moe_run_tokenizer(const char *step_folder, const char *config, const char *chosen,
@@ -36,7 +35,7 @@ moe_status moe_run_tokenizer(const char *step_folder, const char *config, const 
   } else {
     int length = snprintf(name, MOE_PATH, "%s/../../tokenizer.model", step_folder);
     if (length < MOE_PATH && is_file(name)) return MOE_OK;
-    MOE_TRY(from_config(config, name));
+    MOE_TRY(from_config(step_folder, config, name));
     from = "data.tokenizer";
   }
   if (!name[0] || strcmp(name, "bytes") == 0 || is_file(name)) return MOE_OK;

@@ -6,9 +6,9 @@
 
 #include <inttypes.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "checkpoint/shard.h"
+#include "checkpoint/stored_config.h"
 #include "core/model/params.h"
 
 static moe_status check_param(const moe_manifest *m, const moe_param *p, const char *where) {
@@ -41,17 +41,11 @@ static moe_status check_params(const moe_manifest *m, const moe_dims *dims, cons
 moe_status moe_checkpoint_check_model(const moe_manifest *m, const char *where) {
   const char *text = m->state.config;
   if (!text || !text[0]) return MOE_OK;
-  moe_config *config = malloc(sizeof *config);
-  if (!config) return moe_fail(MOE_NO_MEMORY, "no memory for a configuration");
-  moe_config_defaults(config);
-  moe_status status = moe_config_parse(config, text, (int64_t)strlen(text), where);
-  if (status == MOE_OK) status = moe_config_resolve(config, 0);
-  if (status == MOE_OK) {
-    moe_dims dims = moe_dims_of(config);
-    status = check_params(m, &dims, where);
-  }
+  moe_config *config;
+  MOE_TRY(moe_stored_config(text, where, &config));
+  moe_dims dims = moe_dims_of(config);
   free(config);
-  return status == MOE_USAGE ? MOE_DAMAGED : status; /* nobody wrote this text by hand */
+  return check_params(m, &dims, where);
 }
 
 moe_status moe_checkpoint_verify_share(const char *dir, int rank, int size) {

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "checkpoint/stored_config.h"
 #include "checkpoint/tensors.h"
 #include "checkpoint/weights.h"
 
@@ -78,27 +79,18 @@ static void checkpoint_close(moe_weights *w) {
 /* Sizes and settings of the model, from the configuration in the manifest. */
 static moe_status describe(source *s) {
   moe_weights *w = &s->base;
-  const moe_run_state *state = &s->manifest->state;
-  if (!state->config || !state->config[0])
-    return moe_fail(MOE_DAMAGED, "%s: its manifest has no configuration, so its model is not known",
-                    w->name);
-  moe_config *c = malloc(sizeof *c);
-  if (!c) return moe_fail(MOE_NO_MEMORY, "%s: no memory for its configuration", w->name);
-  moe_config_defaults(c);
-  moe_status status = moe_config_parse(c, state->config, (int64_t)strlen(state->config), w->name);
-  if (status == MOE_OK) status = moe_config_resolve(c, 0);
-  if (status == MOE_OK) {
-    w->dims = moe_dims_of(c);
-    w->norm_eps = c->model.norm_eps;
-    w->rope_base = c->model.rope_base;
-    w->rope_alpha = c->model.rope_alpha;
-    w->context = c->model.context;
-    w->compute = moe_config_compute_dtype(c);
-    w->init_std = c->model.init_std;
-    w->aux_coef = c->train.aux_coef;
-  }
+  moe_config *c;
+  MOE_TRY(moe_stored_config(s->manifest->state.config, w->name, &c));
+  w->dims = moe_dims_of(c);
+  w->norm_eps = c->model.norm_eps;
+  w->rope_base = c->model.rope_base;
+  w->rope_alpha = c->model.rope_alpha;
+  w->context = c->model.context;
+  w->compute = moe_config_compute_dtype(c);
+  w->init_std = c->model.init_std;
+  w->aux_coef = c->train.aux_coef;
   free(c);
-  return status == MOE_USAGE ? MOE_DAMAGED : status; /* nobody wrote this text by hand */
+  return MOE_OK;
 }
 
 /* Masters are optional tensor by tensor, and must then have the model's shape; params were checked

@@ -211,7 +211,8 @@ static moe_status check_section_line(const parse *p, const char *line) {
     return moe_fail(MOE_USAGE, "%s: text after ']': put each key on a line of its own", p->origin);
   char name[LINE_LIMIT];
   snprintf(name, sizeof name, "%.*s", (int)(close - line - 1), line + 1);
-  return moe_config_has_section(name) ? MOE_OK : unknown_section(p->origin, name);
+  p->config->unknown_key = !moe_config_has_section(name);
+  return p->config->unknown_key ? unknown_section(p->origin, name) : MOE_OK;
 }
 
 /* Copy the next line, at most `size` bytes with its end, and check what libinih would not. */
@@ -247,7 +248,9 @@ static char *read_line(char *line, int size, void *stream) {
 
 static moe_status set_from_file(parse *p, const char *section, const char *key, const char *value) {
   int row = -1;
-  MOE_TRY(find_row(p->origin, section, key, &row));
+  moe_status found = find_row(p->origin, section, key, &row);
+  p->config->unknown_key = found != MOE_OK;
+  MOE_TRY(found);
   if (p->set_at[row] > 0)
     return moe_fail(MOE_USAGE, "%s: [%s] %s: set before in line %d: keep one of the two", p->origin,
                     section, key, p->set_at[row]);

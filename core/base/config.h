@@ -34,6 +34,7 @@ typedef struct {
 #undef ENUM
   /* where row i of the table was set: "cfg.ini:12", "--set"; empty for a default */
   char origin[MOE_CONFIG_MAX_KEYS][MOE_CONFIG_TEXT];
+  bool unknown_key; /* the last text read had a section or key that this version does not know */
 } moe_config;
 
 /* Enumerators in the order of the table's choices. */

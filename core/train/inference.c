@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "checkpoint/stored_config.h"
 #include "core/base/log.h"
 #include "core/base/process_memory.h"
 #include "core/train/engine.h"
@@ -12,21 +13,17 @@
 
 /* ---- finding --------------------------------------------------------------------------------- */
 
-/* A checkpoint's configuration was resolved when it was saved: one that does not resolve is damage,
- * not a mistake of whoever wants to generate. */
 static moe_status read_config(moe_inference *f) {
   static const char *const machine[] = {"run.backend=auto",        "run.threads=0",
                                         "run.memory_gib=0",        "run.debug=false",
                                         "run.deterministic=false", "parallel.ep=0"};
-  const char *text = f->state.config ? f->state.config : "";
-  moe_config_defaults(&f->config);
-  moe_status status = moe_config_parse(&f->config, text, (int64_t)strlen(text), f->path);
-  for (size_t i = 0; i < sizeof machine / sizeof machine[0] && status == MOE_OK; i++)
-    status = moe_config_set(&f->config, machine[i]);
-  if (status == MOE_OK) status = moe_config_resolve(&f->config, 0);
-  if (status != MOE_USAGE) return status;
-  return moe_fail(MOE_DAMAGED, "%s: its configuration is not valid: %s: use another checkpoint",
-                  f->path, moe_error_message());
+  moe_config *stored;
+  MOE_TRY(moe_stored_config(f->state.config, f->path, &stored));
+  f->config = *stored;
+  free(stored);
+  for (size_t i = 0; i < sizeof machine / sizeof machine[0]; i++)
+    MOE_TRY(moe_config_set(&f->config, machine[i]));
+  return moe_config_resolve(&f->config, 0);
 }
 
 /* The bias has to have a value for each expert of each layer. */

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "checkpoint/stored_config.h"
 #include "core/base/log.h"
 #include "parallel/grad_sync.h"
 
@@ -122,19 +123,18 @@ moe_status moe_run_save(moe_engine *e, moe_saver *saver, const moe_run_position 
 
 /* One line that lists the keys in which the checkpoint and this run contradict each other. */
 static moe_status check_config(const moe_engine *e, const char *path, const moe_run_state *state) {
-  moe_config saved;
-  moe_config_defaults(&saved);
-  MOE_TRY(moe_config_parse(&saved, state->config, (int64_t)strlen(state->config), path));
-  MOE_TRY(moe_config_resolve(&saved, 0));
+  moe_config *saved;
+  MOE_TRY(moe_stored_config(state->config, path, &saved));
   if (state->samples == 0) { /* imported weights: no data was seen, so only the model is decided */
-    saved.data = e->config.data;
-    saved.train = e->config.train;
+    saved->data = e->config.data;
+    saved->train = e->config.train;
   }
   char *text = NULL;
   size_t size = 0;
   FILE *out = open_memstream(&text, &size);
+  int differ = out ? moe_config_diff_for_resume(saved, &e->config, out) : 0;
+  free(saved);
   if (!out) return moe_fail(MOE_NO_MEMORY, "out of memory: comparing configurations");
-  int differ = moe_config_diff_for_resume(&saved, &e->config, out);
   fclose(out);
   for (char *c = text; *c; c++) {
     if (*c == '\n') *c = c[1] ? ';' : '\0';

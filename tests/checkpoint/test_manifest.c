@@ -264,6 +264,16 @@ Test(manifest, a_model_larger_than_the_checkpoint_is_refused_at_once) {
   free(m.state.config);
   m.state.config = strdup("[model]\nno_such_key = 1\n");
   cr_expect(moe_checkpoint_check_model(&m, "hostile") == MOE_DAMAGED);
+  EXPECT_SAYS("hostile: was written by a newer version");
   EXPECT_SAYS("no_such_key");
+  free(m.state.config);
+  m.state.config = strdup("[model]\npreset = tiny\n[no_such_section]\n");
+  cr_expect(moe_checkpoint_check_model(&m, "hostile") == MOE_DAMAGED);
+  EXPECT_SAYS("newer version");
+  free(m.state.config);
+  m.state.config = strdup("[model]\npreset = tiny\nnum_layers = -3\n");
+  cr_expect(moe_checkpoint_check_model(&m, "hostile") == MOE_DAMAGED);
+  EXPECT_SAYS("hostile: its configuration is not valid");
+  EXPECT_SAYS("num_layers");
   moe_manifest_clear(&m);
 }
