@@ -100,7 +100,8 @@ typedef struct moe_backend {
   moe_status (*expert_up_backward)(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                    moe_tensor w13, moe_tensor dx);
   moe_status (*expert_weight_grad)(moe_device *dev, moe_tensor left, moe_tensor right,
-                                   moe_tensor offsets, int accumulate, moe_tensor dw);
+                                   moe_tensor offsets, int accumulate, moe_tensor dw,
+                                   moe_tensor squares);
   int64_t (*expert_scratch)(moe_device *dev, int64_t rows, int64_t hidden, int64_t ffn,
                             moe_dtype dtype);
   moe_status (*experts_decode)(moe_device *dev, moe_tensor x, moe_tensor experts, moe_tensor gates,

@@ -193,9 +193,13 @@ moe_status moe_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor of
  * accumulate 0 writes every expert, zero where it has no rows. (w13: M = 2F, left = dgu, right
  * = x; w2: M = D, left = dy, right = a.)
  * dw is f32, or bf16 where act is: then the f32 sums are rounded to nearest when they are written,
- * and a call that adds rounds the new sum (on Hopper what is added, too). */
+ * and a call that adds rounds the new sum (on Hopper what is added, too).
+ * squares f64 [1] or absent: adds the sum of squares of dw as the call leaves it. Hopper's kernel
+ * takes them (in f32, their sum in f64) from what it stores; others, and calls that add, read dw
+ * again. */
 moe_status moe_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
-                                  moe_tensor offsets, int accumulate, moe_tensor dw);
+                                  moe_tensor offsets, int accumulate, moe_tensor dw,
+                                  moe_tensor squares);
 /* Scratch for any of the above with at most `rows` rows. */
 int64_t moe_expert_scratch(moe_device *dev, int64_t rows, int64_t hidden, int64_t ffn,
                            moe_dtype dtype);

@@ -218,7 +218,8 @@ moe_status moe_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor of
 }
 
 moe_status moe_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
-                                  moe_tensor offsets, int accumulate, moe_tensor dw) {
+                                  moe_tensor offsets, int accumulate, moe_tensor dw,
+                                  moe_tensor squares) {
   const char *op = "expert_weight_grad";
   MOE_TRY(moe_check_2d(op, "left", left, MOE_IS_ACT, MOE_ANY, MOE_ANY));
   MOE_TRY(moe_check_2d(op, "right", right, moe_same_type(left), left.shape[0], MOE_ANY));
@@ -226,7 +227,8 @@ moe_status moe_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor r
   MOE_TRY(moe_check_3d(op, "dw", dw, types, MOE_ANY, left.shape[1], right.shape[1]));
   MOE_TRY(moe_check_1d(op, "offsets", offsets, MOE_IS_I32, dw.shape[0] + 1));
   MOE_TRY(moe_check_rule(op, accumulate == 0 || accumulate == 1, "accumulate must be 0 or 1"));
-  MOE_TRY(dev->backend->expert_weight_grad(dev, left, right, offsets, accumulate, dw));
+  if (moe_tensor_present(squares)) MOE_TRY(moe_check_1d(op, "squares", squares, MOE_IS_F64, 1));
+  MOE_TRY(dev->backend->expert_weight_grad(dev, left, right, offsets, accumulate, dw, squares));
   return moe_check_finite(dev, op, "dw", dw);
 }
 

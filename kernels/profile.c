@@ -186,9 +186,10 @@ static moe_status timed_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_
         (dev, dgu, offsets, w13, dx));
 }
 static moe_status timed_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
-                                           moe_tensor offsets, int accumulate, moe_tensor dw) {
+                                           moe_tensor offsets, int accumulate, moe_tensor dw,
+                                           moe_tensor squares) {
   TIMED(expert_weight_grad, 2.0 * (double)moe_tensor_count(left) * (double)right.shape[1],
-        (dev, left, right, offsets, accumulate, dw));
+        (dev, left, right, offsets, accumulate, dw, squares));
 }
 static moe_status timed_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts,
                                        moe_tensor gates, moe_tensor w13, moe_tensor w2,

@@ -48,6 +48,7 @@ typedef struct {
 typedef struct {
   moe_tensor left, right, dw; /* ops.h, moe_expert_weight_grad; left absent: none is due */
   int accumulate;
+  bool last; /* round: dw is then what it will be */
 } moe_due_grad;
 
 typedef struct {
@@ -64,6 +65,7 @@ typedef struct {
   moe_dtype dtype;
   moe_work work;
   moe_due_grad due;
+  moe_tensor grad_squares; /* f64 [1] of the experts' gradients, or absent: see model.h */
   moe_tensor forced;  /* i32 [T, K] experts in place of the router's; absent but in benchmarks */
   int32_t *rows_host; /* [1], pinned: a row count on its way to the host */
   moe_mark rows_asked;

@@ -47,6 +47,7 @@ moe_status moe_model_step_begin(moe_model *m) {
   for (int i = 0; i < MOE_POOLS; i++) {
     if (i != MOE_POOL_EXPERT) MOE_TRY(moe_zero(m->env.dev, m->grads[i]));
   }
+  if (moe_tensor_present(m->env.grad_squares)) MOE_TRY(moe_zero(m->env.dev, m->env.grad_squares));
   return moe_zero(m->env.dev, m->loss);
 }
 

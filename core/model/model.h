@@ -48,6 +48,9 @@ const moe_params *moe_model_params(const moe_model *m);
 /* Flat pools [padded]: weights in moe_pool_dtype, gradients f32 (absent unless training). */
 moe_tensor moe_model_weights(const moe_model *m, moe_pool_kind pool);
 moe_tensor moe_model_grads(const moe_model *m, moe_pool_kind pool);
+/* f64 [1] on the device: after backward the sum of squares of the experts' gradients, which comes
+ * with their making where those are final: one micro-batch to a step, no replicas. Else absent. */
+moe_tensor moe_model_grad_squares(const moe_model *m);
 /* Who shares a pool: the world, or the experts' replicas. */
 moe_comm *moe_model_pool_group(const moe_model *m, moe_pool_kind pool);
 /* Selection bias f32 [L, E] on the host and its upload, for auxiliary-loss-free balancing. */

@@ -26,6 +26,9 @@ static void create_pools(moe_model *m, moe_memory *memory) {
     moe_dtype sums = pool == MOE_POOL_EXPERT ? moe_config_grad_dtype(&m->config) : MOE_F32;
     m->grads[i] = moe_arena_tensor_1d(&memory->arena[MOE_MEM_GRADIENTS], sums, n);
   }
+  bool alone = moe_comm_size(moe_model_pool_group(m, MOE_POOL_EXPERT)) == 1;
+  if (m->options.training && m->options.micro_batches == 1 && alone)
+    m->env.grad_squares = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F64, 1);
 }
 
 static int recompute_of(const moe_model *m, int64_t layer) {
@@ -231,6 +234,10 @@ moe_tensor moe_model_weights(const moe_model *m, moe_pool_kind pool) {
 
 moe_tensor moe_model_grads(const moe_model *m, moe_pool_kind pool) {
   return m->grads[pool];
+}
+
+moe_tensor moe_model_grad_squares(const moe_model *m) {
+  return m->env.grad_squares;
 }
 
 float *moe_model_router_bias(moe_model *m) {

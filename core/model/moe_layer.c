@@ -119,7 +119,7 @@ moe_status moe_experts_forward(moe_block_env *env, moe_block *b, moe_tensor stat
 static moe_status due_grad(moe_block_env *env, moe_due_grad *due) {
   if (!moe_tensor_present(due->left)) return MOE_OK;
   MOE_TRY(moe_expert_weight_grad(env->dev, due->left, due->right, env->work.window, due->accumulate,
-                                 due->dw));
+                                 due->dw, due->last ? env->grad_squares : moe_tensor_none()));
   due->left = moe_tensor_none();
   return MOE_OK;
 }
@@ -161,9 +161,10 @@ static moe_status rounds_backward(moe_block_env *env, moe_block *b, moe_due_grad
       MOE_TRY(prepare_round(env, b, &r));
     }
     MOE_TRY(round_backward(env, b, &r));
+    bool last = begin + env->round_rows >= b->stash->sorted_rows;
     int accumulate = b->accumulate || begin > 0;
-    *grad_w2 = (moe_due_grad){r.ys, r.a, b->g.w2, accumulate};
-    env->due = (moe_due_grad){r.gu, r.xs, b->g.w13, accumulate};
+    *grad_w2 = (moe_due_grad){r.ys, r.a, b->g.w2, accumulate, last};
+    env->due = (moe_due_grad){r.gu, r.xs, b->g.w13, accumulate, last};
   }
   return MOE_OK;
 }

@@ -66,7 +66,8 @@ moe_status moe_cpu_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tens
 moe_status moe_cpu_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                       moe_tensor w13, moe_tensor dx);
 moe_status moe_cpu_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
-                                      moe_tensor offsets, int accumulate, moe_tensor dw);
+                                      moe_tensor offsets, int accumulate, moe_tensor dw,
+                                      moe_tensor squares);
 int64_t moe_cpu_expert_scratch(moe_device *dev, int64_t rows, int64_t hidden, int64_t ffn,
                                moe_dtype dtype);
 moe_status moe_cpu_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts,

@@ -289,7 +289,8 @@ static void share_rounding(moe_tensor dw, int64_t j, int64_t size, int accumulat
 }
 
 moe_status moe_cpu_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
-                                      moe_tensor offsets, int accumulate, moe_tensor dw) {
+                                      moe_tensor offsets, int accumulate, moe_tensor dw,
+                                      moe_tensor squares) {
   int64_t m = left.shape[1], n = right.shape[1], experts = offsets.shape[0] - 1;
   const int32_t *offset = offsets.data;
   bool rounded = left.dtype != MOE_F32 && dw.dtype != MOE_F32;
@@ -315,5 +316,5 @@ moe_status moe_cpu_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tens
       share_converted(left, right, begin, end, beta, scratch, grad);
     }
   }
-  return MOE_OK;
+  return moe_tensor_present(squares) ? moe_cpu_sum_squares(dev, dw, squares) : MOE_OK;
 }

@@ -265,6 +265,9 @@ moe_status cuda_matmul_own(moe_device *dev, moe_gemm_form form, int64_t m, int64
                            cuda_matrix a, cuda_matrix b, float beta, cuda_matrix c);
 void cuda_plans_destroy(cuda_plans *plans);
 
+/* elementwise.cu: out f64 [1] += the sum of `count` numbers on the device, in a fixed order. */
+moe_status cuda_add_partial(moe_device *dev, const double *partial, int count, moe_tensor out);
+
 /* lanes.cu */
 moe_status cuda_lanes_create(moe_device *dev);
 void cuda_lanes_wait(cuda_state *s);

@@ -144,6 +144,12 @@ __global__ void add_partial_kernel(const double *partial, int count, double *out
   if (threadIdx.x == 0) *out += s;
 }
 
+moe_status cuda_add_partial(moe_device *dev, const double *partial, int count, moe_tensor out) {
+  add_partial_kernel<<<1, 256, 0, cuda_of(dev)->stream>>>(partial, count, cuda_data<double>(out));
+  CUDA_LAUNCHED(dev);
+  return MOE_OK;
+}
+
 moe_status moe_cuda_sum_squares(moe_device *dev, moe_tensor x, moe_tensor out) {
   cuda_state *s = cuda_of(dev);
   int64_t n = moe_tensor_count(x);
@@ -158,10 +164,7 @@ moe_status moe_cuda_sum_squares(moe_device *dev, moe_tensor x, moe_tensor out) {
           unsigned blocks = cuda_blocks(dev, div_up(n, N), 256);
           squares_kernel<X, N><<<blocks, 256, 0, s->stream>>>(cuda_data<X>(x), n, partial);
           CUDA_LAUNCHED(dev);
-          add_partial_kernel<<<1, 256, 0, s->stream>>>(partial, (int)blocks,
-                                                       cuda_data<double>(out));
-          CUDA_LAUNCHED(dev);
-          return MOE_OK;
+          return cuda_add_partial(dev, partial, (int)blocks, out);
         },
         (char *)x.data);
   }));

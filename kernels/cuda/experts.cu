@@ -50,8 +50,9 @@ moe_status moe_cuda_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tens
   return cuda_of(dev)->experts->up_backward(dev, dgu, offsets, w13, dx);
 }
 moe_status moe_cuda_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
-                                       moe_tensor offsets, int accumulate, moe_tensor dw) {
-  return cuda_of(dev)->experts->weight_grad(dev, left, right, offsets, accumulate, dw);
+                                       moe_tensor offsets, int accumulate, moe_tensor dw,
+                                       moe_tensor squares) {
+  return cuda_of(dev)->experts->weight_grad(dev, left, right, offsets, accumulate, dw, squares);
 }
 int64_t moe_cuda_expert_scratch(moe_device *dev, int64_t rows, int64_t hidden, int64_t ffn,
                                 moe_dtype dtype) {
@@ -153,7 +154,8 @@ static moe_status grouped_product(moe_device *dev, moe_gemm_form form, moe_tenso
 }
 
 static moe_status weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
-                              moe_tensor offsets, int accumulate, moe_tensor dw) {
+                              moe_tensor offsets, int accumulate, moe_tensor dw,
+                              moe_tensor squares) {
   int64_t m = left.shape[1], n = right.shape[1], experts = offsets.shape[0] - 1;
   const int32_t *at;
   MOE_TRY(cuda_offsets_to_host(dev, offsets, left.shape[0], &at));
@@ -164,7 +166,7 @@ static moe_status weight_grad(moe_device *dev, moe_tensor left, moe_tensor right
                         {row_of(right, at[j]), right.dtype, n}, accumulate ? 1.0f : 0.0f,
                         {grad, dw.dtype, n}));
   }
-  return MOE_OK;
+  return moe_tensor_present(squares) ? moe_cuda_sum_squares(dev, dw, squares) : MOE_OK;
 }
 
 /* ---- SwiGLU: a block per row --------------------------------------------------------------- */

@@ -102,10 +102,11 @@ static moe_status up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offset
 }
 
 static moe_status weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
-                              moe_tensor offsets, int accumulate, moe_tensor dw) {
-  return (fits(left, right.shape[1], offsets, right, dw)
-              ? sm90_expert_weight_grad
-              : cuda_experts_cublas.weight_grad)(dev, left, right, offsets, accumulate, dw);
+                              moe_tensor offsets, int accumulate, moe_tensor dw,
+                              moe_tensor squares) {
+  return (fits(left, right.shape[1], offsets, right, dw) ? sm90_expert_weight_grad
+                                                         : cuda_experts_cublas.weight_grad)(
+      dev, left, right, offsets, accumulate, dw, squares);
 }
 
 static int64_t scratch(moe_device *dev, int64_t rows, int64_t hidden, int64_t ffn,

@@ -360,13 +360,16 @@ __global__ void __launch_bounds__(384, 1) sm90_kernel(const __grid_constant__ ty
 }
 
 /* Blocks take tiles by turns, so there are as many as multiprocessors whatever the work. */
+static inline int sm90_blocks(const moe_device *dev) {
+  return cuda_of(dev)->sms;
+}
+
 template <class Op> static moe_status sm90_launch(moe_device *dev, const typename Op::args &args) {
-  cuda_state *s = cuda_of(dev);
   int bytes = (int)sizeof(sm90_shared<Op>);
   static_assert(sizeof(sm90_shared<Op>) <= 227 * 1024, "more shared memory than a block may have");
   CUDA_TRY(dev, cudaFuncSetAttribute(sm90_kernel<Op>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      bytes));
-  sm90_kernel<Op><<<(unsigned)s->sms, 384, (size_t)bytes, s->stream>>>(args);
+  sm90_kernel<Op><<<(unsigned)sm90_blocks(dev), 384, (size_t)bytes, cuda_of(dev)->stream>>>(args);
   CUDA_LAUNCHED(dev);
   return MOE_OK;
 }
@@ -384,6 +387,7 @@ int64_t sm90_down_backward_scratch(int64_t rows, int64_t ffn);
 moe_status sm90_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                    moe_tensor w13, moe_tensor dx);
 moe_status sm90_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,
-                                   moe_tensor offsets, int accumulate, moe_tensor dw);
+                                   moe_tensor offsets, int accumulate, moe_tensor dw,
+                                   moe_tensor squares);
 
 #endif

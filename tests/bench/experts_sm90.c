@@ -109,10 +109,10 @@ static void operation(moe_device *dev, product k) {
     must(moe_expert_up_backward(dev, at(pristine), offsets, at(w13), at(rows_out)));
     break;
   case GRAD_W13:
-    must(moe_expert_weight_grad(dev, at(pristine), at(x), offsets, 1, at(dw13)));
+    must(moe_expert_weight_grad(dev, at(pristine), at(x), offsets, 1, at(dw13), moe_tensor_none()));
     break;
   default:
-    must(moe_expert_weight_grad(dev, at(dy), at(a), offsets, 1, at(dw2)));
+    must(moe_expert_weight_grad(dev, at(dy), at(a), offsets, 1, at(dw2), moe_tensor_none()));
   }
 }
 

@@ -14,6 +14,7 @@
 #include "core/base/rng.h"
 
 enum { TAIL = 40, NORMALS = 1000003 };
+static const double OFFSET = 3.0; /* what sums of squares are added to */
 
 const char *const product_names[] = {"up",       "down",    "down_backward", "up_backward",
                                      "grad w13", "grad w2", "half w13",      "half w2"};
@@ -109,6 +110,8 @@ static int results(product k, const problem *p, result *r) {
   result rows = {k == DOWN ? "y" : "dx", p->c, p->used, d, half, MOE_BF16, NULL};
   result w13 = {"dw13", e * 2 * f, e * 2 * f, d, sums, MOE_F32, NULL};
   result w2 = {"dw2", e * d, e * d, f, sums, MOE_F32, NULL};
+  result squares = {"squares", 1, 1, 2, k >= HALF_W13 ? half : sums, MOE_F32, NULL};
+  r[1] = squares;
   switch (k) {
   case UP:
     r[0] = gu, r[1] = a;
@@ -118,16 +121,16 @@ static int results(product k, const problem *p, result *r) {
     return 3;
   case GRAD_W13:
     r[0] = w13;
-    return 1;
+    return 2;
   case GRAD_W2:
     r[0] = w2;
-    return 1;
+    return 2;
   case HALF_W13:
     r[0] = w13, r[0].tolerance = half;
-    return 1;
+    return 2;
   case HALF_W2:
     r[0] = w2, r[0].tolerance = half;
-    return 1;
+    return 2;
   default:
     r[0] = rows;
     return 1;
@@ -187,12 +190,29 @@ static float *get(bench *b, moe_tensor t) {
   return v;
 }
 
+/* The call added the squares of dw, as it is stored, to OFFSET. Returns them as two floats whose
+ * sum has all of their bits. */
+static float *check_squares(bench *b, moe_tensor squares, moe_tensor dw) {
+  double sum = 0.0, got;
+  float *v = get(b, dw), *halves = memory(2 * (int64_t)sizeof(float));
+  int64_t n = moe_tensor_count(dw);
+  for (int64_t i = 0; i < n; i++) sum += (double)v[i] * (double)v[i];
+  OK(moe_device_download(b->dev, &got, squares.data, (int64_t)sizeof got));
+  OK(moe_device_sync(b->dev));
+  cr_assert(fabs(got - OFFSET - sum) <= 1e-6 * sum, "squares of %s [%lld]: %.9g, not %.9g",
+            moe_dtype_name(dw.dtype), (long long)n, got - OFFSET, sum);
+  halves[0] = (float)got;
+  halves[1] = (float)(got - (double)halves[0]);
+  free(v);
+  return halves;
+}
+
 /* The product's outputs as floats, with inputs and outputs of type act. */
 static int run_on(moe_device *dev, product k, moe_dtype act, const problem *p, int accumulate,
                   result *r) {
   bench b = {.dev = dev, .act = act};
   int64_t d = p->s.d, f = p->s.f, e = p->s.e, c = p->c;
-  moe_tensor offsets = tensor(&b, MOE_I32, e + 1, 0, 0), out[3];
+  moe_tensor offsets = tensor(&b, MOE_I32, e + 1, 0, 0), squares = moe_tensor_none(), out[3];
   send(&b, offsets, p->offsets);
   int64_t bytes = moe_expert_scratch(dev, c, d, f, act);
   moe_tensor scratch = poisoned(&b, MOE_F32, bytes / 4 + 1, 0, 0);
@@ -222,11 +242,16 @@ static int run_on(moe_device *dev, product k, moe_dtype act, const problem *p, i
     out[0] = accumulate ? put(&b, type, p->base, e, m, n) : poisoned(&b, type, e, m, n);
     moe_tensor left = w13 ? ROWS(gu, m) : ROWS(dy, m);
     moe_tensor right = w13 ? ROWS(x, n) : ROWS(a, n);
-    OK(moe_expert_weight_grad(dev, left, right, offsets, accumulate, out[0]));
+    const double before = OFFSET;
+    squares = tensor(&b, MOE_F64, 1, 0, 0);
+    send(&b, squares, &before);
+    OK(moe_expert_weight_grad(dev, left, right, offsets, accumulate, out[0], squares));
   }
   ok(moe_device_sync(dev), product_names[k]);
   int count = results(k, p, r);
-  for (int i = 0; i < count; i++) r[i].v = get(&b, out[i]);
+  bool grad = moe_tensor_present(squares);
+  for (int i = 0; i < (grad ? 1 : count); i++) r[i].v = get(&b, out[i]);
+  if (grad) r[1].v = check_squares(&b, squares, out[0]);
   moe_device_set_scratch(dev, NULL, 0);
   for (int i = 0; i < b.count; i++) moe_device_free(dev, b.data[i]);
   return count;
@@ -337,11 +362,11 @@ int problem_check(product k, const problem *p, int accumulate, const char *quiet
   return wrong;
 }
 
-int problem_repeat(product k, const problem *p, int times) {
+static int repeat(product k, const problem *p, int accumulate, int times) {
   result first[3], again[3];
-  int differ = 0, count = problem_run(k, p, 1, first);
+  int differ = 0, count = problem_run(k, p, accumulate, first);
   for (int turn = 0; turn < times; turn++) {
-    problem_run(k, p, 1, again);
+    problem_run(k, p, accumulate, again);
     for (int i = 0; i < count; i++) {
       int64_t n = first[i].checked * first[i].columns, other = 0;
       for (int64_t j = 0; j < n; j++) other += first[i].v[j] != again[i].v[j];
@@ -353,5 +378,11 @@ int problem_repeat(product k, const problem *p, int times) {
     }
   }
   for (int i = 0; i < count; i++) free(first[i].v);
+  return differ;
+}
+
+int problem_repeat(product k, const problem *p, int times) {
+  int differ = 0;
+  for (int adds = 0; adds <= (k >= GRAD_W13); adds++) differ += repeat(k, p, adds, times);
   return differ;
 }

@@ -216,16 +216,18 @@ static void check_network(moe_dtype act, int64_t d, int64_t f, const int64_t *co
   BOTH(moe_expert_up_backward(dev, n.gu.t[s], n.offsets.t[s], n.w13.t[s], n.dx.t[s]));
   ROWS_AGREE(n.dx, n.used, once);
   for (int accumulate = 0; accumulate < 2; accumulate++) {
-    BOTH(moe_expert_weight_grad(dev, n.gu.t[s], n.x.t[s], n.offsets.t[s], accumulate, n.dw13.t[s]));
+    BOTH(moe_expert_weight_grad(dev, n.gu.t[s], n.x.t[s], n.offsets.t[s], accumulate, n.dw13.t[s],
+                                both_none().t[s]));
     AGREE(n.dw13, sums);
     BOTH(moe_expert_weight_grad(dev, n.dy.t[s], n.again.t[s], n.offsets.t[s], accumulate,
-                                n.dw2.t[s]));
+                                n.dw2.t[s], both_none().t[s]));
     AGREE(n.dw2, sums);
   }
   if (act != MOE_BF16) return;
   both half = both_output("half", MOE_BF16, SHAPE(E, 2 * f, d));
   for (int accumulate = 0; accumulate < 2; accumulate++) {
-    BOTH(moe_expert_weight_grad(dev, n.gu.t[s], n.x.t[s], n.offsets.t[s], accumulate, half.t[s]));
+    BOTH(moe_expert_weight_grad(dev, n.gu.t[s], n.x.t[s], n.offsets.t[s], accumulate, half.t[s],
+                                both_none().t[s]));
     AGREE(half, (1 + accumulate) * rounding(act));
   }
 }
@@ -256,7 +258,7 @@ Test(gpu_experts, notice_when_offsets_change, .init = both_open, .fini = both_cl
   BOTH(moe_expert_down(dev, n.a.t[s], n.offsets.t[s], n.w2.t[s], n.y.t[s]));
   BOTH(moe_permute_plan(dev, experts.t[s], 1, n.offsets.t[s], pair.t[s], slot.t[s]));
   BOTH(moe_expert_weight_grad(dev, n.x.t[s], n.dy.t[s], n.offsets.t[s], 0,
-                              moe_tensor_3d(n.dw13.t[s].data, MOE_F32, E, d, d)));
+                              moe_tensor_3d(n.dw13.t[s].data, MOE_F32, E, d, d), both_none().t[s]));
   both dw = n.dw13;
   for (int s = 0; s < SIDES; s++) dw.t[s] = moe_tensor_3d(dw.t[s].data, MOE_F32, E, d, d);
   AGREE(dw, 4e-5);
@@ -287,7 +289,8 @@ static uint64_t gradients_once(void) {
       moe_expert_up(dev, n.x.t[s], n.offsets.t[s], n.w13.t[s], n.gates.t[s], n.gu.t[s], n.a.t[s]));
   ON_GPU(moe_expert_down_backward(dev, n.dy.t[s], n.offsets.t[s], n.w2.t[s], n.gates.t[s],
                                   n.gu.t[s], n.again.t[s], n.dgates.t[s]));
-  ON_GPU(moe_expert_weight_grad(dev, n.gu.t[s], n.x.t[s], n.offsets.t[s], 0, n.dw13.t[s]));
+  ON_GPU(moe_expert_weight_grad(dev, n.gu.t[s], n.x.t[s], n.offsets.t[s], 0, n.dw13.t[s],
+                                both_none().t[s]));
   const both outputs[] = {r.stats, r.gates, dlogits, dx,       dweight,
                           dgain,   logits,  loss,    n.dgates, n.dw13};
   uint64_t hash = 0;

@@ -166,6 +166,14 @@ Test(experts, up_backward_sums_both_halves) {
   op_each(up_backward);
 }
 
+/* squares, 3 before the call, got the squares of dw as it was stored. */
+static void check_squares(op_tensor *squares, op_tensor *dw) {
+  double sum = 0.0, got = op_read(squares)[0] - 3.0;
+  op_read(dw);
+  for (int64_t i = 0; i < dw->count; i++) sum += dw->v[i] * dw->v[i];
+  op_require(fabs(got - sum) <= 1e-6 * sum, "squares: %.9g, not %.9g", got, sum);
+}
+
 static void check_weight_grad(moe_device *dev, moe_dtype act, shape s, int accumulate) {
   experts x = make(dev, act, s);
   int64_t m = 2 * s.f, n = s.d;
@@ -178,8 +186,10 @@ static void check_weight_grad(moe_device *dev, moe_dtype act, shape s, int accum
     for (int64_t i = 0; i < m; i++)
       for (int64_t c = 0; c < n; c++)
         want[(owner(&x, r) * m + i) * n + c] += left.v[r * m + i] * right.v[r * n + c];
-  op_ok(moe_expert_weight_grad(dev, left.t, right.t, x.offsets.t, accumulate, dw.t));
+  op_tensor squares = op_filled(dev, "squares", MOE_F64, OP_SHAPE(1), 3.0);
+  op_ok(moe_expert_weight_grad(dev, left.t, right.t, x.offsets.t, accumulate, dw.t, squares.t));
   op_close(dw, want, op_sum_tolerance(dev, act));
+  check_squares(&squares, &dw);
 }
 
 static void weight_grad(moe_device *dev, moe_dtype act) {
@@ -203,8 +213,11 @@ static void rounded_weight_grad(moe_device *dev) {
                               : op_output(dev, "dw", MOE_BF16, OP_SHAPE(e, m, n));
     op_tensor sums = accumulate ? op_values(dev, "sums", MOE_F32, OP_SHAPE(e, m, n), dw.v)
                                 : op_output(dev, "sums", MOE_F32, OP_SHAPE(e, m, n));
-    op_ok(moe_expert_weight_grad(dev, left.t, right.t, x.offsets.t, accumulate, dw.t));
-    op_ok(moe_expert_weight_grad(dev, left.t, right.t, x.offsets.t, accumulate, sums.t));
+    op_tensor squares = op_filled(dev, "squares", MOE_F64, OP_SHAPE(1), 3.0);
+    op_ok(moe_expert_weight_grad(dev, left.t, right.t, x.offsets.t, accumulate, dw.t, squares.t));
+    op_ok(moe_expert_weight_grad(dev, left.t, right.t, x.offsets.t, accumulate, sums.t,
+                                 moe_tensor_none()));
+    check_squares(&squares, &dw);
     op_close(dw, op_read(&sums), 1.5 * op_tolerance(MOE_BF16));
     if (moe_device_what(dev) == MOE_DEVICE_CUDA) continue;
     for (int64_t k = 0; k < sums.count; k++) sums.v[k] = op_round(MOE_BF16, sums.v[k]);
@@ -262,8 +275,8 @@ static void differences(moe_device *dev, moe_dtype act) {
   op_ok(
       moe_expert_down_backward(dev, dy.t, x.offsets.t, x.w2.t, x.gates.t, gu.t, again.t, dgates.t));
   op_ok(moe_expert_up_backward(dev, gu.t, x.offsets.t, x.w13.t, dx.t));
-  op_ok(moe_expert_weight_grad(dev, gu.t, in.t, x.offsets.t, 0, dw13.t));
-  op_ok(moe_expert_weight_grad(dev, dy.t, again.t, x.offsets.t, 0, dw2.t));
+  op_ok(moe_expert_weight_grad(dev, gu.t, in.t, x.offsets.t, 0, dw13.t, moe_tensor_none()));
+  op_ok(moe_expert_weight_grad(dev, dy.t, again.t, x.offsets.t, 0, dw2.t, moe_tensor_none()));
 
   int64_t count = in.count + x.gates.count + x.w13.count + x.w2.count;
   double *values = op_doubles(count), *want = op_doubles(count);

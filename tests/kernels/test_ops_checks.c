@@ -126,9 +126,14 @@ static void experts(moe_device *dev) {
           moe_expert_down_backward(dev, x, i32_1d(3), w2, f32_1d(5), f32_2d(5, 6), f32_2d(5, 3),
                                    f32_1d(5)));
   REFUSES("expert_weight_grad: dw is bf16 [2, 4, 4]: it must be fp32",
-          moe_expert_weight_grad(dev, x, x, i32_1d(3), 0, moe_tensor_3d(block, MOE_BF16, 2, 4, 4)));
+          moe_expert_weight_grad(dev, x, x, i32_1d(3), 0, moe_tensor_3d(block, MOE_BF16, 2, 4, 4),
+                                 moe_tensor_none()));
   REFUSES("expert_weight_grad: accumulate must be 0 or 1",
-          moe_expert_weight_grad(dev, x, x, i32_1d(3), 2, moe_tensor_3d(block, MOE_F32, 2, 4, 4)));
+          moe_expert_weight_grad(dev, x, x, i32_1d(3), 2, moe_tensor_3d(block, MOE_F32, 2, 4, 4),
+                                 moe_tensor_none()));
+  REFUSES("expert_weight_grad: squares is fp32 [1]: it must be fp64 [1]",
+          moe_expert_weight_grad(dev, x, x, i32_1d(3), 0, moe_tensor_3d(block, MOE_F32, 2, 4, 4),
+                                 f32_1d(1)));
 }
 
 static void ending(moe_device *dev) {
