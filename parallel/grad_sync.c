@@ -27,7 +27,12 @@ static moe_status sync_pool(moe_device *dev, const moe_grad_pool *pool, moe_tens
         "moe_grad_sync: a pool of %lld %s gradients is not a padded f32 or bf16 pool of %d "
         "ranks",
         (long long)count, moe_dtype_name(pool->grads.dtype), size);
-  if (count == 0) return MOE_OK;
+  if (pool->counted && size > 1)
+    return moe_fail(MOE_INVALID,
+                    "moe_grad_sync: the squares of a pool that %d ranks share are not "
+                    "known before its sum is",
+                    size);
+  if (count == 0 || pool->counted) return MOE_OK;
   if (pool->shard)
     MOE_TRY(moe_comm_reduce_scatter(pool->group, pool->grads));
   else
@@ -39,7 +44,9 @@ static moe_status sync_pool(moe_device *dev, const moe_grad_pool *pool, moe_tens
 
 moe_status moe_grad_sync(moe_device *dev, moe_comm *world, const moe_grad_pool *pools, int n,
                          moe_tensor sum_squares) {
-  MOE_TRY(moe_zero(dev, sum_squares));
+  bool begun = false;
+  for (int i = 0; i < n; i++) begun = begun || pools[i].counted;
+  if (!begun) MOE_TRY(moe_zero(dev, sum_squares));
   for (int i = 0; i < n; i++) MOE_TRY(sync_pool(dev, &pools[i], sum_squares));
   return moe_comm_all_reduce(world, sum_squares, MOE_SUM);
 }

@@ -24,11 +24,13 @@ moe_range moe_pool_chunk(int64_t padded, int size, int rank);
 typedef struct {
   moe_tensor grads;
   moe_comm *group;
-  bool shard; /* zero1: reduce-scatter, so only the own chunk is complete afterwards */
+  bool shard;   /* zero1: reduce-scatter, so only the own chunk is complete afterwards */
+  bool counted; /* sum_squares has this pool's squares already; only where the group is one rank */
 } moe_grad_pool;
 
 /* Collective over the world: sum each pool over its group, then sum_squares f64 [1] (device) =
- * squared global norm, each parameter counted once. */
+ * squared global norm, each parameter counted once. What it holds before counts if a pool says so.
+ */
 moe_status moe_grad_sync(moe_device *dev, moe_comm *world, const moe_grad_pool *pools, int n,
                          moe_tensor sum_squares);
 

@@ -15,6 +15,7 @@ struct moe_optimizer {
   moe_optimizer_pool pool[MOE_POOLS];
   moe_params whole;       /* with bf16 moments: all experts, for the elements' numbers */
   moe_tensor sum_squares; /* f64 [1] */
+  bool counted;           /* the model adds the experts' gradients to it */
   moe_tensor scale;       /* f32 [1] */
 };
 
@@ -51,7 +52,9 @@ moe_status moe_optimizer_create(const moe_config *config, moe_device *dev, const
     p->m = moe_arena_tensor_1d(&memory->arena[MOE_MEM_MOMENTS], type, n);
     p->v = moe_arena_tensor_1d(&memory->arena[MOE_MEM_MOMENTS], type, n);
   }
-  o->sum_squares = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F64, 1);
+  o->sum_squares = moe_model_grad_squares(model);
+  o->counted = moe_tensor_present(o->sum_squares);
+  if (!o->counted) o->sum_squares = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F64, 1);
   o->scale = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F32, 1);
   return MOE_OK;
 }
@@ -80,6 +83,7 @@ moe_status moe_optimizer_reduce(moe_optimizer *o) {
     pools[i] = (moe_grad_pool){.grads = moe_model_grads(o->model, kind),
                                .group = moe_model_pool_group(o->model, kind),
                                .shard = o->config.parallel.zero1};
+    if (kind == MOE_POOL_EXPERT) pools[i].counted = o->counted;
   }
   moe_device_label(o->dev, "gradient reduction", -1);
   return moe_grad_sync(o->dev, o->mesh->world, pools, MOE_POOLS, o->sum_squares);

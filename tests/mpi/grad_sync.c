@@ -27,7 +27,7 @@ static moe_grad_pool make_pool(const worker *w, moe_dtype type, moe_comm *group,
   int64_t padded = moe_pool_padded(count, moe_comm_size(group));
   moe_tensor x = worker_tensor(type, 1, padded);
   for (int64_t i = 0; i < count; i++) set(x, i, gradient(w->rank, i));
-  moe_grad_pool pool = {moe_tensor_1d(x.data, type, padded), group, shard};
+  moe_grad_pool pool = {moe_tensor_1d(x.data, type, padded), group, shard, false};
   return pool;
 }
 
@@ -80,10 +80,25 @@ static void check_non_finite(const worker *w, const moe_mesh *m) {
   free(pool.grads.data);
 }
 
+/* Squares that came with the gradients count as they are; what other ranks add to has none yet. */
+static void check_counted(const worker *w, const moe_mesh *m) {
+  double squares = 5.0, dense = 0.0;
+  moe_grad_pool pools[] = {make_pool(w, MOE_F32, m->replicas, EXPERT, false),
+                           make_pool(w, MOE_F32, w->world, DENSE, false)};
+  pools[0].counted = true;
+  bool alone = moe_comm_size(m->replicas) == 1;
+  moe_status status =
+      moe_grad_sync(w->dev, w->world, pools, 2, moe_tensor_1d(&squares, MOE_F64, 1));
+  REQUIRE(status == (alone ? MOE_OK : MOE_INVALID));
+  for (int64_t i = 0; i < DENSE; i++) dense += summed(0, 1, w->size, i) * summed(0, 1, w->size, i);
+  if (alone) REQUIRE(squares == 5.0 * w->size + dense);
+  for (int i = 0; i < 2; i++) free(pools[i].grads.data);
+}
+
 static void check_refusal(const worker *w) {
   double squares = 0.0;
   moe_tensor x = worker_tensor(MOE_F32, 1, 100);
-  moe_grad_pool pool = {moe_tensor_1d(x.data, MOE_F32, 100), w->world, false};
+  moe_grad_pool pool = {moe_tensor_1d(x.data, MOE_F32, 100), w->world, false, false};
   REQUIRE(moe_grad_sync(w->dev, w->world, &pool, 1, moe_tensor_1d(&squares, MOE_F64, 1)) ==
           MOE_INVALID);
   free(x.data);
@@ -96,6 +111,7 @@ int main(int argc, char **argv) {
   check_sync(&w, &mesh, false);
   check_sync(&w, &mesh, true);
   check_non_finite(&w, &mesh);
+  check_counted(&w, &mesh);
   check_refusal(&w);
   moe_mesh_destroy(&mesh);
   worker_close(&w);
