@@ -7,11 +7,12 @@
 #   ONLY='experts lanes' tests/bench/ablation.sh ...       these lines (first words below)
 #   MORE='--steps 8' tests/bench/ablation.sh ...           more options of moe-bench, for all
 #
-# Preset 6.9b, bf16, 4 sequences of 4096 tokens per rank; a line takes about 12 seconds. Prints the
-# median of a step and its difference from the first line's; the last line is the first once more
-# and says what differences mean nothing. Ends with 1 when a line failed.
+# Preset 6.9b, bf16, 4 sequences of 4096 tokens per rank; a line takes about 12 seconds, and fails
+# after LIMIT (40). Ends with a table: the median of a step and its difference from the first
+# line's; the last line is the first once more and says what differences mean nothing. Ends with 1
+# when a line failed; why is told as it happens.
 set -u
-[ $# -ge 2 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0" && exit 2; }
+[ $# -ge 2 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0" && exit 2; }
 ranks=$1 program=$2
 shift 2
 case $ranks in
@@ -35,7 +36,7 @@ step() {
     esac
   done
   rm -f "$work/json"
-  env "${variables[@]}" "${launcher[@]}" mpirun --oversubscribe --bind-to none -np "$ranks" \
+  timeout -k 5 "${LIMIT:-40}" env "${variables[@]}" "${launcher[@]}" mpirun --oversubscribe --bind-to none -np "$ranks" \
     "$program" --set model.preset=6.9b --set precision.dtype=bf16 --set train.recompute=auto \
     --set data.sequence_length=4096 --set train.micro_batch=4 --steps 4 --warmup 2 \
     --no-collectives --json "$work/json" "${options[@]}" "${more[@]}" >"$work/log" 2>&1 &&
@@ -51,21 +52,25 @@ off() {
   *) return ;;
   esac
   seconds=$(step "$@")
+  echo "ablation.sh: $key: ${seconds:-FAILED}" >&2
   if [ -z "$seconds" ]; then
-    printf '%-9s %-46s FAILED\n' "$key" "$text" && tail -n 15 "$work/log" && failed=1
+    printf '%-9s %-46s FAILED\n' "$key" "$text" >>"$work/table"
+    tail -n 15 "$work/log" >&2
+    failed=1
     [ -n "$base" ] || exit 1
     return
   fi
   base=${base:-$seconds}
   awk -v key="$key" -v text="$text" -v s="$seconds" -v base="$base" 'BEGIN {
     printf "%-9s %-46s %8.1f %+8.1f %+7.1f %%\n", key, text, 1e3 * s, 1e3 * (s - base),
-      100 * (s / base - 1) }'
+      100 * (s / base - 1) }' >>"$work/table"
 }
 
-printf '%-9s %-46s %8s %8s %9s\n' "" "without ($ranks ranks)" "ms/step" "ms" "%"
+printf '%-9s %-46s %8s %8s %9s\n' "" "without ($ranks ranks)" "ms/step" "ms" "%" >"$work/table"
 off all "nothing: all are on"
 off experts "Hopper's expert kernels: cuBLAS per expert" MOE_EXPERT_GEMM=cublas
-off router "the one-pass router" MOE_PLAIN=router
+off router "the one-pass router, forward and backward" MOE_PLAIN=router
+off squares "gradients squared as they are stored" MOE_PLAIN=squares
 off norm "rms_norm_backward by a warp for a row" MOE_PLAIN=norm
 off gather "rows taken in an order that the cache likes" MOE_PLAIN=gather
 off hopper "our attention backward for Hopper: cuDNN's" MOE_ATTENTION=cudnn
@@ -79,4 +84,5 @@ else
   off engines "copy engines: NCCL's kernels carry exchanges" NCCL_CTA_POLICY=0
 fi
 off all "nothing, again"
+cat "$work/table"
 exit $failed
