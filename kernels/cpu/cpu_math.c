@@ -82,3 +82,26 @@ const float *moe_cpu_view(moe_tensor t, int64_t at, int64_t n, float *buffer) {
   moe_cpu_load(t, at, n, buffer);
   return buffer;
 }
+
+moe_cpu_matrix moe_cpu_block(moe_tensor t, int64_t row, int64_t rows, int64_t column,
+                             int64_t columns, float *panel) {
+  int64_t stride = t.shape[1];
+  if (t.dtype == MOE_F32)
+    return (moe_cpu_matrix){(const float *)t.data + row * stride + column, stride};
+  for (int64_t i = 0; i < rows; i++)
+    moe_cpu_load(t, (row + i) * stride + column, columns, panel + i * columns);
+  return (moe_cpu_matrix){panel, columns};
+}
+
+double moe_cpu_squares(moe_tensor x, int64_t begin, int64_t end) {
+  enum { PIECE = 1024 };
+  double sum = 0.0;
+  float buffer[PIECE];
+  for (int64_t at = begin; at < end; at += PIECE) {
+    int64_t n = moe_min64(PIECE, end - at);
+    const float *xs = moe_cpu_view(x, at, n, buffer);
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += (double)xs[i] * (double)xs[i];
+  }
+  return sum;
+}

@@ -13,6 +13,15 @@ void moe_cpu_load(moe_tensor t, int64_t at, int64_t n, float *out);
 void moe_cpu_store(moe_tensor t, int64_t at, int64_t n, const float *values);
 /* As load, but an f32 tensor is not copied: returns its own memory, else `buffer` filled. */
 const float *moe_cpu_view(moe_tensor t, int64_t at, int64_t n, float *buffer);
+/* The same for rows and columns of a 2-D tensor: `panel` [rows, columns], where it is filled. */
+typedef struct {
+  const float *data;
+  int64_t stride;
+} moe_cpu_matrix;
+moe_cpu_matrix moe_cpu_block(moe_tensor t, int64_t row, int64_t rows, int64_t column,
+                             int64_t columns, float *panel);
+/* The sum of squares of elements [begin, end), in f64. */
+double moe_cpu_squares(moe_tensor x, int64_t begin, int64_t end);
 
 /* exp(x) for floats, within 2 units in the last place; below -87.3 gives 0, above 88.7 infinity.
  * NaN in, NaN out. Cody-Waite reduction and a degree-6 polynomial; branch-free. */

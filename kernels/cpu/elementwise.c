@@ -65,18 +65,6 @@ moe_status moe_cpu_scale(moe_device *dev, moe_tensor x, float s) {
   return MOE_OK;
 }
 
-static double sum_squares(moe_tensor x, int64_t begin, int64_t end) {
-  double sum = 0.0;
-  float buffer[PIECE];
-  for (int64_t at = begin; at < end; at += PIECE) {
-    int64_t n = moe_min64(PIECE, end - at);
-    const float *xs = moe_cpu_view(x, at, n, buffer);
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) sum += (double)xs[i] * (double)xs[i];
-  }
-  return sum;
-}
-
 moe_status moe_cpu_sum_squares(moe_device *dev, moe_tensor x, moe_tensor out) {
   (void)dev;
   int64_t count = moe_tensor_count(x);
@@ -85,7 +73,7 @@ moe_status moe_cpu_sum_squares(moe_device *dev, moe_tensor x, moe_tensor out) {
   double partial[PARTIALS] = {0};
 #pragma omp parallel for if (count > PARALLEL)
   for (int64_t i = 0; i < PARTIALS; i++)
-    partial[i] = sum_squares(x, moe_min64(i * share, count), moe_min64((i + 1) * share, count));
+    partial[i] = moe_cpu_squares(x, moe_min64(i * share, count), moe_min64((i + 1) * share, count));
   double sum = 0.0;
   for (int64_t i = 0; i < PARTIALS; i++) sum += partial[i];
   *(double *)out.data += sum;

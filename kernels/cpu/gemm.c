@@ -48,29 +48,14 @@ static void choose_tiles(product *p) {
   }
 }
 
-typedef struct {
-  const float *data;
-  int64_t stride;
-} matrix;
-
-/* Rows and columns of a 2-D tensor as floats: in place, or converted into `panel`. */
-static matrix block(moe_tensor t, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                    float *panel) {
-  int64_t stride = t.shape[1];
-  if (t.dtype == MOE_F32) return (matrix){(const float *)t.data + row * stride + column, stride};
-  for (int64_t i = 0; i < rows; i++)
-    moe_cpu_load(t, (row + i) * stride + column, columns, panel + i * columns);
-  return (matrix){panel, columns};
-}
-
 /* c[row.., column..] += or = the product's terms [at, at + k). */
 static void multiply(const product *p, int64_t row, int64_t rows, int64_t column, int64_t columns,
                      int64_t at, int64_t k, float beta, float *c, int64_t c_stride, float *panels) {
   float *panel_b = panels + BLOCK_M * BLOCK_K;
-  matrix a = p->form == MOE_TN ? block(p->a, at, k, row, rows, panels)
-                               : block(p->a, row, rows, at, k, panels);
-  matrix b = p->form == MOE_NT ? block(p->b, column, columns, at, k, panel_b)
-                               : block(p->b, at, k, column, columns, panel_b);
+  moe_cpu_matrix a = p->form == MOE_TN ? moe_cpu_block(p->a, at, k, row, rows, panels)
+                                       : moe_cpu_block(p->a, row, rows, at, k, panels);
+  moe_cpu_matrix b = p->form == MOE_NT ? moe_cpu_block(p->b, column, columns, at, k, panel_b)
+                                       : moe_cpu_block(p->b, at, k, column, columns, panel_b);
   moe_cpu_product(p->form, rows, columns, k, a.data, a.stride, b.data, b.stride, beta, c, c_stride);
 }
 

@@ -25,18 +25,6 @@ static void add_residual(moe_tensor x, moe_tensor residual, moe_tensor sum, int6
   }
 }
 
-static double sum_squares(moe_tensor x, int64_t begin, int64_t end) {
-  float buffer[PIECE];
-  double sum = 0.0;
-  for (int64_t at = begin; at < end; at += PIECE) {
-    int64_t n = moe_min64(PIECE, end - at);
-    const float *xs = moe_cpu_view(x, at, n, buffer);
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) sum += (double)xs[i] * (double)xs[i];
-  }
-  return sum;
-}
-
 static void normalize(moe_tensor x, int64_t begin, int64_t end, float rstd, const float *gain,
                       moe_tensor out) {
   float buffer[PIECE], result[PIECE];
@@ -58,7 +46,7 @@ moe_status moe_cpu_rms_norm(moe_device *dev, moe_tensor x, moe_tensor residual, 
   for (int64_t row = 0; row < rows; row++) {
     int64_t begin = row * width, end = begin + width;
     if (fused) add_residual(x, residual, sum, begin, end);
-    double mean = sum_squares(normed, begin, end) / (double)width;
+    double mean = moe_cpu_squares(normed, begin, end) / (double)width;
     float inverse = (float)(1.0 / sqrt(mean + eps));
     ((float *)rstd.data)[row] = inverse;
     normalize(normed, begin, end, inverse, gain.data, out);

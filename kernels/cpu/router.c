@@ -19,23 +19,6 @@ enum {
   EXPERTS_AT_ONCE = 128
 };
 
-/* ---- tiles of x ------------------------------------------------------------------------------ */
-
-typedef struct {
-  const float *data;
-  int64_t stride;
-} tile;
-
-/* x [row.., column..] as f32: x's own memory, or `buffer` [TILE_ROWS, TILE_COLUMNS] filled. */
-static tile view_tile(moe_tensor x, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                      float *buffer) {
-  int64_t width = x.shape[1], at = row * width + column;
-  if (x.dtype == MOE_F32) return (tile){(const float *)x.data + at, width};
-  for (int64_t r = 0; r < rows; r++)
-    moe_cpu_load(x, at + r * width, columns, buffer + r * TILE_COLUMNS);
-  return (tile){buffer, TILE_COLUMNS};
-}
-
 /* ---- forward --------------------------------------------------------------------------------- */
 
 /* logits [rows, E] of the tokens from `row` on. */
@@ -44,7 +27,7 @@ static void make_logits(moe_tensor x, moe_tensor weight, int64_t row, int64_t ro
   float buffer[TILE_ROWS * TILE_COLUMNS];
   for (int64_t c = 0; c < width; c += TILE_COLUMNS) {
     int64_t n = moe_min64(TILE_COLUMNS, width - c);
-    tile t = view_tile(x, row, rows, c, n, buffer);
+    moe_cpu_matrix t = moe_cpu_block(x, row, rows, c, n, buffer);
     moe_cpu_product(MOE_NT, rows, e, n, t.data, t.stride, (const float *)weight.data + c, width,
                     c > 0 ? 1.0f : 0.0f, logits, e);
   }
@@ -243,12 +226,12 @@ static void add_dx(const float *dlogits, moe_tensor weight, int64_t row, int64_t
   for (int64_t c = 0; c < width; c += TILE_COLUMNS) {
     int64_t n = moe_min64(TILE_COLUMNS, width - c), at = row * width + c;
     bool direct = dx.dtype == MOE_F32;
-    tile t = view_tile(dx, row, rows, c, n, buffer);
+    moe_cpu_matrix t = moe_cpu_block(dx, row, rows, c, n, buffer);
     float *sum = direct ? (float *)dx.data + at : buffer;
     moe_cpu_product(MOE_NN, rows, n, e, dlogits + row * e, e, (const float *)weight.data + c, width,
                     1.0f, sum, t.stride);
     for (int64_t r = 0; r < rows && !direct; r++)
-      moe_cpu_store(dx, at + r * width, n, buffer + r * TILE_COLUMNS);
+      moe_cpu_store(dx, at + r * width, n, buffer + r * n);
   }
 }
 
@@ -260,7 +243,7 @@ static void add_dweight(const float *dlogits, moe_tensor x, int64_t c, int64_t n
   float buffer[TILE_ROWS * TILE_COLUMNS];
   for (int64_t row = 0; row < tokens; row += step) {
     int64_t rows = moe_min64(step, tokens - row);
-    tile t = view_tile(x, row, rows, c, n, buffer);
+    moe_cpu_matrix t = moe_cpu_block(x, row, rows, c, n, buffer);
     moe_cpu_product(MOE_TN, e, n, rows, dlogits + row * e, e, t.data, t.stride, 1.0f,
                     (float *)dweight.data + c, width);
   }
