@@ -74,6 +74,13 @@ enum { MOE_PATH = 4096 };
 moe_status moe_checkpoint_find(moe_comm *world, const char *run_dir, const char *resume,
                                char path[MOE_PATH]);
 
+/* Collective. The same for readers: `place` is a step folder, or a run's folder, of which the
+ * newest is taken. Without `verify` only the manifest and the model are looked at, for those who
+ * load with verification: should they meet damage, they ask again, with `verify`. MOE_USAGE: there
+ * is none. */
+moe_status moe_checkpoint_choose(moe_comm *world, const char *place, bool verify,
+                                 char path[MOE_PATH]);
+
 /* Collective. Read manifest and state. */
 moe_status moe_checkpoint_read_state(moe_comm *world, const char *path, moe_run_state *out);
 /* Collective. Fill each piece's data from the files; what is not there whole is MOE_DAMAGED. Types

@@ -30,8 +30,20 @@ failed:
   return status;
 }
 
-/* Path of the newest checkpoint below run_dir that verifies; "" when there is none at all. */
-static moe_status find_newest(moe_comm *world, const char *run_dir, char path[MOE_PATH]) {
+/* Without `verify`: does the manifest say that everything is there? */
+static moe_status check(moe_comm *world, const char *path, bool verify) {
+  moe_manifest m = {.files = 0};
+  if (verify) return moe_checkpoint_verify(world, path);
+  bool first = moe_comm_rank(world) == 0;
+  moe_status status = first ? moe_manifest_read(path, &m) : MOE_OK;
+  if (first && status == MOE_OK) status = moe_checkpoint_check_model(&m, path);
+  moe_manifest_clear(&m);
+  return moe_agree(world, status);
+}
+
+/* Path of the newest checkpoint below run_dir that is right; "" when there is none at all. */
+static moe_status find_newest(moe_comm *world, const char *run_dir, bool verify,
+                              char path[MOE_PATH]) {
   char folder[MOE_PATH];
   int64_t *steps, n;
   MOE_TRY(moe_agree(world, moe_commit_folder(run_dir, folder)));
@@ -40,7 +52,7 @@ static moe_status find_newest(moe_comm *world, const char *run_dir, char path[MO
   path[0] = 0;
   for (int64_t i = 0; i < n; i++) {
     moe_commit_place(folder, steps[i], path);
-    status = moe_checkpoint_verify(world, path);
+    status = check(world, path, verify);
     if (status != MOE_DAMAGED && status != MOE_IO) break;
     if (moe_comm_rank(world) == 0)
       moe_warn("skipping the checkpoint of step %lld: %s", (long long)steps[i],
@@ -64,7 +76,7 @@ static place_kind what_is(const char *path) {
   return moe_files_is_folder(path) ? CHECKPOINT : NOTHING;
 }
 
-static moe_status find_at(moe_comm *world, const char *place, char path[MOE_PATH]) {
+static moe_status find_at(moe_comm *world, const char *place, bool verify, char path[MOE_PATH]) {
   int32_t kind = moe_comm_rank(world) == 0 ? (int32_t)what_is(place) : 0;
   MOE_TRY(moe_comm_host_broadcast(world, &kind, sizeof kind, 0));
   if (kind == NOTHING || strlen(place) >= MOE_PATH)
@@ -73,20 +85,28 @@ static moe_status find_at(moe_comm *world, const char *place, char path[MOE_PATH
                     "(RUN/checkpoints/step-N) or a run's folder",
                     place);
   if (kind == RUN) {
-    MOE_TRY(find_newest(world, place, path));
+    MOE_TRY(find_newest(world, place, verify, path));
     if (!path[0]) return moe_fail(MOE_USAGE, "%.200s: this run has no checkpoint yet", place);
     return MOE_OK;
   }
   snprintf(path, MOE_PATH, "%s", place);
-  return moe_checkpoint_verify(world, place);
+  return check(world, place, verify);
+}
+
+moe_status moe_checkpoint_choose(moe_comm *world, const char *place, bool verify,
+                                 char path[MOE_PATH]) {
+  path[0] = 0;
+  moe_status status = find_at(world, place, verify, path);
+  if (status != MOE_OK) path[0] = 0;
+  return status;
 }
 
 moe_status moe_checkpoint_find(moe_comm *world, const char *run_dir, const char *resume,
                                char path[MOE_PATH]) {
   path[0] = 0;
   if (strcmp(resume, "none") == 0) return MOE_OK;
-  moe_status status = strcmp(resume, "auto") == 0 ? find_newest(world, run_dir, path)
-                                                  : find_at(world, resume, path);
+  if (strcmp(resume, "auto") != 0) return moe_checkpoint_choose(world, resume, true, path);
+  moe_status status = find_newest(world, run_dir, true, path);
   if (status != MOE_OK) path[0] = 0;
   return status;
 }

@@ -237,10 +237,24 @@ static moe_status check(const request *r) {
 
 /* ---- the commands ---- */
 
-static moe_status export_weights(const request *r) {
-  char path[MOE_PATH];
+/* Work on the checkpoint that the first path means. It reads what it needs once, and verifies that
+ * on the way; only when there was damage are all files looked at, and an older one taken. */
+static moe_status with_checkpoint(const request *r, moe_comm *world,
+                                  moe_status (*work)(const request *r, moe_comm *world,
+                                                     const char *path)) {
+  char path[MOE_PATH], older[MOE_PATH], why[1024];
+  MOE_TRY(moe_audit_choose(r->arguments[0], false, &moe_stop_asked, path));
+  moe_status status = work(r, world, path);
+  if (status != MOE_DAMAGED && status != MOE_IO) return status;
+  snprintf(why, sizeof why, "%s", moe_error_message());
+  MOE_TRY(moe_audit_choose(r->arguments[0], true, &moe_stop_asked, older));
+  if (strcmp(path, older) == 0) return moe_fail(status, "%s", why); /* it was something else */
+  return work(r, world, older);
+}
+
+static moe_status export_weights(const request *r, moe_comm *world, const char *path) {
   moe_gguf_options options = r->export;
-  MOE_TRY(moe_audit_choose(r->arguments[0], true, &moe_stop_asked, path));
+  (void)world;
   options.common.checkpoint = path;
   options.common.out = r->output;
   options.common.stop = &moe_stop_asked;
@@ -258,9 +272,7 @@ static moe_status import(const request *r, moe_comm *world) {
   return moe_import_hf(world, &options);
 }
 
-static moe_status reshard(const request *r, moe_comm *world) {
-  char path[MOE_PATH];
-  MOE_TRY(moe_audit_choose(r->arguments[0], true, &moe_stop_asked, path));
+static moe_status reshard(const request *r, moe_comm *world, const char *path) {
   return moe_reshard(world, path, r->output, (int)r->ranks, &moe_stop_asked);
 }
 
@@ -318,11 +330,11 @@ static moe_status run_command(request *r, moe_comm *world) {
   switch (r->command) {
   case EXPORT_HF:
   case EXPORT_GGUF:
-    return export_weights(r);
+    return with_checkpoint(r, world, export_weights);
   case IMPORT_HF:
     return import(r, world);
   case RESHARD:
-    return reshard(r, world);
+    return with_checkpoint(r, world, reshard);
   case INSPECT:
     return inspect(r);
   case VERIFY:

@@ -38,12 +38,8 @@ static moe_status check_bias(const moe_inference *f) {
 moe_status moe_inference_find(moe_comm *world, const char *place, moe_inference *out) {
   memset(out, 0, sizeof *out);
   out->host = world;
-  if (strcmp(place, "auto") == 0 || strcmp(place, "none") == 0 || !*place)
-    return moe_fail(MOE_USAGE,
-                    "\"%s\" is no checkpoint: name a run's folder or a step folder of it "
-                    "(RUN/checkpoints/step-N)",
-                    place);
-  MOE_TRY(moe_checkpoint_find(world, "", place, out->path));
+  out->place = place;
+  MOE_TRY(moe_checkpoint_choose(world, place, false, out->path));
   MOE_TRY(moe_checkpoint_read_state(world, out->path, &out->state));
   moe_status status = read_config(out);
   if (status == MOE_OK) status = check_bias(out);
@@ -99,7 +95,7 @@ static moe_status plan(moe_inference *f, const moe_inference_options *o) {
 
 /* ---- loading --------------------------------------------------------------------------------- */
 
-/* All of this rank's parameters; moe_inference_find has verified every hash. */
+/* All of this rank's parameters, each slice's hash checked. */
 static moe_status load_weights(moe_inference *f) {
   const moe_params *params = moe_generator_params(f->generator);
   const moe_tensor *pools = moe_generator_pools(f->generator);
@@ -119,13 +115,40 @@ static moe_status load_weights(moe_inference *f) {
   }
   status = moe_agree(f->world, status);
   if (status == MOE_OK)
-    status = moe_checkpoint_load(f->world, f->dev, f->path, pieces, params->count, false);
+    status = moe_checkpoint_load(f->world, f->dev, f->path, pieces, params->count, true);
   free(pieces);
   return status;
 }
 
+/* What two configurations, as moe_config_text wrote them, say of the model. */
+static bool same_model(const char *a, const char *b) {
+  const char *from = strstr(a, "[model]"), *other = strstr(b, "[model]");
+  const char *end = from ? strstr(from, "\n[") : NULL;
+  return end && other && strncmp(from, other, (size_t)(end - from) + 2) == 0;
+}
+
+/* There was damage, and no pass over all files before that could have told. Of a run's checkpoints,
+ * an older one may do: memory is laid out for its model already. */
+static moe_status load_older(moe_inference *f) {
+  moe_run_state older;
+  MOE_TRY(moe_checkpoint_choose(f->host, f->place, true, f->path));
+  MOE_TRY(moe_checkpoint_read_state(f->host, f->path, &older));
+  bool same = older.config && same_model(f->state.config, older.config) &&
+              older.router_bias_count == f->state.router_bias_count;
+  moe_run_state_clear(&f->state);
+  f->state = older;
+  if (!same)
+    return moe_fail(MOE_DAMAGED,
+                    "%s: its newest checkpoint is damaged, and %s has another model: "
+                    "name the one to take",
+                    f->place, f->path);
+  return load_weights(f);
+}
+
 static moe_status load(moe_inference *f) {
-  MOE_TRY(load_weights(f));
+  moe_status status = load_weights(f);
+  if (status == MOE_DAMAGED || status == MOE_IO) status = load_older(f);
+  MOE_TRY(status);
   if (f->state.router_bias_count == 0) return MOE_OK;
   return moe_agree(f->world, moe_generator_set_router_bias(f->generator, f->state.router_bias));
 }

@@ -17,6 +17,7 @@ extern "C" {
 
 typedef struct {
   moe_config config;   /* the checkpoint's, resolved; may be changed between find and create */
+  const char *place;   /* as asked for; borrowed */
   char path[MOE_PATH]; /* the step folder */
   moe_run_state state; /* what it says besides weights */
   int64_t chunk;       /* tokens per pass, as settled */
@@ -29,10 +30,10 @@ typedef struct {
   moe_generator *generator; /* NULL when only planned */
 } moe_inference;
 
-/* Collective over `world` (host values). Find the newest checkpoint that verifies in a run's
- * folder, or take a step folder, and read its configuration; settings of that run's machine
- * (backend, threads, memory) return to their defaults. MOE_USAGE when there is none, MOE_DAMAGED.
- * The caller destroys *out in any case. */
+/* Collective over `world` (host values). Take a step folder, or the newest of a run's folder, and
+ * read its configuration; settings of that run's machine (backend, threads, memory) return to their
+ * defaults. `place` must stay. MOE_USAGE when there is none, MOE_DAMAGED. The caller destroys *out
+ * in any case. */
 moe_status moe_inference_find(moe_comm *world, const char *place, moe_inference *out);
 
 typedef struct {
@@ -42,9 +43,10 @@ typedef struct {
   bool plan_only; /* measure, take nothing */
 } moe_inference_options;
 
-/* Collective. Open the device of config, plan, take the memory and load the weights. MOE_NO_MEMORY
- * when the plan exceeds what may be used, with its largest part; MOE_USAGE for more ranks than
- * experts. */
+/* Collective. Open the device of config, plan, take the memory and load the weights: read once, and
+ * verified on the way. When the newest checkpoint of a run proves damaged then, the newest of the
+ * same model that verifies is taken, with warnings. MOE_NO_MEMORY when the plan exceeds what may be
+ * used, with its largest part; MOE_USAGE for more ranks than experts. */
 moe_status moe_inference_create(moe_inference *f, const moe_inference_options *options);
 /* Collective. Rank 0 prints the plan of the fullest rank. */
 moe_status moe_inference_print_plan(const moe_inference *f, FILE *out);

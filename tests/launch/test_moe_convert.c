@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "tests/support/expect_command.h"
+#include "tests/support/flip_slice.h"
 #include "tests/support/tokens.h"
 
 static char folder[] = "/tmp/moe-convert-XXXXXX";
@@ -75,6 +76,26 @@ Test(moe_convert, wrong_use_is_exit_code_2_and_says_how_to_mend_it) {
   runs(2, "without mpirun", "mpirun --oversubscribe -np 2 moe-convert verify run");
   runs(2, "nowhere.model", "moe-convert export-gguf run --output x --tokenizer nowhere.model");
   runs(0, "", "test ! -e x");
+}
+
+static const char *step_folder(int step) {
+  static char path[MOE_PATH];
+  snprintf(path, sizeof path, "%s/run/checkpoints/step-%08d", folder, step);
+  return path;
+}
+
+Test(moe_convert, an_export_minds_the_weights_and_takes_an_older_checkpoint_when_they_are_damaged) {
+  flip_slice(step_folder(4), MOE_ROLE_ADAM_V);
+  runs(0, "", "moe-convert export-gguf run --output m.gguf --dtype fp32");
+  runs(0, "are equal", "moe-convert diff run/checkpoints/step-00000004 m.gguf");
+  flip_slice(step_folder(4), MOE_ROLE_MASTER);
+  runs(3, "does not have the hash",
+       "moe-convert export-hf run/checkpoints/step-00000004 --output hf");
+  runs(0, "skipping the checkpoint of step 4",
+       "moe-convert export-hf run --output hf --dtype fp32");
+  runs(0, "are equal", "moe-convert diff run/checkpoints/step-00000002 hf");
+  runs(0, "skipping the checkpoint of step 4", "moe-convert reshard run --output two --ranks 2");
+  runs(0, "", "test ! -e two/checkpoints/step-00000004 && ! ls -d *.tmp-*");
 }
 
 Test(moe_convert, damage_is_exit_code_3_and_an_older_checkpoint_is_taken) {

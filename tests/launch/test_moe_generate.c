@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tests/support/flip_slice.h"
 #include "tests/support/run_command.h"
 
 static char folder[] = "/tmp/moe-generate-XXXXXX";
@@ -14,7 +15,7 @@ static const char config[] =
     "[model]\npreset = tiny\nvocab_size = 260\nhidden_size = 32\nhead_dim = 8\nffn_size = 32\n"
     "context = 64\n[data]\ntrain = tokens\ntokenizer = bytes\n[optim]\nlr = 1e-2\n"
     "warmup_steps = 2\n[train]\nsteps = 40\nmicro_batch = 4\n[run]\ndir = run\nthreads = 1\n"
-    "[log]\ntensorboard = false\n[precision]\ndtype = bf16\n";
+    "[log]\ntensorboard = false\n[precision]\ndtype = bf16\n[checkpoint]\ninterval = 20\n";
 
 static void set_up(void) {
   cr_assert(mkdtemp(folder));
@@ -230,20 +231,45 @@ Test(moe_generate, says_what_is_wrong_with_its_input) {
   cr_assert_eq(moe_shell("printf 'good\\nb\\377d\\n' >%s/text2", folder), 0);
   fails(0, "--prompt-file text2", 3, "text2, line 2, byte 1");
   fails(0, "--prompt x --checkpoint nowhere", 2, "nowhere: there is no such folder");
-  fails(0, "--prompt x --checkpoint auto", 2, "is no checkpoint");
+  fails(0, "--prompt x --checkpoint auto", 2, "auto: there is no such folder");
   cr_assert_eq(moe_shell("%s/moe-generate --help | grep -q 'Exit codes'", MOE_BIN_DIR), 0);
   cr_assert_eq(moe_shell("%s/moe-generate --version | grep -q '^moe-generate [0-9]'", MOE_BIN_DIR),
                0);
 }
 
-Test(moe_generate, refuses_a_damaged_checkpoint) {
-  cr_assert_eq(moe_shell("cd %s/run/checkpoints/step-00000040 && printf '\\125' | dd of=$(ls *.h5) "
-                         "bs=1 seek=30000 conv=notrunc status=none",
-                         folder),
-               0);
-  int code = generate(2, "--prompt x");
-  cr_assert_eq(code, 3);
-  cr_assert_eq(
-      moe_shell("cd %s && grep -q '^moe-generate: .*none of its checkpoints is valid' err", folder),
-      0);
+static const char *step_folder(int step) {
+  static char path[MOE_PATH];
+  snprintf(path, sizeof path, "%s/run/checkpoints/step-%08d", folder, step);
+  return path;
+}
+
+static bool said(const char *text) {
+  return moe_shell("grep -q '%s' %s/err", text, folder) == 0;
+}
+
+Test(moe_generate, reads_and_minds_the_weights_alone) {
+  flip_slice(step_folder(40), MOE_ROLE_ADAM_M);
+  flip_slice(step_folder(40), MOE_ROLE_MASTER); /* the model is bf16 */
+  succeeds(2, "--prompt x");
+  cr_expect(!said("step 40"));
+}
+
+Test(moe_generate, takes_an_older_checkpoint_when_the_newest_is_damaged) {
+  succeeds(0, "--prompt 'a b c' --checkpoint run/checkpoints/step-00000020");
+  cr_assert_eq(moe_shell("cp %s/out %s/older", folder, folder), 0);
+  flip_slice(step_folder(40), MOE_ROLE_PARAM);
+  for (int ranks = 0; ranks <= 2; ranks += 2) {
+    succeeds(ranks, "--prompt 'a b c'");
+    cr_expect(said("skipping the checkpoint of step 40: .*does not have the hash"));
+    cr_expect(moe_shell("cmp %s/out %s/older", folder, folder) == 0);
+  }
+  cr_expect(generate(0, "--prompt x --checkpoint run/checkpoints/step-00000040") == 3,
+            "asked for by name there is no falling back");
+}
+
+Test(moe_generate, refuses_damaged_checkpoints) {
+  flip_slice(step_folder(20), MOE_ROLE_PARAM);
+  flip_slice(step_folder(40), MOE_ROLE_PARAM);
+  cr_assert_eq(generate(2, "--prompt x"), 3);
+  cr_expect(said("^moe-generate: .*none of its checkpoints is valid"));
 }
