@@ -69,25 +69,11 @@ moe_status moe_files_make_folders(const char *path) {
   return MOE_OK;
 }
 
-static bool write_all(int fd, const char *data, int64_t length) {
-  while (length > 0) {
-    ssize_t n = write(fd, data, (size_t)length);
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return false;
-    data += n;
-    length -= n;
-  }
-  return true;
-}
-
 moe_status moe_files_write_new(const char *path, const void *data, int64_t length) {
   int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
   if (fd < 0) return fail_io("cannot create", path);
-  moe_status status = MOE_OK;
-  if (!write_all(fd, data, length))
-    status = fail_io("cannot write", path);
-  else if (fsync(fd) != 0)
-    status = fail_io("cannot fsync", path);
+  moe_status status = moe_files_write_at(fd, path, 0, length, data);
+  if (status == MOE_OK && fsync(fd) != 0) status = fail_io("cannot fsync", path);
   if (close(fd) != 0 && status == MOE_OK) status = fail_io("cannot close", path);
   if (status != MOE_OK) unlink(path);
   return status;
@@ -158,6 +144,7 @@ moe_status moe_files_write_at(int fd, const char *path, int64_t at, int64_t byte
   for (const char *from = data; bytes > 0;) {
     ssize_t n = pwrite(fd, from, (size_t)bytes, at);
     if (n < 0 && errno == EINTR) continue;
+    if (n == 0) errno = ENOSPC;
     if (n <= 0) return fail_io("cannot write", path);
     from += n;
     at += n;

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "checkpoint/checkpoint.h"
+#include "checkpoint/files.h"
 #include "checkpoint/gguf.h"
 #include "core/base/tensor.h"
 
@@ -27,7 +28,8 @@ struct moe_gguf_writer {
   int64_t data_bytes;
   bool no_memory;
   /* once open */
-  int fd; /* -1: not open */
+  int fd;            /* -1: not open */
+  int64_t at, begun; /* bytes written; on their way to the disk */
   char path[MOE_PATH];
   int64_t tensor, done; /* where appending is: bytes of which tensor */
 };
@@ -231,13 +233,9 @@ void moe_gguf_writer_destroy(moe_gguf_writer *w) {
 }
 
 static moe_status write_all(moe_gguf_writer *w, const void *data, int64_t bytes) {
-  for (const char *at = data; bytes > 0;) {
-    ssize_t n = write(w->fd, at, (size_t)bytes);
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return moe_fail(MOE_IO, "%s: cannot write: %s", w->path, strerror(errno));
-    at += n;
-    bytes -= n;
-  }
+  MOE_TRY(moe_files_write_at(w->fd, w->path, w->at, bytes, data));
+  w->at += bytes;
+  moe_files_sync_soon(w->fd, w->at, &w->begun);
   return MOE_OK;
 }
 

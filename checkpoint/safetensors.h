@@ -30,8 +30,9 @@ typedef struct {
 } moe_safetensors_entry;
 
 typedef struct {
-  int fd;       /* -1: closed */
-  int64_t left; /* bytes of data still to come */
+  int fd;            /* -1: closed */
+  int64_t at, begun; /* bytes written; on their way to the disk */
+  int64_t left;      /* bytes of data still to come */
   char path[MOE_PATH];
 } moe_safetensors_writer;
 

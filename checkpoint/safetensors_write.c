@@ -50,15 +50,9 @@ static char *make_header(const moe_safetensors_entry *entries, int64_t n, int64_
 }
 
 static moe_status put(moe_safetensors_writer *w, const void *data, int64_t bytes) {
-  const char *at = data;
-  while (bytes > 0) {
-    ssize_t n = write(w->fd, at, (size_t)bytes);
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0)
-      return moe_fail(MOE_IO, "%s: cannot write: %s", w->path, strerror(n < 0 ? errno : ENOSPC));
-    at += n;
-    bytes -= n;
-  }
+  MOE_TRY(moe_files_write_at(w->fd, w->path, w->at, bytes, data));
+  w->at += bytes;
+  moe_files_sync_soon(w->fd, w->at, &w->begun);
   return MOE_OK;
 }
 
