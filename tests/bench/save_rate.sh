@@ -4,8 +4,8 @@
 #
 #   tests/bench/save_rate.sh BUILD_DIR [RANKS [ROUNDS [OPTION...]]]
 #
-# RANKS is 2, ROUNDS 3. Options go to moe-train; the model has 0.2 B parameters, 2.3 GiB a checkpoint,
-# unless they say otherwise (--set model.num_layers=...). Files go to $SAVE_RATE_DIR (/tmp), which is
+# RANKS is 2, ROUNDS 3. Options go to moe-train and choose the model (--set model.preset=6.9b); without
+# them it is one of 0.2 B parameters, 2.3 GiB a checkpoint. Files go to $SAVE_RATE_DIR (/tmp), which is
 # the disk that is measured, with $SAVE_RATE_PAUSE seconds (2) of rest before each. dd reads from
 # copies of the shards in memory (/dev/shm; zeros where there is no room), at the priority of
 # moe-train's writing threads. Prints each round and the medians; moe-train's seconds are those it
@@ -14,6 +14,8 @@ set -eu
 [ $# -ge 1 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0" && exit 2; }
 bin=$1/bin ranks=${2:-2} rounds=${3:-3}
 shift $(($# < 3 ? $# : 3))
+[ $# -gt 0 ] || set -- --set model.hidden_size=512 --set model.num_heads=8 \
+  --set model.num_experts=32 --set model.top_k=1 --set model.ffn_size=1024
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 work=$(mktemp -d "${SAVE_RATE_DIR:-/tmp}/save-rate-XXXXXX")
 source=$(mktemp -d /dev/shm/save-rate-XXXXXX)
@@ -21,15 +23,7 @@ trap 'rm -rf "$work" "$source"' EXIT
 
 cat >"$work/cfg.ini" <<END
 [model]
-vocab_size = 260
-hidden_size = 512
-num_layers = 4
-num_heads = 8
-num_kv_heads = 1
-num_experts = 32
-top_k = 1
-context = 64
-ffn_size = 1024
+preset = small
 [data]
 train = $work/tokens
 sequence_length = 32
@@ -93,6 +87,7 @@ write_plainly() {
 
 median() { sort -n "$work/$1" | sed -n "$(((rounds + 1) / 2))p"; }
 
+echo "$work on $(stat -f -c %T "$work"), $(nproc) processors"
 for ((round = 1; round <= rounds; round++)); do
   save "$@"
   [ $round -gt 1 ] || remember
