@@ -48,6 +48,20 @@ Test(damage, every_flipped_bit_is_refused_and_its_file_named) {
   EXPECT_OK(moe_checkpoint_verify(world, in_step(1, "")));
 }
 
+/* Several threads look for faults; what is said of them must not depend on who was quicker. */
+Test(damage, of_several_faults_in_a_file_the_first_is_named) {
+  EXPECT_OK(save_sample(1, 2));
+  moe_manifest m;
+  char first[MOE_DATASET_PATH + 32];
+  EXPECT_OK(moe_manifest_read(in_step(1, ""), &m));
+  for (int64_t k = 2; k < m.slices; k++)
+    flip(in_step(1, SHARD), m.by_offset[k]->offset + moe_slice_bytes(m.by_offset[k]) / 2, 1);
+  moe_slice_dataset(m.by_offset[2], first);
+  strcat(first, " does not have the hash");
+  for (int trial = 0; trial < 50; trial++) expect_refused(1, first, "the first of many");
+  moe_manifest_clear(&m);
+}
+
 /* The first block is where HDF5 keeps most of its structure. */
 Test(damage, every_byte_of_the_first_block_counts) {
   EXPECT_OK(save_sample(1, 2));

@@ -29,7 +29,7 @@ static void train(void) {
         "tensorboard = false\npeak_tflops = 1\n",
         f);
   fclose(f);
-  runs(0, "", "mpirun --oversubscribe --bind-to none -np 4 moe-train cfg.ini");
+  runs(0, "/s), verified in ", "mpirun --oversubscribe --bind-to none -np 4 moe-train cfg.ini");
   runs(0, "", "test $(ls run/checkpoints/step-00000004/*.h5 | wc -l) = 4");
 }
 
