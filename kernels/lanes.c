@@ -11,8 +11,12 @@ moe_lane moe_device_use_lane(moe_device *dev, moe_lane lane) {
   return before;
 }
 
+void moe_device_lend(moe_device *dev, int multiprocessors) {
+  if (dev->backend->lend) dev->backend->lend(dev, multiprocessors);
+}
+
 /* What a profile calls the time a lane spends waiting for another. */
-static const char *const waits[MOE_LANES] = {"wait", "exchange", "update"};
+static const char *const waits[MOE_LANES] = {"wait", "exchange", "reduce"};
 
 moe_status moe_device_wait_lane(moe_device *dev, moe_lane other) {
   if (dev->lane == other || !dev->backend->wait_lane) return MOE_OK;

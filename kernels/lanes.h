@@ -1,5 +1,6 @@
-/* Lanes: queues of one device that run beside each other, so that copies between ranks hide behind
- * arithmetic. Operations go to the current lane, which is MAIN unless someone changed it for a few
+/* Lanes: queues of one device that run beside each other, so that what travels between ranks hides
+ * behind arithmetic: EXCHANGE carries tokens, which someone waits for, REDUCE sums gradients, which
+ * have time. Operations go to the current lane, which is MAIN unless someone changed it for a few
  * calls. On a CPU all lanes are one: work is done when its call returns.
  *
  *   moe_lane before = moe_device_use_lane(dev, MOE_LANE_EXCHANGE);
@@ -20,12 +21,15 @@
 extern "C" {
 #endif
 
-typedef enum { MOE_LANE_MAIN, MOE_LANE_EXCHANGE, MOE_LANE_UPDATE, MOE_LANES } moe_lane;
+typedef enum { MOE_LANE_MAIN, MOE_LANE_EXCHANGE, MOE_LANE_REDUCE, MOE_LANES } moe_lane;
 
 /* What is queued from now on goes to `lane`. Returns the one it went to before. */
 moe_lane moe_device_use_lane(moe_device *dev, moe_lane lane);
 /* What is queued on the current lane from now on starts after what is on `other` by now. */
 moe_status moe_device_wait_lane(moe_device *dev, moe_lane other);
+/* From now on kernels that would keep every multiprocessor to their end leave this many to REDUCE,
+ * whose own would else wait for that end and then hold them up. 0, as at first: none. */
+void moe_device_lend(moe_device *dev, int multiprocessors);
 
 #ifdef __cplusplus
 }

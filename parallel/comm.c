@@ -86,7 +86,7 @@ static moe_status choose_backend(const moe_comm *c, const moe_comm_backend **out
 }
 
 /* A group over `mpi`, which it owns from here on, also on failure. */
-static moe_status make_group(moe_device *dev, MPI_Comm mpi, moe_comm **out) {
+static moe_status make_group(moe_device *dev, MPI_Comm mpi, bool beside, moe_comm **out) {
   moe_status status = MOE_OK;
   moe_comm *c = calloc(1, sizeof *c);
   if (!c) {
@@ -95,6 +95,7 @@ static moe_status make_group(moe_device *dev, MPI_Comm mpi, moe_comm **out) {
   }
   c->mpi = mpi;
   c->dev = dev;
+  c->beside = beside;
   MOE_TRY_OR(status, failed, moe_mpi_check(MPI_Comm_rank(mpi, &c->rank), "MPI_Comm_rank"));
   MOE_TRY_OR(status, failed, moe_mpi_check(MPI_Comm_size(mpi, &c->size), "MPI_Comm_size"));
   MOE_TRY_OR(status, failed, choose_backend(c, &c->backend));
@@ -113,7 +114,7 @@ moe_status moe_comm_world(moe_device *dev, moe_comm **out) {
     return moe_fail(MOE_INVALID, "moe_comm_world: MPI is not running: call moe_comm_init first");
   moe_place_collective("making the group of all ranks");
   MPI_TRY(MPI_Comm_dup(MPI_COMM_WORLD, &mpi));
-  moe_status status = make_group(dev, mpi, out);
+  moe_status status = make_group(dev, mpi, false, out);
   moe_place_return();
   return status;
 }
@@ -124,7 +125,17 @@ moe_status moe_comm_split(moe_comm *parent, int color, int key, moe_comm **out) 
   if (color < 0) return moe_fail(MOE_INVALID, "moe_comm_split: color %d is negative", color);
   moe_place_collective("making groups");
   MPI_TRY(MPI_Comm_split(parent->mpi, color, key, &mpi));
-  moe_status status = make_group(parent->dev, mpi, out);
+  moe_status status = make_group(parent->dev, mpi, false, out);
+  moe_place_return();
+  return status;
+}
+
+moe_status moe_comm_beside(moe_comm *c, moe_comm **out) {
+  MPI_Comm mpi;
+  *out = NULL;
+  moe_place_collective("making groups");
+  MPI_TRY(MPI_Comm_dup(c->mpi, &mpi));
+  moe_status status = make_group(c->dev, mpi, true, out);
   moe_place_return();
   return status;
 }

@@ -23,6 +23,11 @@ void moe_comm_finalize(void);
 moe_status moe_comm_world(moe_device *dev, moe_comm **out);
 /* Collective over `parent`: ranks of one color form a group, ordered by key. */
 moe_status moe_comm_split(moe_comm *parent, int color, int key, moe_comm **out);
+/* Collective over c: the same ranks once more, for calls that run beside arithmetic on a lane of
+ * their own. NCCL's kernels then take at most MOE_COMM_BESIDE multiprocessors: enough for most of
+ * what a link carries, few enough for moe_device_lend. */
+enum { MOE_COMM_BESIDE = 8 };
+moe_status moe_comm_beside(moe_comm *c, moe_comm **out);
 void moe_comm_destroy(moe_comm *c);
 
 int moe_comm_rank(const moe_comm *c);

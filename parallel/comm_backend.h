@@ -44,6 +44,7 @@ struct moe_comm {
   moe_device *dev; /* whose memory the tensors are in; borrowed */
   MPI_Comm mpi;
   int rank, size;
+  bool beside; /* moe_comm_beside */
   void *state; /* the transport's own; NULL for a group of one */
 };
 

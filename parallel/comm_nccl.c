@@ -64,6 +64,7 @@ static moe_status nccl_open(moe_comm *c) {
 #if BY_COPY_ENGINES
   config.CTAPolicy = NCCL_CTA_POLICY_ZERO;
 #endif
+  if (c->beside && moe_cuda_has_lanes(c->dev)) config.maxCTAs = MOE_COMM_BESIDE;
   nccl_state *state = calloc(1, sizeof *state);
   if (!state) return moe_fail(MOE_NO_MEMORY, "out of memory: making a group of ranks");
   c->state = state;

@@ -26,12 +26,21 @@ typedef struct {
   moe_comm *group;
   bool shard;   /* zero1: reduce-scatter, so only the own chunk is complete afterwards */
   bool counted; /* sum_squares has this pool's squares already; only where the group is one rank */
+  moe_comm *beside; /* the group once more, for moe_grad_sum_from; NULL: all is summed at the end */
+  int64_t summed;   /* so many elements, the last ones, are summed or on their way; 0 at first */
 } moe_grad_pool;
 
-/* Collective over the world: sum each pool over its group, then sum_squares f64 [1] (device) =
- * squared global norm, each parameter counted once. What it holds before counts if a pool says so.
- */
-moe_status moe_grad_sync(moe_device *dev, moe_comm *world, const moe_grad_pool *pools, int n,
+/* Elements [begin, ...) of the pool are final: they may be summed beside what is queued from now on
+ * (MOE_LANE_REDUCE), and are as soon as they make a bucket of this many bytes or begin is 0.
+ * Backward fills pools from their ends, so `begin` falls from call to call. A sharded pool stays
+ * whole: its chunks do not end where buckets do. Collective over the pool's group. */
+extern int64_t moe_grad_bucket; /* for tests to lower */
+moe_status moe_grad_sum_from(moe_device *dev, moe_grad_pool *pool, int64_t begin);
+
+/* Collective over the world: sum what is left of each pool over its group, then sum_squares f64 [1]
+ * (device) = squared global norm, each parameter counted once. What it holds before counts if a
+ * pool says so. Sets summed back to 0. */
+moe_status moe_grad_sync(moe_device *dev, moe_comm *world, moe_grad_pool *pools, int n,
                          moe_tensor sum_squares);
 
 #ifdef __cplusplus

@@ -65,8 +65,15 @@ failed:
   return status;
 }
 
+moe_status moe_mesh_create_beside(moe_mesh *m) {
+  MOE_TRY(moe_comm_beside(m->world, &m->world_beside));
+  return moe_comm_beside(m->replicas, &m->replicas_beside);
+}
+
 void moe_mesh_destroy(moe_mesh *m) {
   if (!m) return;
+  moe_comm_destroy(m->world_beside);
+  moe_comm_destroy(m->replicas_beside);
   moe_comm_destroy(m->experts);
   moe_comm_destroy(m->replicas);
   memset(m, 0, sizeof *m);

@@ -5,6 +5,7 @@
 
 #include "core/base/log.h"
 #include "core/model/model_state.h"
+#include "kernels/lanes.h"
 #include "kernels/ops.h"
 #include "kernels/profile.h"
 
@@ -111,18 +112,40 @@ static moe_status forward_pass(moe_model *m) {
   return moe_comm_all_reduce(m->options.mesh->world, stats_now(m), MOE_SUM);
 }
 
+/* The gradients of `pool` are final from those of `first` on. */
+static moe_status final_from(moe_model *m, moe_pool_kind pool, moe_tensor first) {
+  moe_tensor grads = m->grads[pool];
+  int64_t bytes = (const char *)first.data - (const char *)grads.data;
+  if (m->micros_done + 1 < m->options.micro_batches) return MOE_OK; /* others will add to them */
+  return moe_grad_sum_from(m->env.dev, &m->sums[pool], bytes / moe_dtype_size(grads.dtype));
+}
+
+/* After the backward pass of layer l; its experts' weights wait for the next layer's (block.h). */
+static moe_status layer_is_final(moe_model *m, int64_t l) {
+  const moe_layer_weights *g = &m->blocks[l].g;
+  MOE_TRY(final_from(m, MOE_POOL_DENSE, g->qkv));
+  MOE_TRY(final_from(m, MOE_POOL_ROUTER, g->router));
+  MOE_TRY(final_from(m, MOE_POOL_GAIN, g->norm1));
+  if (l + 1 == m->env.dims.layers) return MOE_OK;
+  return final_from(m, MOE_POOL_EXPERT, m->blocks[l + 1].g.w13);
+}
+
 static moe_status backward_pass(moe_model *m) {
   moe_block_env *env = &m->env;
   moe_device_label(env->dev, "head backward", -1);
   MOE_TRY(moe_head_backward(env, &m->head));
+  MOE_TRY(final_from(m, MOE_POOL_DENSE, m->head.dweight));
   for (int64_t l = env->dims.layers - 1; l >= 0; l--) {
     m->blocks[l].accumulate = m->micros_done > 0;
     MOE_TRY(moe_block_backward(env, &m->blocks[l], m->aux_scale, m->z_scale));
+    MOE_TRY(layer_is_final(m, l));
   }
   moe_device_label(env->dev, "experts backward", 0);
   MOE_TRY(moe_experts_backward_end(env));
+  MOE_TRY(final_from(m, MOE_POOL_EXPERT, m->blocks[0].g.w13));
   moe_device_label(env->dev, "embedding backward", -1);
-  return moe_embed_backward(env->dev, env->tokens_in, env->work.dx, m->dembed);
+  MOE_TRY(moe_embed_backward(env->dev, env->tokens_in, env->work.dx, m->dembed));
+  return final_from(m, MOE_POOL_DENSE, m->dembed);
 }
 
 moe_status moe_model_forward(moe_model *m, const moe_batch *batch, int64_t micro,
@@ -135,9 +158,12 @@ moe_status moe_model_forward(moe_model *m, const moe_batch *batch, int64_t micro
 }
 
 moe_status moe_model_backward(moe_model *m) {
-  MOE_TRY(run_pass(m, &m->backward[m->micros_done > 0], backward_pass));
+  bool sums = m->options.mesh->world_beside && m->micros_done + 1 == m->options.micro_batches;
+  if (sums) moe_device_lend(m->env.dev, MOE_COMM_BESIDE);
+  moe_status status = run_pass(m, &m->backward[m->micros_done > 0], backward_pass);
+  moe_device_lend(m->env.dev, 0);
   m->micros_done++;
-  return MOE_OK;
+  return status;
 }
 
 /* ---- what a step came to ------------------------------------------------------------------------

@@ -15,6 +15,7 @@
 #include "core/model/params.h"
 #include "data/loader.h"
 #include "parallel/dispatch.h"
+#include "parallel/grad_sync.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -51,6 +52,9 @@ moe_tensor moe_model_grads(const moe_model *m, moe_pool_kind pool);
 /* f64 [1] on the device: after backward the sum of squares of the experts' gradients, which comes
  * with their making where those are final: one micro-batch to a step, no replicas. Else absent. */
 moe_tensor moe_model_grad_squares(const moe_model *m);
+/* The gradients of all pools [MOE_POOLS], for moe_grad_sync; backward may have begun to sum them.
+ */
+moe_grad_pool *moe_model_grad_pools(moe_model *m);
 /* Who shares a pool: the world, or the experts' replicas. */
 moe_comm *moe_model_pool_group(const moe_model *m, moe_pool_kind pool);
 /* Selection bias f32 [L, E] on the host and its upload, for auxiliary-loss-free balancing. */
@@ -68,7 +72,8 @@ moe_status moe_model_step_begin(moe_model *m);
  * this pass: 1 / micro_batches, times the loss scale. The mean is over the tokens of all ranks. */
 moe_status moe_model_forward(moe_model *m, const moe_batch *batch, int64_t micro,
                              double grad_scale);
-/* Backward of the last forward; gradients add up. */
+/* Backward of the last forward; gradients add up. In the step's last micro-batch, with groups for
+ * it (moe_mesh_create_beside), their sums over ranks begin as soon as a layer's are final. */
 moe_status moe_model_backward(moe_model *m);
 
 /* A step's losses, over all ranks and micro-batches, on the host. load [L, E] holds each layer's

@@ -5,7 +5,6 @@
 #include "core/base/integers.h"
 #include "core/model/model_state.h"
 #include "kernels/ops.h"
-#include "parallel/grad_sync.h"
 
 static bool measuring(const moe_memory *memory) {
   return memory->arena[MOE_MEM_WEIGHTS].measuring;
@@ -25,10 +24,17 @@ static void create_pools(moe_model *m, moe_memory *memory) {
     if (!m->options.training) continue;
     moe_dtype sums = pool == MOE_POOL_EXPERT ? moe_config_grad_dtype(&m->config) : MOE_F32;
     m->grads[i] = moe_arena_tensor_1d(&memory->arena[MOE_MEM_GRADIENTS], sums, n);
+    const moe_mesh *mesh = m->options.mesh;
+    m->sums[i] = (moe_grad_pool){.grads = m->grads[i],
+                                 .group = moe_model_pool_group(m, pool),
+                                 .shard = m->config.parallel.zero1,
+                                 .beside = pool == MOE_POOL_EXPERT ? mesh->replicas_beside
+                                                                   : mesh->world_beside};
   }
   bool alone = moe_comm_size(moe_model_pool_group(m, MOE_POOL_EXPERT)) == 1;
   if (m->options.training && m->options.micro_batches == 1 && alone)
     m->env.grad_squares = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F64, 1);
+  m->sums[MOE_POOL_EXPERT].counted = moe_tensor_present(m->env.grad_squares);
 }
 
 static int recompute_of(const moe_model *m, int64_t layer) {
@@ -238,6 +244,10 @@ moe_tensor moe_model_grads(const moe_model *m, moe_pool_kind pool) {
 
 moe_tensor moe_model_grad_squares(const moe_model *m) {
   return m->env.grad_squares;
+}
+
+moe_grad_pool *moe_model_grad_pools(moe_model *m) {
+  return m->sums;
 }
 
 float *moe_model_router_bias(moe_model *m) {

@@ -19,9 +19,10 @@ struct moe_model {
   moe_block_env env;
   moe_head head;
   moe_tensor weights[MOE_POOLS], grads[MOE_POOLS];
-  moe_tensor embed, dembed; /* [V, D] */
-  moe_block *blocks;        /* [L] */
-  moe_stash *stashes;       /* [stash_count], at most L: layers may share one */
+  moe_grad_pool sums[MOE_POOLS]; /* of grads over ranks */
+  moe_tensor embed, dembed;      /* [V, D] */
+  moe_block *blocks;             /* [L] */
+  moe_stash *stashes;            /* [stash_count], at most L: layers may share one */
   int stash_count;
   moe_tensor
       stats; /* f32 [micro_batches + 1, L * (groups (2E + 1) + 1)]; the last row is being made */

@@ -167,6 +167,8 @@ static moe_status create(moe_engine *e, bool training, bool plan_only) {
   const moe_config *c = &e->config;
   MOE_TRY(moe_comm_world(e->dev, &e->world));
   MOE_TRY(moe_mesh_create(e->world, (int)c->parallel.ep, c->model.num_experts, &e->mesh));
+  if (training && e->mesh.edp > 1 && !c->parallel.zero1) /* not worth it for a few small pools */
+    MOE_TRY(moe_mesh_create_beside(&e->mesh));
   int64_t per_pass = c->train.micro_batch * moe_comm_size(e->world);
   e->accumulation = training && c->train.global_batch > 0 ? c->train.global_batch / per_pass : 1;
   e->loss_scale = c->precision.dtype == MOE_PRECISION_FP16 ? c->precision.loss_scale : 1.0;

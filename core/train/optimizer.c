@@ -14,8 +14,7 @@ struct moe_optimizer {
   moe_model *model;
   moe_optimizer_pool pool[MOE_POOLS];
   moe_params whole;       /* with bf16 moments: all experts, for the elements' numbers */
-  moe_tensor sum_squares; /* f64 [1] */
-  bool counted;           /* the model adds the experts' gradients to it */
+  moe_tensor sum_squares; /* f64 [1]; the model's where it adds the experts' gradients itself */
   moe_tensor scale;       /* f32 [1] */
 };
 
@@ -53,8 +52,8 @@ moe_status moe_optimizer_create(const moe_config *config, moe_device *dev, const
     p->v = moe_arena_tensor_1d(&memory->arena[MOE_MEM_MOMENTS], type, n);
   }
   o->sum_squares = moe_model_grad_squares(model);
-  o->counted = moe_tensor_present(o->sum_squares);
-  if (!o->counted) o->sum_squares = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F64, 1);
+  if (!moe_tensor_present(o->sum_squares))
+    o->sum_squares = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F64, 1);
   o->scale = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F32, 1);
   return MOE_OK;
 }
@@ -77,16 +76,9 @@ moe_status moe_optimizer_init_weights(moe_optimizer *o, uint64_t seed) {
 }
 
 moe_status moe_optimizer_reduce(moe_optimizer *o) {
-  moe_grad_pool pools[MOE_POOLS];
-  for (int i = 0; i < MOE_POOLS; i++) {
-    moe_pool_kind kind = (moe_pool_kind)i;
-    pools[i] = (moe_grad_pool){.grads = moe_model_grads(o->model, kind),
-                               .group = moe_model_pool_group(o->model, kind),
-                               .shard = o->config.parallel.zero1};
-    if (kind == MOE_POOL_EXPERT) pools[i].counted = o->counted;
-  }
   moe_device_label(o->dev, "gradient reduction", -1);
-  return moe_grad_sync(o->dev, o->mesh->world, pools, MOE_POOLS, o->sum_squares);
+  return moe_grad_sync(o->dev, o->mesh->world, moe_model_grad_pools(o->model), MOE_POOLS,
+                       o->sum_squares);
 }
 
 /* Elements `part` of a pool, all of them owned. */

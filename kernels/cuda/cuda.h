@@ -12,6 +12,7 @@ extern "C" {
 /* The stream (a cudaStream_t) on which everything of `dev` is queued, and its GPU's number. */
 void *moe_cuda_stream(const moe_device *dev);
 int moe_cuda_ordinal(const moe_device *dev);
+bool moe_cuda_has_lanes(const moe_device *dev); /* not with MOE_LANES=off */
 
 moe_status moe_cuda_zero(moe_device *dev, moe_tensor x);
 moe_status moe_cuda_copy(moe_device *dev, moe_tensor dst, moe_tensor src);

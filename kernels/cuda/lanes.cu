@@ -1,5 +1,5 @@
 /* Lanes: one stream each. The exchange goes first where both could run, since others wait for it;
- * updates of weights go last, in the gaps. MOE_LANES=off in the environment makes all lanes MAIN's
+ * sums of gradients go last, in the gaps. MOE_LANES=off in the environment makes all lanes MAIN's
  * stream, to see what they are worth. */
 #include <cstdlib>
 #include <cstring>
@@ -46,6 +46,14 @@ void cuda_lanes_destroy(cuda_state *s) {
 
 void cuda_use_lane(moe_device *dev, moe_lane lane) {
   cuda_of(dev)->stream = cuda_of(dev)->lane[lane];
+}
+
+bool moe_cuda_has_lanes(const moe_device *dev) {
+  return cuda_of(dev)->lane[MOE_LANE_REDUCE] != cuda_of(dev)->lane[MOE_LANE_MAIN];
+}
+
+void cuda_lend(moe_device *dev, int multiprocessors) {
+  cuda_of(dev)->lent = moe_cuda_has_lanes(dev) ? multiprocessors : 0;
 }
 
 moe_status cuda_wait_lane(moe_device *dev, moe_lane other) {

@@ -359,9 +359,10 @@ __global__ void __launch_bounds__(384, 1) sm90_kernel(const __grid_constant__ ty
 #endif
 }
 
-/* Blocks take tiles by turns, so there are as many as multiprocessors whatever the work. */
+/* Blocks take tiles by turns, so there are as many as multiprocessors whatever the work, but for
+ * those that are lent: a block that had to wait for one would end last, alone with its tiles. */
 static inline int sm90_blocks(const moe_device *dev) {
-  return cuda_of(dev)->sms;
+  return cuda_of(dev)->sms - cuda_of(dev)->lent;
 }
 
 template <class Op> static moe_status sm90_launch(moe_device *dev, const typename Op::args &args) {

@@ -76,7 +76,7 @@ off gather "rows taken in an order that the cache likes" MOE_PLAIN=gather
 off hopper "our attention backward for Hopper: cuDNN's" MOE_ATTENTION=cudnn
 off cudnn "cuDNN's attention forward: our tensor cores" MOE_ATTENTION=own
 off tensor "attention on tensor cores: float32 kernels" MOE_ATTENTION=exact
-off lanes "lanes: exchanges and updates in the main one" MOE_LANES=off
+off lanes "lanes: exchanges and sums of gradients in the main one" MOE_LANES=off
 if [ "$ranks" -eq 1 ]; then
   off graphs "device graphs" run.graphs=false
 else

@@ -370,6 +370,7 @@ int main(int argc, char **argv) {
   int set_count = 0, option;
   moe_cpu_choose_blas(argv);
   must(moe_comm_init(&argc, &argv));
+  moe_grad_bucket = 1; /* each layer's gradients on their own: one summed too early would show */
   moe_log_init("golden_check", -1);
   while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
     if (option == 'r')

@@ -27,8 +27,8 @@ static moe_grad_pool make_pool(const worker *w, moe_dtype type, moe_comm *group,
   int64_t padded = moe_pool_padded(count, moe_comm_size(group));
   moe_tensor x = worker_tensor(type, 1, padded);
   for (int64_t i = 0; i < count; i++) set(x, i, gradient(w->rank, i));
-  moe_grad_pool pool = {moe_tensor_1d(x.data, type, padded), group, shard, false};
-  return pool;
+  return (moe_grad_pool){
+      .grads = moe_tensor_1d(x.data, type, padded), .group = group, .shard = shard};
 }
 
 /* The pool is summed over the group where this rank will look. */
@@ -70,6 +70,31 @@ static void check_sync(const worker *w, const moe_mesh *m, bool shard) {
   for (int i = 0; i < POOLS; i++) free(pools[i].grads.data);
 }
 
+/* Buckets that backward fills from the end, each summed once; twice, as step follows step. */
+static void check_buckets(const worker *w, moe_mesh *m, int64_t bucket, bool shard) {
+  double squares[2];
+  moe_grad_pool pools[] = {make_pool(w, MOE_F32, w->world, DENSE, shard),
+                           make_pool(w, MOE_BF16, m->replicas, EXPERT, shard)};
+  pools[0].beside = m->world_beside, pools[1].beside = m->replicas_beside;
+  moe_grad_bucket = bucket;
+  for (int step = 0; step < 2; step++) {
+    for (int64_t i = 0; i < DENSE; i++) set(pools[0].grads, i, gradient(w->rank, i));
+    for (int64_t i = 0; i < EXPERT; i++) set(pools[1].grads, i, gradient(w->rank, i));
+    for (int64_t begin = DENSE; begin >= 100; begin -= 100) /* what is left is for the end */
+      OK(moe_grad_sum_from(w->dev, &pools[0], begin));
+    for (int64_t begin = EXPERT; begin >= 0; begin -= 13)
+      OK(moe_grad_sum_from(w->dev, &pools[1], begin));
+    int64_t begun = shard ? 0 : moe_tensor_count(pools[1].grads);
+    REQUIRE(pools[1].summed == begun);
+    OK(moe_grad_sync(w->dev, w->world, pools, 2, moe_tensor_1d(&squares[step], MOE_F64, 1)));
+    check_pool(&pools[0], DENSE, 0, 1);
+    check_pool(&pools[1], EXPERT, w->rank % m->ep, m->ep);
+    REQUIRE(pools[0].summed == 0 && pools[1].summed == 0);
+  }
+  REQUIRE(squares[0] == squares[1] && squares[0] > 0.0);
+  for (int i = 0; i < 2; i++) free(pools[i].grads.data);
+}
+
 /* One rank's NaN reaches everyone's norm: that is how a bad step is found. */
 static void check_non_finite(const worker *w, const moe_mesh *m) {
   double squares = 0.0;
@@ -98,7 +123,7 @@ static void check_counted(const worker *w, const moe_mesh *m) {
 static void check_refusal(const worker *w) {
   double squares = 0.0;
   moe_tensor x = worker_tensor(MOE_F32, 1, 100);
-  moe_grad_pool pool = {moe_tensor_1d(x.data, MOE_F32, 100), w->world, false, false};
+  moe_grad_pool pool = {.grads = moe_tensor_1d(x.data, MOE_F32, 100), .group = w->world};
   REQUIRE(moe_grad_sync(w->dev, w->world, &pool, 1, moe_tensor_1d(&squares, MOE_F64, 1)) ==
           MOE_INVALID);
   free(x.data);
@@ -110,6 +135,11 @@ int main(int argc, char **argv) {
   OK(moe_mesh_create(w.world, argc > 1 ? atoi(argv[1]) : 0, 16, &mesh));
   check_sync(&w, &mesh, false);
   check_sync(&w, &mesh, true);
+  OK(moe_mesh_create_beside(&mesh));
+  check_buckets(&w, &mesh, 1, false);
+  check_buckets(&w, &mesh, 800, false);
+  check_buckets(&w, &mesh, 1 << 20, false);
+  check_buckets(&w, &mesh, 1, true);
   check_non_finite(&w, &mesh);
   check_counted(&w, &mesh);
   check_refusal(&w);

@@ -138,7 +138,9 @@ Test(runs, thirty_two_ranks_run) {
 Test(runs, accumulation_changes_nothing_without_the_auxiliary_loss) {
   succeeds("whole", 2, BATCH(8, 4) "--set train.aux_coef=0");
   succeeds("halves", 2, BATCH(8, 2) "--set train.aux_coef=0");
+  succeeds("replicas", 2, BATCH(8, 2) "--set train.aux_coef=0 --set parallel.ep=1");
   same_curves("whole", "halves", 1e-5);
+  same_curves("whole", "replicas", 1e-5);
 }
 
 Test(runs, sequence_scope_is_the_same_on_any_ranks) {
