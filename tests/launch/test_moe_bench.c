@@ -12,7 +12,7 @@ static char folder[] = "/tmp/moe-bench-XXXXXX";
 #define runs(...) runs_in(folder, __VA_ARGS__)
 #define TINY                                                                             \
   "moe-bench --set model.preset=tiny --set data.sequence_length=32 --set run.threads=1 " \
-  "--set train.micro_batch=2 --steps 2 --warmup 1 --json json "
+  "--set train.micro_batch=2 --steps 2 --warmup 1 --no-collectives --json json "
 #define ON_TWO "mpirun --oversubscribe --bind-to none -np 2 "
 
 static void set_up(void) {
@@ -66,10 +66,9 @@ Test(moe_bench, parts_sum_to_the_step_and_the_exchange_is_within) {
 }
 
 Test(moe_bench, says_which_exchange_it_measured) {
-  runs(0, "exchange all-to-all,", ON_TWO TINY "--no-collectives --set parallel.exchange=alltoall");
+  runs(0, "exchange all-to-all,", ON_TWO TINY "--set parallel.exchange=alltoall");
   runs(0, "exchange all-to-all per expert,",
-       "export MOE_DEDUP=off; " ON_TWO TINY
-       "--no-collectives --set parallel.exchange=alltoall --operations");
+       "export MOE_DEDUP=off; " ON_TWO TINY "--set parallel.exchange=alltoall --operations");
   cJSON *json = read_json();
   cr_expect_str_eq(cJSON_GetObjectItem(json, "exchange")->valuestring, "all-to-all per expert");
   cJSON_Delete(json);
