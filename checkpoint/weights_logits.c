@@ -56,7 +56,7 @@ static int64_t weight_room(const moe_dims *d) {
   int64_t attention = (d->heads + 2 * d->kv_heads) * d->head_dim * d->hidden;
   int64_t expert = 3 * d->ffn * d->hidden;
   return moe_max64(moe_max64(attention, expert),
-                 moe_max64(part_rows(d) * d->hidden, d->experts * d->hidden));
+                   moe_max64(part_rows(d) * d->hidden, d->experts * d->hidden));
 }
 
 /* ---- set-up: runs twice, to measure and to take (arena.h) --------------------------------------
@@ -94,7 +94,7 @@ static void take_buffers(pass *p, moe_arena *arena) {
   p->logits = moe_arena_tensor_2d(arena, MOE_F32, t, part_rows(d));
   moe_attention_shape shape = {p->batch, p->seq, d->heads, d->kv_heads, d->head_dim};
   int64_t scratch = moe_max64(moe_attention_scratch(p->dev, shape, MOE_F32),
-                            moe_expert_scratch(p->dev, t, hidden, d->ffn, MOE_F32));
+                              moe_expert_scratch(p->dev, t, hidden, d->ffn, MOE_F32));
   void *room = moe_arena_take(arena, scratch);
   if (!arena->measuring) moe_device_set_scratch(p->dev, room, scratch);
 }

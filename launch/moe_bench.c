@@ -111,8 +111,8 @@ static moe_status measure_step(moe_engine *e, const command *cmd, figures *f) {
 }
 
 /* The plan, and what came to be held: no step allocates, so what is held after them is the peak of
- * training. Of a GPU what is gone since it was opened, libraries' memory included (up to what a plan
- * may use: moe_device_free_bytes does not see into the reserve); of a host the process. */
+ * training. Of a GPU what is gone since it was opened, libraries' memory included (up to what a
+ * plan may use: moe_device_free_bytes does not see into the reserve); of a host the process. */
 static moe_status measure_memory(moe_engine *e, int64_t free_at_start, figures *f) {
   int64_t bytes[2] = {moe_engine_planned_bytes(e), moe_process_resident()};
   if (!moe_device_is_host(e->dev)) bytes[1] = free_at_start - moe_device_free_bytes(e->dev);
