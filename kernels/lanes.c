@@ -11,6 +11,10 @@ moe_lane moe_device_use_lane(moe_device *dev, moe_lane lane) {
   return before;
 }
 
+void moe_device_lend(moe_device *dev, int multiprocessors) {
+  if (dev->backend->lend) dev->backend->lend(dev, multiprocessors);
+}
+
 /* What a profile calls the time a lane spends waiting for another. */
 static const char *const waits[MOE_LANES] = {"wait", "exchange", "update"};
 

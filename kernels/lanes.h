@@ -26,6 +26,9 @@ typedef enum { MOE_LANE_MAIN, MOE_LANE_EXCHANGE, MOE_LANE_UPDATE, MOE_LANES } mo
 moe_lane moe_device_use_lane(moe_device *dev, moe_lane lane);
 /* What is queued on the current lane from now on starts after what is on `other` by now. */
 moe_status moe_device_wait_lane(moe_device *dev, moe_lane other);
+/* From now on kernels of other lanes that would fill the device leave `multiprocessors` of it to
+ * UPDATE, whose own take no more than those. 0, as at first: every kernel takes what it can. */
+void moe_device_lend(moe_device *dev, int multiprocessors);
 
 #ifdef __cplusplus
 }

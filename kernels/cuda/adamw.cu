@@ -20,23 +20,26 @@ moe_status moe_cuda_clip_scale(moe_device *dev, moe_tensor sum_squares, double m
   return MOE_OK;
 }
 
-/* The update's factors, worked out in f64 once per call; rest = 1 - beta, correct = 1 / (1 -
- * beta^step). */
+/* The update's factors, worked out in f64 once per call, with the corrections of bias c = 1 /
+ * (1 - beta^step) drawn out of the root and the quotient:
+ *
+ *     lr (c1 m / (sqrt(c2 v) + eps) + decay w) = rate (m / (sqrt(v) + eps / sqrt(c2)) + decay' w)
+ *
+ * rest = 1 - beta. */
 struct adamw_factors {
-  float beta1, rest1, beta2, rest2, correct1, correct2, lr, eps, decay;
+  float beta1, rest1, beta2, rest2, rate, eps, decay;
 };
 
 static adamw_factors factors_of(moe_adamw_args a) {
-  double steps = (double)a.step;
+  double steps = (double)a.step, root2 = std::sqrt(1.0 - std::pow(a.beta2, steps));
+  double ratio = root2 / (1.0 - std::pow(a.beta1, steps));
   return {(float)a.beta1,
           (float)(1.0 - a.beta1),
           (float)a.beta2,
           (float)(1.0 - a.beta2),
-          (float)(1.0 / (1.0 - std::pow(a.beta1, steps))),
-          (float)(1.0 / (1.0 - std::pow(a.beta2, steps))),
-          (float)a.lr,
-          (float)a.eps,
-          (float)a.weight_decay};
+          (float)(a.lr * ratio),
+          (float)(a.eps * root2),
+          (float)(a.weight_decay / ratio)};
 }
 
 struct adamw_args {
@@ -63,6 +66,7 @@ template <typename T, int N> struct adamw_pack {
   union {
     word whole;
     T v[N];
+    uint32_t pair[(N * sizeof(T) + 3) / 4];
   };
   __device__ __forceinline__ adamw_pack() {}
   __device__ __forceinline__ void read(const void *from, int64_t i) {
@@ -73,18 +77,35 @@ template <typename T, int N> struct adamw_pack {
   }
 };
 
+/* Element j, at a constant j. Two of bf16 lie in a register and need one instruction each. */
+template <typename T, int N>
+__device__ __forceinline__ float value(const adamw_pack<T, N> &p, int j) {
+  if constexpr (std::is_same<T, __nv_bfloat16>::value && N > 1)
+    return __uint_as_float(j % 2 ? p.pair[j / 2] & 0xffff0000u : p.pair[j / 2] << 16);
+  else
+    return to_float(p.v[j]);
+}
+
 template <typename S> __device__ __forceinline__ S store_moment(float value, uint32_t random) {
   if constexpr (sizeof(S) == 4)
     return value;
-  else
-    return __ushort_as_bfloat16(moe_rounding_bf16(__float_as_uint(value), random));
+  else /* moe_rounding_bf16; the only NaN that arithmetic makes here is 0x7fffffff, and must not
+          become 0 */
+    return __ushort_as_bfloat16(
+        (unsigned short)((uint32_t)(min(__float_as_int(value), 0x7fff0000) + (int)random) >> 16));
 }
 
 /* ---- the update ----------------------------------------------------------------------------- */
 
+/* Both in one instruction: what is too small for that is nothing beside eps. */
 __device__ __forceinline__ float root(float x) {
   float y;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float inverse(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -105,16 +126,16 @@ template <typename G, typename S, int N> struct adamw_elements {
    * compiler would choose for each N anew, and bits must not depend on where a call begins. */
   __device__ __forceinline__ void update(const adamw_args &p, float scale, int64_t i) {
     moe_philox_block draw;
-    if constexpr (sizeof(S) == 2) draw = moe_rounding_draw(p.step, (p.first + i) / 4);
+    if constexpr (sizeof(S) == 2) draw = moe_rounding_draw(p.step, (p.first + i) >> 2);
 #pragma unroll
     for (int j = 0; j < N; j++) {
-      float gradient = to_float(g.v[j]) * scale;
-      float first = fmaf(p.f.beta1, to_float(m.v[j]), p.f.rest1 * gradient);
-      float second = fmaf(p.f.beta2, to_float(v.v[j]), p.f.rest2 * (gradient * gradient));
-      float step = __fdividef(first * p.f.correct1, root(second * p.f.correct2) + p.f.eps);
-      w.v[j] = fmaf(-p.f.lr, fmaf(p.f.decay, w.v[j], step), w.v[j]);
+      float gradient = value(g, j) * scale;
+      float first = fmaf(p.f.beta1, value(m, j), p.f.rest1 * gradient);
+      float second = fmaf(p.f.beta2, value(v, j), p.f.rest2 * (gradient * gradient));
+      float step = first * inverse(root(second) + p.f.eps);
+      w.v[j] = fmaf(-p.f.rate, fmaf(p.f.decay, w.v[j], step), w.v[j]);
       uint32_t random = 0;
-      if constexpr (sizeof(S) == 2) random = word_of(draw, N == 4 ? j : (int)((p.first + i) % 4));
+      if constexpr (sizeof(S) == 2) random = word_of(draw, N == 4 ? j : (int)((p.first + i) & 3));
       m.v[j] = store_moment<S>(first, random & 0xffffu);
       v.v[j] = store_moment<S>(second, random >> 16);
     }
@@ -141,9 +162,9 @@ enum { ADAMW_THREADS = 256, ADAMW_BLOCKS = 4 /* on a multiprocessor */ };
 
 /* A thread takes N elements at each of two places a block's width apart and asks for all of them
  * before it works on any, so 8 loads are under way; a warp's accesses lie side by side. */
-template <typename G, typename S, typename W, int N>
-__global__ void __launch_bounds__(ADAMW_THREADS, ADAMW_BLOCKS) adamw_kernel(adamw_args p) {
-  constexpr int64_t apart = ADAMW_THREADS * N, tile = 2 * apart;
+template <typename G, typename S, typename W, int N, int threads>
+__global__ void __launch_bounds__(threads, 1024 / threads) adamw_kernel(adamw_args p) {
+  constexpr int64_t apart = threads * N, tile = 2 * apart;
   float scale = *p.scale;
   if (scale < 0.0f) return; /* a non-finite step is skipped */
   int64_t at = blockIdx.x * tile + (int64_t)threadIdx.x * N, step = gridDim.x * tile;
@@ -182,8 +203,12 @@ moe_status moe_cuda_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad,
   auto launch = [&](auto g, auto s, auto w, auto width) {
     constexpr int N = decltype(width)::value == 1 ? 1 : 4;
     int64_t need = div_up(n, 2 * ADAMW_THREADS * N);
-    adamw_kernel<decltype(g), decltype(s), decltype(w), N>
-        <<<(unsigned)(need < most ? need : most), ADAMW_THREADS, 0, cuda_of(dev)->stream>>>(p);
+    if (dev->lane == MOE_LANE_UPDATE && cuda_of(dev)->lent > 0)
+      adamw_kernel<decltype(g), decltype(s), decltype(w), N, 1024>
+          <<<(unsigned)cuda_of(dev)->lent, 1024, 0, cuda_of(dev)->stream>>>(p);
+    else
+      adamw_kernel<decltype(g), decltype(s), decltype(w), N, ADAMW_THREADS>
+          <<<(unsigned)(need < most ? need : most), ADAMW_THREADS, 0, cuda_of(dev)->stream>>>(p);
     CUDA_LAUNCHED(dev);
     return MOE_OK;
   };

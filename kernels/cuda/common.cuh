@@ -271,6 +271,7 @@ void cuda_lanes_wait(cuda_state *s);
 void cuda_lanes_destroy(cuda_state *s);
 void cuda_use_lane(moe_device *dev, moe_lane lane);
 moe_status cuda_wait_lane(moe_device *dev, moe_lane other);
+void cuda_lend(moe_device *dev, int multiprocessors);
 
 /* graph.cu */
 moe_status cuda_graph_begin(moe_device *dev);

@@ -48,6 +48,11 @@ void cuda_use_lane(moe_device *dev, moe_lane lane) {
   cuda_of(dev)->stream = cuda_of(dev)->lane[lane];
 }
 
+void cuda_lend(moe_device *dev, int multiprocessors) {
+  cuda_state *s = cuda_of(dev);
+  s->lent = s->lane[MOE_LANE_UPDATE] == s->lane[MOE_LANE_MAIN] ? 0 : multiprocessors;
+}
+
 moe_status cuda_wait_lane(moe_device *dev, moe_lane other) {
   cuda_state *s = cuda_of(dev);
   CUDA_TRY(dev, cudaEventRecord(s->passed[other], s->lane[other]));

@@ -366,7 +366,7 @@ template <class Op> static moe_status sm90_launch(moe_device *dev, const typenam
   static_assert(sizeof(sm90_shared<Op>) <= 227 * 1024, "more shared memory than a block may have");
   CUDA_TRY(dev, cudaFuncSetAttribute(sm90_kernel<Op>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      bytes));
-  sm90_kernel<Op><<<(unsigned)s->sms, 384, (size_t)bytes, s->stream>>>(args);
+  sm90_kernel<Op><<<(unsigned)(s->sms - s->lent), 384, (size_t)bytes, s->stream>>>(args);
   CUDA_LAUNCHED(dev);
   return MOE_OK;
 }

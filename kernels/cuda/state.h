@@ -15,6 +15,7 @@ struct cuda_cudnn; /* attention_cudnn.cpp */
 struct cuda_state {
   int ordinal;                  /* this GPU's number */
   int sms;                      /* multiprocessors */
+  int lent;                     /* of them, to MOE_LANE_UPDATE */
   int arch;                     /* 90 for compute capability 9.0 */
   int max_shared;               /* bytes of shared memory one block may ask for */
   cudaStream_t stream;          /* of the current lane: where everything is queued */
