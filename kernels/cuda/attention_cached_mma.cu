@@ -23,18 +23,6 @@ template <int D, bool FEW> struct cached_shape {
                 "the warps' and the block's fit the tiles");
 };
 
-/* Copies started since the last call are a group; wait for all but this thread's newest. */
-__device__ __forceinline__ void copy_group() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void copy_wait_older() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group 1;" ::: "memory");
-#endif
-}
-
 /* All blocks of the cluster meet, and see what each other stored before. */
 __device__ __forceinline__ void cluster_meet() {
 #if __CUDA_ARCH__ >= 900
@@ -287,7 +275,7 @@ __device__ __forceinline__ void cached_block(const cached_args &p, uint4 *shared
   for (int n0 = begin, buffer = 0; n0 < end; n0 += shape::keys, buffer ^= 1) {
     /* With few rows, time is the way to memory: two tiles are on it. With many, arithmetic: one. */
     if constexpr (FEW)
-      copy_wait_older();
+      copy_wait_but<1>();
     else
       copy_wait();
     __syncthreads(); /* this buffer has arrived, and all are done with the other */

@@ -228,7 +228,7 @@ template <bool DOCUMENTS> struct backward_group {
     probabilities(v, s.lse2[stage], m0);
     uint32_t prob[32], ds[32];
 #pragma unroll
-    for (int i = 0; i < 32; i++) prob[i] = pack(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < 32; i++) prob[i] = pack<__nv_bfloat16>(v[2 * i], v[2 * i + 1]);
     wgmma_wait<0>();
     wgmma_keep(dp);
 #pragma unroll
@@ -236,7 +236,8 @@ template <bool DOCUMENTS> struct backward_group {
       float2 of = *reinterpret_cast<const float2 *>(s.delta[stage] + j * 8 + thread % 4 * 2);
 #pragma unroll
       for (int i = 2 * j; i < 2 * j + 2; i++)
-        ds[i] = pack(v[2 * i] * (dp[2 * i] - of.x), v[2 * i + 1] * (dp[2 * i + 1] - of.y));
+        ds[i] = pack<__nv_bfloat16>(v[2 * i] * (dp[2 * i] - of.x),
+                                    v[2 * i + 1] * (dp[2 * i + 1] - of.y));
     }
     wgmma_keep(dv);
     key_grad(dv, prob, s.dout[stage]);
@@ -333,9 +334,10 @@ __global__ void __launch_bounds__(128) query_kernel(attention_args p) {
   for (int c = 0; c < HEAD / 16; c++) {
     float4 low = __ldcs(reinterpret_cast<const float4 *>(from + 2 * c * 512));
     float4 high = __ldcs(reinterpret_cast<const float4 *>(from + (2 * c + 1) * 512));
-    uint32_t b[4] = {pack(low.x * p.scale, low.y * p.scale), pack(low.z * p.scale, low.w * p.scale),
-                     pack(high.x * p.scale, high.y * p.scale),
-                     pack(high.z * p.scale, high.w * p.scale)};
+    uint32_t b[4] = {pack<__nv_bfloat16>(low.x * p.scale, low.y * p.scale),
+                     pack<__nv_bfloat16>(low.z * p.scale, low.w * p.scale),
+                     pack<__nv_bfloat16>(high.x * p.scale, high.y * p.scale),
+                     pack<__nv_bfloat16>(high.z * p.scale, high.w * p.scale)};
     store_blocks(slab_blocks<128>(slab, c), b);
   }
   __syncwarp();

@@ -79,7 +79,8 @@ struct down_backward {
         float a0 = swiglu_backward<__nv_bfloat16>(gate[i % 2], da[2 * i], &g0, &u0, &sum[i % 2]);
         float a1 =
             swiglu_backward<__nv_bfloat16>(gate[i % 2], da[2 * i + 1], &g1, &u1, &sum[i % 2]);
-        g[i] = pack(g0, g1), u[i] = pack(u0, u1), a[i] = pack(a0, a1);
+        g[i] = pack<__nv_bfloat16>(g0, g1), u[i] = pack<__nv_bfloat16>(u0, u1),
+        a[i] = pack<__nv_bfloat16>(a0, a1);
       }
     }
 
@@ -87,14 +88,14 @@ struct down_backward {
     static __device__ __forceinline__ void turn(uint32_t at, const float *da,
                                                 const float (&gate)[2], float (&sum)[2]) {
       uint32_t g[2][4], u[2][4];
-      load_blocks(g[0], slab_blocks<128>(at, 0));
-      load_blocks(u[0], slab_blocks<128>(at + BLOCK, 0));
+      load_matrices(g[0], slab_blocks<128>(at, 0));
+      load_matrices(u[0], slab_blocks<128>(at + BLOCK, 0));
 #pragma unroll
       for (int c = 0; c < WIDE / 16; c++) {
         uint32_t a[4];
         if (c + 1 < WIDE / 16) { /* before this one's stores, which the compiler keeps in order */
-          load_blocks(g[(c + 1) % 2], slab_blocks<128>(at, c + 1));
-          load_blocks(u[(c + 1) % 2], slab_blocks<128>(at + BLOCK, c + 1));
+          load_matrices(g[(c + 1) % 2], slab_blocks<128>(at, c + 1));
+          load_matrices(u[(c + 1) % 2], slab_blocks<128>(at + BLOCK, c + 1));
         }
         derive(da + 8 * c, g[c % 2], u[c % 2], a, gate, sum);
         store_blocks(slab_blocks<128>(at, c), g[c % 2]);

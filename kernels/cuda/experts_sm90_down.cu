@@ -51,7 +51,7 @@ template <int b_mn> struct product {
           const float *v = acc[h] + s % ACROSS * (WIDE / 2) + 8 * c;
           uint32_t b[4];
 #pragma unroll
-          for (int i = 0; i < 4; i++) b[i] = pack(v[2 * i], v[2 * i + 1]);
+          for (int i = 0; i < 4; i++) b[i] = pack<__nv_bfloat16>(v[2 * i], v[2 * i + 1]);
           store_blocks(slab_blocks<128>(slab, c), b);
         }
         slab_written();

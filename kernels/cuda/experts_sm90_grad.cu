@@ -77,7 +77,7 @@ template <typename T> struct weight_grad {
           uint32_t b[4];
 #pragma unroll
           for (int i = 0; i < 4; i++) {
-            b[i] = pack(v[8 * c + 2 * i], v[8 * c + 2 * i + 1]);
+            b[i] = pack<__nv_bfloat16>(v[8 * c + 2 * i], v[8 * c + 2 * i + 1]);
             squares = fmaf(low(b[i]), low(b[i]), fmaf(high(b[i]), high(b[i]), squares));
           }
           store_blocks(slab_blocks<128>(slab, c), b);

@@ -47,7 +47,7 @@ struct up {
         uint32_t b[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          b[i] = pack(v[2 * i], v[2 * i + 1]);
+          b[i] = pack<__nv_bfloat16>(v[2 * i], v[2 * i + 1]);
           v[2 * i] = low(b[i]), v[2 * i + 1] = high(b[i]);
         }
         store_blocks(slab_blocks<64>(slab, c), b);
@@ -61,8 +61,8 @@ struct up {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           int at = 8 * c + 2 * i;
-          b[i] = pack(swiglu<__nv_bfloat16>(gate[i % 2], g[at], u[at]),
-                      swiglu<__nv_bfloat16>(gate[i % 2], g[at + 1], u[at + 1]));
+          b[i] = pack<__nv_bfloat16>(swiglu<__nv_bfloat16>(gate[i % 2], g[at], u[at]),
+                                     swiglu<__nv_bfloat16>(gate[i % 2], g[at + 1], u[at + 1]));
         }
         store_blocks(slab_blocks<64>(slab, c), b);
       }

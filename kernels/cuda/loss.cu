@@ -27,11 +27,6 @@ struct loss_args {
  * one multiply-add before it. */
 constexpr float log2_e = 1.44269504f;
 
-__device__ __forceinline__ float exp2_hardware(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 template <typename T> __device__ __forceinline__ float base_of(float x) {
   if constexpr (sizeof(T) == 4) return x;
   return __fmul_rn(x, log2_e); /* never fused with what follows: a base is one number */
@@ -41,12 +36,12 @@ template <typename T> __device__ __forceinline__ double logit_of(float base) {
 }
 template <typename T> __device__ __forceinline__ float exp_over(float x, float base) {
   if constexpr (sizeof(T) == 4) return expf(x - base);
-  return exp2_hardware(fmaf(x, log2_e, -base));
+  return exp2_fast(fmaf(x, log2_e, -base));
 }
 /* What turns a sum over one base into the sum over another. */
 template <typename T> __device__ __forceinline__ float rebase(float from, float to) {
   if constexpr (sizeof(T) == 4) return expf(from - to);
-  return exp2_hardware(from - to);
+  return exp2_fast(from - to);
 }
 
 template <typename T> struct pair_of;

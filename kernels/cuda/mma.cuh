@@ -8,7 +8,8 @@
  *     c [16, 8]    c0 c1 (g, 2t..)  c2 c3 (g + 8, 2t..)                  float32
  *
  * so that two neighbouring c, rounded, are an a. sm_75 has f16 only and half the depth: two
- * products, the same fragments. Source: PTX ISA, "Matrix multiply-accumulate operation". */
+ * products, the same fragments. What only Hopper has is in sm90_ptx.cuh. Source: PTX ISA, "Matrix
+ * multiply-accumulate operation". */
 #ifndef MOE_KERNELS_CUDA_MMA_CUH
 #define MOE_KERNELS_CUDA_MMA_CUH
 
@@ -58,13 +59,16 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) {
 
 /* Four 8 x 8 matrices from shared memory: lane l names row l % 8 of matrix l / 8, 16 bytes. r[m] is
  * matrix m's elements (g, 2t) and (g, 2t + 1). */
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void *row) {
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row) {
 #if __CUDA_ARCH__ >= 750
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 #endif
+}
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void *row) {
+  load_matrices(r, shared_address(row));
 }
 /* The same, each matrix transposed: elements (2t, g) and (2t + 1, g). */
 __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const void *row) {
@@ -95,18 +99,40 @@ __device__ __forceinline__ void copy_start(void *to, const void *from, bool insi
   *static_cast<word *>(to) = inside ? *static_cast<const word *>(from) : word{};
 #endif
 }
-/* What this thread started so far is one group; wait until all its groups have arrived. Other
- * threads see it after a barrier. */
+/* What this thread started since the last group is one group. */
+__device__ __forceinline__ void copy_group() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+/* Wait until all but the newest N groups of this thread have arrived. Other threads see them after
+ * a barrier. */
+template <int N> __device__ __forceinline__ void copy_wait_but() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+/* Until all that this thread started has arrived. */
 __device__ __forceinline__ void copy_wait() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 
-/* Two floats, rounded, the first in the low half. */
-template <typename T> __device__ __forceinline__ uint32_t pack(float low, float high) {
-  T pair[2] = {from_float<T>(low), from_float<T>(high)};
-  return *reinterpret_cast<uint32_t *>(pair);
+/* Two floats, rounded, the first in the low half; and back, of bf16. */
+template <typename T> __device__ __forceinline__ uint32_t pack(float a, float b) {
+  std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162> pair;
+  if constexpr (std::is_same_v<T, __half>)
+    pair = __floats2half2_rn(a, b);
+  else
+    pair = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<uint32_t *>(&pair);
+}
+__device__ __forceinline__ float low(uint32_t pair) {
+  return __uint_as_float(pair << 16);
+}
+__device__ __forceinline__ float high(uint32_t pair) {
+  return __uint_as_float(pair & 0xffff0000u);
 }
 
 #endif

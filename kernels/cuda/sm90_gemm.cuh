@@ -24,7 +24,6 @@
 #ifndef MOE_KERNELS_CUDA_SM90_GEMM_CUH
 #define MOE_KERNELS_CUDA_SM90_GEMM_CUH
 
-#include "kernels/cuda/common.cuh"
 #include "kernels/cuda/sm90_ptx.cuh"
 
 enum {
@@ -144,7 +143,7 @@ template <int GROUP> __device__ __forceinline__ uint32_t slab_at(uint32_t slab, 
   return slab +
          (uint32_t)(word / words * 16 * GROUP + row * GROUP + (((word % words) ^ turn) << 4));
 }
-/* The address that this lane gives to store_blocks and load_blocks for the 16 x 16 elements that
+/* The address that this lane gives to store_blocks and load_matrices for the 16 x 16 elements that
  * begin at column 16 c. */
 template <int GROUP> __device__ __forceinline__ uint32_t slab_blocks(uint32_t slab, int c) {
   int lane = lane_of_warp();
@@ -187,18 +186,6 @@ __device__ __forceinline__ float gates_fetch(const float *gates, const sm90_tile
 }
 __device__ __forceinline__ float gates_pick(float fetched, int h, int i) {
   return __shfl_sync(full_warp, fetched, h * 16 + lane_of_warp() / 4 + 8 * i);
-}
-
-/* Two elements of a row as bf16, the first in the low half, and back. */
-__device__ __forceinline__ uint32_t pack(float a, float b) {
-  __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<uint32_t *>(&v);
-}
-__device__ __forceinline__ float low(uint32_t v) {
-  return __uint_as_float(v << 16);
-}
-__device__ __forceinline__ float high(uint32_t v) {
-  return __uint_as_float(v & 0xffff0000u);
 }
 
 /* ---- the kernel ------------------------------------------------------------------------------ */

@@ -1,20 +1,18 @@
-/* One page of PTX for Hopper (sm_90a): what the expert products use and CUDA C++ has no words for.
+/* One page of PTX for Hopper: what CUDA C++ has no words for and mma.cuh, the page for all GPUs,
+ * has not. wgmma and setmaxnreg want sm_90a, the rest sm_90.
  *
  * Addresses of shared memory are 32-bit, as these instructions want them. Threads meet the copy
  * engine (TMA) at mbarriers: a phase ends when the awaited arrivals and bytes are in, and
- * whoever waits names the parity of the phase. Nothing here may be called for other architectures.
+ * whoever waits names the parity of the phase. Nothing here may be called for older GPUs.
  * Source: NVIDIA, Parallel Thread Execution ISA 8.x, "Asynchronous Warpgroup Level Matrix
  * Instructions" and "Tensors". */
 #ifndef MOE_KERNELS_CUDA_SM90_PTX_CUH
 #define MOE_KERNELS_CUDA_SM90_PTX_CUH
 
-#include <cstdint>
 #include <cstdio>
 #include <cuda.h>
 
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-  return (uint32_t)__cvta_generic_to_shared(p);
-}
+#include "kernels/cuda/mma.cuh"
 
 /* ---- mbarriers ----------------------------------------------------------------------------- */
 
@@ -120,17 +118,12 @@ __device__ __forceinline__ void async_fence() {
 
 /* ---- shared memory, 8 x 8 blocks of 16-bit elements ------------------------------------------
  * Lane l's v[i] holds row l / 4, columns 2 (l % 4) and the next, of block i: the layout of a wgmma
- * accumulator rounded to bf16. Lane l gives the address of row l % 8 of block l / 8. */
+ * accumulator rounded to bf16. Lane l gives the address of row l % 8 of block l / 8.
+ * load_matrices (mma.cuh) reads them back. */
 
 __device__ __forceinline__ void store_blocks(uint32_t at, const uint32_t (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
                "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-               : "memory");
-}
-__device__ __forceinline__ void load_blocks(uint32_t (&v)[4], uint32_t at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(at)
                : "memory");
 }
 __device__ __forceinline__ void store_shared(uint32_t at, float a, float b) {

@@ -14,6 +14,7 @@
 #define MOE_KERNELS_CUDA_STREAM_CUH
 
 #include "kernels/cuda/skinny.cuh"
+#include "kernels/cuda/sm90_ptx.cuh"
 
 constexpr int stream_warps = 8, stream_threads = 32 * stream_warps;
 constexpr int stream_segment = 384, stream_steps = stream_segment / skinny_chunk;
@@ -51,9 +52,8 @@ struct stream_place {
     parity = 0;
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x % 32 == 0) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      barrier_init(barrier, 1);
+      barrier_init_fence();
     }
     __syncwarp();
 #endif
@@ -62,46 +62,23 @@ struct stream_place {
    * on and rows that do not exist pass NULL. All lanes must call, with one row at least. */
   template <typename T> __device__ __forceinline__ void ask(const T *row, int n) const {
 #if __CUDA_ARCH__ >= 900
-    uint32_t bytes = 2 * (uint32_t)n;
-    uint32_t rows = (uint32_t)__popc(__ballot_sync(full_warp, row != nullptr));
-    if (threadIdx.x % 32 == 0)
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                   "r"(rows * bytes)
-                   : "memory");
+    int bytes = 2 * n, rows = __popc(__ballot_sync(full_warp, row != nullptr));
+    if (threadIdx.x % 32 == 0) barrier_expect(barrier, rows * bytes);
     __syncwarp(); /* and all lanes have read what was here */
-    if (row != nullptr)
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], "
-                   "%2, [%3];" ::"r"(stage + threadIdx.x % 32 * stream_row),
-                   "l"(row), "r"(bytes), "r"(barrier)
-                   : "memory");
+    if (row != nullptr) bulk_load(stage + threadIdx.x % 32 * stream_row, row, bytes, barrier);
 #endif
   }
   __device__ __forceinline__ void wait() {
 #if __CUDA_ARCH__ >= 900
-    uint32_t passed;
-    do {
-      asm volatile("{\n.reg .pred p;\n"
-                   "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                   "selp.u32 %0, 1, 0, p;\n}"
-                   : "=r"(passed)
-                   : "r"(barrier), "r"(parity)
-                   : "memory");
-    } while (passed == 0);
+    barrier_wait(barrier, parity);
     parity ^= 1;
 #endif
   }
   /* This lane's 8 elements of step u: of row g, and with upper = 1 of row g + 8. */
   __device__ __forceinline__ uint4 read(int u, int upper) const {
-    uint4 v = {};
-#ifdef __CUDA_ARCH__
     uint32_t lane = threadIdx.x % 32;
     uint32_t at = stage + (lane / 4 + 8 * (uint32_t)upper) * stream_row + lane % 4 * 16;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(at + (uint32_t)u * (2 * skinny_chunk))
-                 : "memory");
-#endif
-    return v;
+    return load_shared(at + (uint32_t)u * (2 * skinny_chunk));
   }
 };
 
