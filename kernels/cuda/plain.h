@@ -1,8 +1,9 @@
 /* What a kernel is worth: MOE_PLAIN in the environment names the operations, with commas between
  * them, whose faster kernels stay out of use in favour of the plain ones.
  *
- *   router   the one-pass kernel on tensor cores (router_mma.cuh)
+ *   router   the one-pass kernels on tensor cores (router_mma.cuh, router_back.cuh)
  *   norm     rms_norm_backward with a warp for a row (norm.cu)
+ *   squares  the experts' gradients squared as they are stored (experts_sm90_grad.cu)
  *   gather   rows taken from all over by neighbouring warps (permute.cu)
  *   gemv     products with few rows straight from memory (gemv.cu)
  *   stream   large products with few rows by Hopper's copy engine (stream.cuh)

@@ -6,10 +6,9 @@
  * does all of it (router_mma.cuh), as one block does for up to 32 tokens (router_small.cuh).
  * Whatever is summed over tokens goes through a fixed number of partial sums.
  *
- * Gradient, with p = softmax(l), C the chosen experts, S = sum of p over C, gate_j = p_j / S:
- *     dL/dp_j  = [j in C] (dgate_j - sum_k dgate_k gate_k) / S  +  aux_scale load_j
- *     dL/dl_j  = p_j (dL/dp_j - sum_i p_i dL/dp_i)  +  z_scale 2 lse p_j */
+ * The way back (router_gradient.cuh has its formula) is one kernel where router_back.cuh's fits. */
 #include "kernels/cuda/plain.h"
+#include "kernels/cuda/router_back.cuh"
 #include "kernels/cuda/router_few.cuh"
 #include "kernels/cuda/router_mma.cuh"
 #include "kernels/cuda/router_small.cuh"
@@ -299,44 +298,11 @@ moe_status moe_cuda_router_drop(moe_device *dev, moe_tensor probs, int64_t capac
 
 /* ---- backward ------------------------------------------------------------------------------ */
 
-struct gradient_args {
-  const float *dgates, *probs, *lse, *gates, *load;
-  const int32_t *experts;
-  float *dlogits;
-  int64_t tokens, per_group;
-  int count, k;
-  float aux_scale, z_scale;
-};
-
-/* A warp per token. The sum of p over the choice is what the largest gate remembers of it; where
- * all were dropped, or p was zero, no gradient passes. */
+/* A warp per token. */
 __global__ void router_gradient_kernel(gradient_args a) {
   int64_t t = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  int lane = (int)threadIdx.x % 32, most = 0;
-  if (t >= a.tokens) return;
-  const float *p = a.probs + t * a.count, *dgates = a.dgates + t * a.k, *gates = a.gates + t * a.k;
-  const float *load = a.load + t / a.per_group * a.count;
-  const int32_t *experts = a.experts + t * a.k;
-  float mean = 0, dot = 0, inverse = 0;
-  for (int k = 0; k < a.k; k++) {
-    if (experts[k] >= 0) mean += dgates[k] * gates[k];
-    if (gates[k] > gates[most]) most = k;
-  }
-  if (experts[most] >= 0 && gates[most] > 0.0f) {
-    float mass = p[experts[most]] / gates[most];
-    inverse = mass < FLT_MIN ? 0.0f : 1.0f / mass;
-  }
-  for (int j = lane; j < a.count; j += 32) dot += a.aux_scale * load[j] * p[j];
-  dot = warp_sum(dot);
-  for (int k = 0; k < a.k; k++)
-    if (experts[k] >= 0) dot += (dgates[k] - mean) * inverse * p[experts[k]];
-  float slope = 2.0f * a.z_scale * a.lse[t];
-  for (int j = lane; j < a.count; j += 32) {
-    float dp = a.aux_scale * load[j];
-    for (int k = 0; k < a.k; k++)
-      if (experts[k] == j) dp += (dgates[k] - mean) * inverse;
-    a.dlogits[t * a.count + j] = p[j] * (dp - dot + slope);
-  }
+  if (t < a.tokens)
+    token_gradient<32>(a, t, [&](int j, float v) { a.dlogits[t * a.count + j] = v; });
 }
 
 /* dx += dlogits W, dweight += dlogits^T x */
@@ -370,6 +336,7 @@ moe_status moe_cuda_router_backward(moe_device *dev, moe_tensor dgates, moe_tens
                                     moe_tensor experts, moe_tensor gates, moe_tensor load,
                                     float aux_scale, float z_scale, moe_tensor dlogits,
                                     moe_tensor dx, moe_tensor dweight) {
+  static const bool in_steps = cuda_plain("router");
   int64_t tokens = x.shape[0], e = weight.shape[0];
   if (tokens == 0 || x.shape[1] == 0) return MOE_OK;
   gradient_args a = {cuda_data<float>(dgates),
@@ -385,6 +352,11 @@ moe_status moe_cuda_router_backward(moe_device *dev, moe_tensor dgates, moe_tens
                      (int)experts.shape[1],
                      aux_scale,
                      z_scale};
+  if (!in_steps && back_fits(cuda_of(dev), x, weight, dx))
+    return back(dev,
+                {a, cuda_data<__nv_bfloat16>(x), cuda_data<__nv_bfloat16>(dx),
+                 cuda_data<float>(weight), nullptr, 0, (int)x.shape[1]},
+                cuda_data<float>(dweight));
   router_gradient_kernel<<<(unsigned)div_up(tokens, 4), 128, 0, cuda_of(dev)->stream>>>(a);
   CUDA_LAUNCHED(dev);
   return pass_back(dev, dlogits, x, weight, dx, dweight);

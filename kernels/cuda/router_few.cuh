@@ -331,6 +331,13 @@ static __global__ void few_sum_kernel(few_parts parts, int64_t count, float *to)
   to[i] += sum;
 }
 
+static inline moe_status few_sum(moe_device *dev, few_parts parts, int64_t count, float *to) {
+  few_sum_kernel<<<(unsigned)div_up(count, 32), dim3(32, few_sum_rows), 0, cuda_of(dev)->stream>>>(
+      parts, count, to);
+  CUDA_LAUNCHED(dev);
+  return MOE_OK;
+}
+
 /* Two blocks for each multiprocessor, where the partial sums fit; parts is 0 if none does. */
 static inline few_parts few_split(const moe_device *dev, int64_t tokens, int64_t width,
                                   int64_t experts) {
@@ -358,10 +365,7 @@ static moe_status few_backward(moe_device *dev, const T *x, const float *weight,
   grid = dim3((unsigned)parts.parts, tiles, (unsigned)div_up(size.experts, few_pass));
   few_dw_kernel<T><<<grid, few_dw_threads, 0, stream>>>(x, grad, parts, size);
   CUDA_LAUNCHED(dev);
-  few_sum_kernel<<<(unsigned)div_up(count, 32), dim3(32, few_sum_rows), 0, stream>>>(parts, count,
-                                                                                     dweight);
-  CUDA_LAUNCHED(dev);
-  return MOE_OK;
+  return few_sum(dev, parts, count, dweight);
 }
 
 #endif

@@ -68,8 +68,8 @@ Test(gpu_router, agrees_from_three_to_four_thousand_experts, .init = both_open,
 
 Test(gpu_router, gradients_agree, .init = both_open, .fini = both_close) {
   const router_shape shapes[] = {
-      {4096, 768, 16, 4, 8}, {500, 1000, 64, 8, 1}, {96, 300, 4096, 64, 3}};
-  for (int i = 0; i < 3; i++)
+      {4096, 768, 16, 4, 8}, {500, 1000, 64, 8, 1}, {96, 300, 4096, 64, 3}, {2500, 8192, 32, 6, 1}};
+  for (int i = 0; i < 4; i++)
     for (int n = 0; n < 3; n++) {
       router_shape q = shapes[i];
       router r = route(types[n], q, false);
