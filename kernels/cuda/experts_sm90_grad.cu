@@ -7,6 +7,7 @@
  *
  * The gradient norm wants the squares of all that is stored, and these matrices are most of what a
  * step stores: each warp sums those of its tiles on the way, which saves reading them again. */
+#include "kernels/cuda/plain.h"
 #include "kernels/cuda/sm90_gemm.cuh"
 
 namespace sm90 {
@@ -108,9 +109,10 @@ static moe_status sum_rows(moe_device *dev, moe_tensor left, moe_tensor right, m
   static_cast<sm90_sizes &>(p) = {
       cuda_data<int32_t>(offsets), (int)e, (int)rows, (int)div_up(m, SM90_M),
       (int)div_up(n, op::N),       0};
-  bool counts = moe_tensor_present(squares);
+  static const bool read_again = cuda_plain("squares");
+  bool counts = moe_tensor_present(squares), as_stored = counts && !accumulate && !read_again;
   p.accumulate = accumulate;
-  p.squares = counts && !accumulate ? reinterpret_cast<double *>(cuda_of(dev)->partial) : nullptr;
+  p.squares = as_stored ? reinterpret_cast<double *>(cuda_of(dev)->partial) : nullptr;
   MOE_TRY(sm90_map(
       dev, &p.left,
       {left.data, MOE_BF16, {64, rows, m / 64, 1}, {m, 64}, {64, SM90_K, SM90_M / 64, 1}, 128}));
@@ -125,7 +127,7 @@ static moe_status sum_rows(moe_device *dev, moe_tensor left, moe_tensor right, m
                     {op::BOX, 16, op::WIDE / op::BOX, 1},
                     128}));
   MOE_TRY(sm90_launch<op>(dev, p));
-  if (p.squares != nullptr) return cuda_add_partial(dev, p.squares, 8 * sm90_blocks(dev), squares);
+  if (as_stored) return cuda_add_partial(dev, p.squares, 8 * sm90_blocks(dev), squares);
   return counts ? moe_cuda_sum_squares(dev, dw, squares) : MOE_OK;
 }
 

@@ -178,6 +178,15 @@ static void make_moe(void) {
     moe_expert_weight_grad(dev, at(gu), at(sorted), at(offsets), 0, at(half_dw13), NONE))          \
   X("expert_weight_grad w2, bf16", 2.0 * ROUTED * (D + F) + 2.0 * E * D * F, ROUTED * 2 * D * F,   \
     moe_expert_weight_grad(dev, at(sorted), at(a), at(offsets), 0, at(half_dw2), NONE))            \
+  X("expert_weight_grad w13, squares", 2.0 * ROUTED * (D + 2 * F) + 8.0 * E * D * F,               \
+    ROUTED * 4 * D * F,                                                                            \
+    moe_expert_weight_grad(dev, at(gu), at(sorted), at(offsets), 0, at(dw13), at(squares)))        \
+  X("expert_weight_grad w13, bf16, squares", 2.0 * ROUTED * (D + 2 * F) + 4.0 * E * D * F,         \
+    ROUTED * 4 * D * F,                                                                            \
+    moe_expert_weight_grad(dev, at(gu), at(sorted), at(offsets), 0, at(half_dw13), at(squares)))   \
+  X("expert_weight_grad w2, bf16, squares", 2.0 * ROUTED * (D + F) + 2.0 * E * D * F,              \
+    ROUTED * 2 * D * F,                                                                            \
+    moe_expert_weight_grad(dev, at(sorted), at(a), at(offsets), 0, at(half_dw2), at(squares)))     \
   X("gemm head, 8192 rows", 2.0 * CHUNK * (D + V), 2.0 * CHUNK * D * V,                            \
     moe_gemm(dev, MOE_NT, moe_tensor_rows(at(x), 0, CHUNK), at(head), 0, at(logits)))              \
   X("cross_entropy, 8192 rows", 4.0 * CHUNK * V, 0,                                                \
