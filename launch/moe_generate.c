@@ -104,18 +104,20 @@ static double rate(int64_t n, double seconds) {
 static void tell_rates(const job *j, const moe_inference_options *o,
                        const moe_generation_rates *r) {
   const moe_inference *f = &j->inference;
+  int64_t planned = moe_inference_planned_bytes(f), held = moe_inference_held_bytes(f);
+  char plan_text[MOE_TEXT], held_text[MOE_TEXT];
   if (j->request.json) {
     fprintf(stderr,
             "{\"device\": \"%s\", \"ranks\": %d, \"dtype\": \"%s\", \"batch\": %" PRId64
             ", \"prompt_tokens\": %" PRId64
             ", \"prefill_s\": %.6g, \"prefill_tokens_per_s\": %.6g, \"first_token_s\": %.6g, "
             "\"decode_tokens\": %" PRId64 ", \"decode_steps\": %" PRId64
-            ", \"decode_s\": %.6g, \"decode_tokens_per_s\": %.6g, \"memory_bytes\": %" PRId64 "}\n",
+            ", \"decode_s\": %.6g, \"decode_tokens_per_s\": %.6g, \"memory_bytes\": %" PRId64
+            ", \"held_bytes\": %" PRId64 "}\n",
             moe_device_name(f->dev), moe_comm_size(f->world),
             moe_dtype_name(moe_config_compute_dtype(&f->config)), o->batch, r->prompt_tokens,
             r->prefill_s, rate(r->prompt_tokens, r->prefill_s), r->first_token_s, r->step_tokens,
-            r->steps, r->step_s, rate(r->step_tokens, r->step_s),
-            f->program_bytes + moe_memory_total(&f->memory));
+            r->steps, r->step_s, rate(r->step_tokens, r->step_s), planned, held);
     return;
   }
   moe_info("prompts: %" PRId64 " tokens in %.3g s (%.4g tokens/s), first token after %.3g s",
@@ -124,6 +126,8 @@ static void tell_rates(const job *j, const moe_inference_options *o,
            ", %.3g s (%.4g tokens/s, %.3g ms a step)",
            r->step_tokens, r->steps, o->batch, r->step_s, rate(r->step_tokens, r->step_s),
            r->steps > 0 ? 1e3 * r->step_s / (double)r->steps : 0.0);
+  moe_info("memory: %s planned, %s held", moe_text_bytes(plan_text, (double)planned),
+           moe_text_bytes(held_text, (double)held));
 }
 
 static moe_status continue_texts(job *j, const moe_inference_options *o) {

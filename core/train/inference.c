@@ -70,6 +70,16 @@ static moe_status set_up(moe_inference *f, const moe_inference_options *o) {
   return moe_generator_create(&options, &f->memory, &f->generator);
 }
 
+int64_t moe_inference_planned_bytes(const moe_inference *f) {
+  moe_memory_plan p = moe_memory_plan_of(&f->memory, f->program_bytes);
+  return moe_memory_plan_total(&p);
+}
+
+int64_t moe_inference_held_bytes(const moe_inference *f) {
+  if (moe_device_is_host(f->dev)) return moe_process_peak();
+  return f->free_bytes - moe_device_free_bytes(f->dev);
+}
+
 static moe_status check_budget(const moe_inference *f) {
   double gib = f->config.run.memory_gib;
   int64_t budget = (int64_t)(gib * 1073741824.0);
@@ -164,6 +174,7 @@ moe_status moe_inference_create(moe_inference *f, const moe_inference_options *o
   MOE_TRY(
       moe_mesh_create(f->world, moe_comm_size(f->world), f->config.model.num_experts, &f->mesh));
   f->program_bytes = host ? moe_process_resident() : 0;
+  f->free_bytes = moe_device_free_bytes(f->dev);
   MOE_TRY(plan(f, o));
   if (o->plan_only) return MOE_OK;
   MOE_TRY(moe_agree(f->world, moe_memory_commit(&f->memory, moe_device_alloc, f->dev)));

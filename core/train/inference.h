@@ -27,6 +27,7 @@ typedef struct {
   moe_mesh mesh;       /* ep = all ranks */
   moe_memory memory;
   int64_t program_bytes;    /* resident before any of it; 0 on a GPU */
+  int64_t free_bytes;       /* of the GPU before any of it */
   moe_generator *generator; /* NULL when only planned */
 } moe_inference;
 
@@ -50,6 +51,10 @@ typedef struct {
 moe_status moe_inference_create(moe_inference *f, const moe_inference_options *options);
 /* Collective. Rank 0 prints the plan of the fullest rank. */
 moe_status moe_inference_print_plan(const moe_inference *f, FILE *out);
+/* Bytes planned on this rank, and what it came to hold: the process's most on a host, what the GPU
+ * has less than before, which counts the programs and graphs too. Local. */
+int64_t moe_inference_planned_bytes(const moe_inference *f);
+int64_t moe_inference_held_bytes(const moe_inference *f);
 void moe_inference_destroy(moe_inference *f);
 
 #ifdef __cplusplus

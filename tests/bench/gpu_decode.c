@@ -1,7 +1,8 @@
 /* Generation on a GPU: each operation of one step of the 6.9b model, and the whole step, against
  * the bytes they must move.
  *
- *   gpu_decode [SEQUENCES] [CACHED]     default: 1 and 32 sequences, 1024 tokens cached in each
+ *   gpu_decode [SEQUENCES] [CACHED]     default: 1 and 32 sequences, 1024 tokens cached in each;
+ *                                       1 262144 is a long context
  *
  * Weights are random and all 30 layers are there, so nothing stays in the cache. A graph of 30
  * calls, one per layer, is what is timed for an operation; a graph of embedding, 30 layers, head
@@ -21,12 +22,14 @@ enum { QKV = (H + 2 * G) * HEAD, ROUNDS = 25, ROOM_MORE = 64 };
 
 static moe_device *dev;
 static moe_tensor draws;
+static int64_t asked_for, free_before; /* bytes: of all tensors; of the GPU before any */
 
 /* ---- tensors ------------------------------------------------------------------------------- */
 
 static moe_tensor make(moe_dtype dtype, int64_t a, int64_t b, double scale) {
   moe_tensor x = moe_tensor_2d(NULL, dtype, a, b);
   x.data = moe_device_alloc(dev, moe_tensor_bytes(x));
+  asked_for += moe_tensor_bytes(x);
   if (x.data == NULL) must(moe_fail(MOE_NO_MEMORY, "gpu_decode: out of device memory"));
   if (scale > 0) fill(dev, draws, x, scale);
   return x;
@@ -95,6 +98,7 @@ static void make_state(void) {
   stats = make(MOE_F32, 1, 2 * E + 1, 0), logits = make(MOE_F32, T, V, 0);
   int64_t bytes = moe_attention_cached_scratch(dev, shape(), room, act);
   moe_device_set_scratch(dev, moe_device_alloc(dev, bytes), bytes);
+  asked_for += bytes;
 }
 
 static void free_state(void) {
@@ -226,6 +230,9 @@ static void measure_all(void) {
   double whole = LAYERS * (used * expert + projections + cache + router) + 2.0 * V * D;
   printf("\n%lld sequences, %lld tokens cached in each, %d experts chosen\n", (long long)T,
          (long long)cached, used);
+  printf("memory: %.2f GB asked for, of which caches %.2f GB; %.2f GB held\n",
+         1e-9 * (double)asked_for, 1e-9 * LAYERS * t * keys * (double)(cached + ROOM_MORE),
+         1e-9 * (double)(free_before - moe_device_free_bytes(dev)));
   printf("%-24s %10s %10s %7s %8s %10s %10s\n", "operation", "us", "floor", "ratio", "TB/s",
          "least", "most");
   measure_each("rms_norm + residual", do_norm, 8.0 * t * D + 4.0 * D);
@@ -250,8 +257,10 @@ int main(int argc, char **argv) {
   moe_log_init("gpu_decode", -1);
   moe_device_options options = {.kind = MOE_DEVICE_CUDA};
   must(moe_device_open(&options, &dev));
+  free_before = moe_device_free_bytes(dev);
   draws = make_draws(dev);
   make_weights();
+  int64_t weights = asked_for;
   printf("%s, 6.9b shape, bf16; floors at %.2f TB/s\n", moe_device_name(dev), 1e-12 * COPY_RATE);
   const int64_t list[] = {asked > 0 ? asked : 1, asked > 0 ? 0 : 32};
   for (int i = 0; i < 2; i++) {
@@ -260,6 +269,7 @@ int main(int argc, char **argv) {
     make_state();
     measure_all();
     free_state();
+    asked_for = weights;
   }
   moe_device_close(dev); /* with all that it holds */
   return 0;
