@@ -98,7 +98,7 @@ static moe_status read_parts(comparison *c, moe_tensor_reader r[2], const moe_sl
     if (same_type && memcmp(c->raw[0], c->raw[1], (size_t)(n * moe_dtype_size(s[0]->dtype))) != 0)
       d->same_bits = false;
     if (!is_float(s[0]->dtype) || !is_float(s[1]->dtype)) continue;
-    if (!c->options->out && c->options->tolerance <= 0.0) continue; /* only the bits are asked for */
+    if (!c->options->out && c->options->tolerance <= 0.0) continue; /* bits are all that count */
     for (int i = 0; i < 2; i++) moe_convert(c->raw[i], s[i]->dtype, c->values[i], MOE_F32, n);
     add_values(d, c->values[0], c->values[1], n);
   }
