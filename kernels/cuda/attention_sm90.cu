@@ -20,12 +20,18 @@
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/sm90_gemm.cuh"
 
-namespace {
+namespace sm90_attention {
 
-constexpr int HEAD = 64, KEYS = 128, QUERIES = 128, STAGES = 2, THREADS = 384;
-constexpr int TILE = 128 * HEAD * 2; /* bytes of 128 rows of a head */
-constexpr int STEP_ROWS = 16 * 128;  /* bytes of 16 rows, and of 16 columns: a product's K */
-constexpr int STEP_COLUMNS = 32;
+enum {
+  HEAD = 64,
+  KEYS = 128,    /* of a block */
+  QUERIES = 128, /* at a time */
+  STAGES = 2,
+  THREADS = 384,
+  TILE = 128 * HEAD * 2, /* bytes of 128 rows of a head */
+  STEP_ROWS = 16 * 128,  /* bytes of 16 rows, and of 16 columns: a product's K */
+  STEP_COLUMNS = 32,
+};
 
 struct backward_args : attention_args {
   CUtensorMap qkv_map, dout_map;
@@ -322,6 +328,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 /* dQ of 16 queries of a head by one warp, out of the accumulators' order, scaled and rounded. */
 __global__ void __launch_bounds__(128) query_kernel(attention_args p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   __shared__ __align__(1024) char memory[4 * STEP_ROWS];
   int64_t number = (int64_t)blockIdx.x * 4 + threadIdx.x / 32, rows = p.padded / 16;
   int64_t head = number / rows;
@@ -345,6 +352,7 @@ __global__ void __launch_bounds__(128) query_kernel(attention_args p) {
       qkv_rows(p, static_cast<__nv_bfloat16 *>(p.dqkv), head / p.heads, (int)(head % p.heads));
   slab_rows<128, HEAD>(slab, p.seq - row < 16 ? p.seq - row : 16, HEAD, to.data + row * to.stride,
                        to.stride);
+#endif
 }
 
 /* Rows of heads where they lie between those of other heads. */
@@ -360,7 +368,9 @@ moe_status map_heads(moe_device *dev, CUtensorMap *out, const attention_args &p,
                    128});
 }
 
-} /* namespace */
+} // namespace sm90_attention
+
+using namespace sm90_attention;
 
 bool cuda_attention_sm90_fits(const moe_device *dev, moe_attention_shape s, moe_dtype dtype) {
   return cuda_of(dev)->arch == 90 && dtype == MOE_BF16 && s.head_dim == HEAD &&
