@@ -7,12 +7,13 @@
  *     dP^T = V dO^T       dS^T = P^T (dP^T - delta)
  *     dV += P^T dO         dK += dS^T Q         dQ += dS K
  *
- *     producer    Q, lse, dO, delta of the tiles to come            ring of two stages
- *     group 0     keys 0 to 63:   P and dS in registers, where dV and dK want them;   dS to shared
- *     group 1     keys 64 to 127                                                      memory; meet
- *                 then each group multiplies the dS of 64 queries by all 128 keys
+ *     producer    brings Q, lse, dO, delta of the tiles to come; a ring of two stages
+ *     group 0     keys 0 to 63: P and dS stay in registers, where dV and dK want them; dS goes to
+ *                 shared memory too; the groups meet; dQ of queries 0 to 63 from all keys' dS
+ *     group 1     keys 64 to 127, and dQ of queries 64 to 127, the same way
  *
- * While one group works on its exponentials the other multiplies. A query's gradient comes from
+ * While one group works on its exponentials the other multiplies, and the next tile's S^T is begun
+ * before this one's dQ is added. A query's gradient comes from
  * many blocks: it is added up in memory in float32, in whatever order they come, and rounded at the
  * end. So this is not for run.deterministic. Its order in memory is that of the accumulators, 16
  * bytes of each thread side by side. Source: Shah et al. 2024, arXiv:2407.08608 (FlashAttention-3).
@@ -116,7 +117,7 @@ __device__ __forceinline__ void produce(const backward_args &p, backward_memory 
   }
 }
 
-/* The 128 consumers of both groups meet: dS is written. */
+/* All consumers, of both groups, meet: dS is written. */
 __device__ __forceinline__ void consumers_meet() {
   asm volatile("bar.sync 1, 256;" ::: "memory");
 }
@@ -142,7 +143,8 @@ template <bool DOCUMENTS> struct backward_group {
                                             const work &w_, int group_)
       : p(p_), s(s_), w(w_), group(group_), thread((int)threadIdx.x % 128) {}
 
-  /* acc [64 keys, 128 queries] = left rows^T */
+  /* acc [64 keys, 128 queries] = keys queries^T, both [rows, HEAD]: S^T of K and Q, dP^T of V and
+   * dO */
   __device__ __forceinline__ void scores(float (&acc)[64], const char *keys,
                                          const char *queries) const {
     uint64_t a = operand(shared_address(keys) + (uint32_t)(group * SM90_HALF), 0);
