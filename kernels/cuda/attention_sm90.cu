@@ -13,10 +13,10 @@
  *     group 1     keys 64 to 127, and dQ of queries 64 to 127, the same way
  *
  * While one group works on its exponentials the other multiplies, and the next tile's S^T is begun
- * before this one's dQ is added. A query's gradient comes from
- * many blocks: it is added up in memory in float32, in whatever order they come, and rounded at the
- * end. So this is not for run.deterministic. Its order in memory is that of the accumulators, 16
- * bytes of each thread side by side. Source: Shah et al. 2024, arXiv:2407.08608 (FlashAttention-3).
+ * before this one's dQ is added. A query's gradient comes from many blocks: it is added up in
+ * memory in float32, in whatever order they come, and rounded at the end. So this is not for
+ * run.deterministic. Its order in memory is that of the accumulators, 16 bytes of each thread side
+ * by side. Source: Shah et al. 2024, arXiv:2407.08608 (FlashAttention-3).
  */
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/sm90_gemm.cuh"
