@@ -96,7 +96,7 @@ moe_cpu_matrix moe_cpu_block(moe_tensor t, int64_t row, int64_t rows, int64_t co
 double moe_cpu_squares(moe_tensor x, int64_t begin, int64_t end) {
   enum { PIECE = 1024 };
   double sum = 0.0;
-  float buffer[PIECE];
+  float buffer[PIECE] = {0};
   for (int64_t at = begin; at < end; at += PIECE) {
     int64_t n = moe_min64(PIECE, end - at);
     const float *xs = moe_cpu_view(x, at, n, buffer);
