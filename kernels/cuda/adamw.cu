@@ -143,7 +143,7 @@ enum { ADAMW_THREADS = 256, ADAMW_BLOCKS = 4 /* on a multiprocessor */ };
  * asks for all of them before it works on any, so enough loads are under way; a warp's accesses lie
  * side by side. Blocks that come and go keep memory busier than blocks that stay and take turns. */
 template <typename S> constexpr int adamw_places = sizeof(S) == 4 ? 1 : 2;
-template <typename S, int N> constexpr int adamw_tile = adamw_places<S> *ADAMW_THREADS *N;
+template <typename S, int N> constexpr int adamw_tile = ADAMW_THREADS *N *adamw_places<S>;
 
 template <typename G, typename S, typename W, int N>
 __global__ void __launch_bounds__(ADAMW_THREADS, ADAMW_BLOCKS) adamw_kernel(adamw_args p) {

@@ -11,19 +11,16 @@
  * A K/V head's gradient is summed over all query heads that read it, by one block per key block.
  * With few K/V heads that is too few blocks: then its query heads are shared out in parts, whose
  * sums are added in a fixed order. So nothing is added atomically but the Hopper kernel's dQ. */
-#include <cstdlib>
-#include <cstring>
-
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/attention_cudnn.h"
+#include "kernels/cuda/plain.h"
 
 /* ---- choice -------------------------------------------------------------------------------- */
 
 enum attention_maker { BY_CUDNN, BY_SM90, BY_MMA, BY_EXACT };
 
 static bool wanted(const char *maker) {
-  const char *wish = getenv("MOE_ATTENTION");
-  return wish != nullptr && strcmp(wish, maker) == 0;
+  return cuda_wished("MOE_ATTENTION", maker);
 }
 
 static bool cudnn_fits(moe_device *dev, moe_attention_shape s, moe_dtype dtype) {
@@ -44,13 +41,9 @@ static bool sm90_fits(moe_device *dev, moe_attention_shape s, moe_dtype dtype) {
 #endif
 }
 
-static bool mma_fits(const moe_device *dev, int64_t head_dim, moe_dtype dtype) {
-  return cuda_has_mma(dev, dtype) && head_dim % 8 == 0 && head_dim <= 128;
-}
-
 static attention_maker choose(moe_device *dev, moe_attention_shape s, moe_dtype dtype,
                               bool documents, bool backward, uintptr_t address_bits) {
-  if (wanted("exact") || address_bits % 16 != 0 || !mma_fits(dev, s.head_dim, dtype))
+  if (wanted("exact") || address_bits % 16 != 0 || !attention_mma_fits(dev, s.head_dim, dtype))
     return BY_EXACT;
   if (backward && sm90_fits(dev, s, dtype)) return BY_SM90;
   return !documents && cudnn_fits(dev, s, dtype) ? BY_CUDNN : BY_MMA;

@@ -123,6 +123,11 @@ template <typename F> static inline bool attention_head_size(int64_t d, F f) {
   return false;
 }
 
+/* Whether the tensor core kernels take heads of this size. */
+static inline bool attention_mma_fits(const moe_device *dev, int64_t d, moe_dtype dtype) {
+  return cuda_has_mma(dev, dtype) && d % 8 == 0 && d <= 128;
+}
+
 /* Queue a kernel on a grid of (heads in all sequences, blocks of rows). Blocks start in order of x
  * first, so kernels number their row blocks with the longest first. */
 template <typename K>

@@ -1,10 +1,9 @@
 /* Attention over a cache: who computes, how a sequence is split, the plain kernel and the sum of
  * splits. attention_cached.cuh has the idea. */
+#include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/attention_cached.cuh"
 
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 
 namespace {
 
@@ -141,10 +140,6 @@ moe_status merge_splits(moe_device *dev, moe_dtype dtype, const cached_args &p) 
 
 /* ---- plan ---------------------------------------------------------------------------------- */
 
-bool mma_fits(const moe_device *dev, int64_t d, moe_dtype dtype) {
-  return cuda_has_mma(dev, dtype) && d % 8 == 0 && d <= 128;
-}
-
 /* How many splits fill the chip: a few blocks on every multiprocessor when each has one query's
  * work, which is loads; two when it has many rows. */
 int plan_splits(const moe_device *dev, int64_t blocks, int64_t room, bool few) {
@@ -196,7 +191,8 @@ int64_t moe_cuda_attention_cached_scratch(moe_device *dev, moe_attention_shape s
                                           moe_dtype dtype) {
   if (shape.batch == 0 || shape.seq == 0 || room == 0) return 0;
   int64_t plain = part_bytes(plan(dev, shape, room, false)); /* rows may turn out misaligned */
-  int64_t mma = mma_fits(dev, shape.head_dim, dtype) ? part_bytes(plan(dev, shape, room, true)) : 0;
+  int64_t mma =
+      attention_mma_fits(dev, shape.head_dim, dtype) ? part_bytes(plan(dev, shape, room, true)) : 0;
   return plain > mma ? plain : mma;
 }
 
@@ -205,9 +201,8 @@ moe_status moe_cuda_attention_cached(moe_device *dev, moe_attention_shape shape,
                                      moe_tensor out) {
   uintptr_t bits = reinterpret_cast<uintptr_t>(qkv.data) | reinterpret_cast<uintptr_t>(keys.data) |
                    reinterpret_cast<uintptr_t>(values.data);
-  const char *wanted = getenv("MOE_ATTENTION");
-  bool by_mma = mma_fits(dev, shape.head_dim, qkv.dtype) && bits % 16 == 0 &&
-                (wanted == nullptr || strcmp(wanted, "exact") != 0);
+  bool by_mma = attention_mma_fits(dev, shape.head_dim, qkv.dtype) && bits % 16 == 0 &&
+                !cuda_wished("MOE_ATTENTION", "exact");
   if (shape.head_dim > plain_most || shape.batch * shape.seq * shape.heads > INT32_MAX)
     return moe_fail(MOE_INVALID,
                     "cuda: attention over a cache for %lld tokens of %lld heads of size %lld is "

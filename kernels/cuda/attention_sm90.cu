@@ -117,19 +117,6 @@ __device__ __forceinline__ void produce(const backward_args &p, backward_memory 
   }
 }
 
-/* All consumers, of both groups, meet: dS is written. */
-__device__ __forceinline__ void consumers_meet() {
-  asm volatile("bar.sync 1, 256;" ::: "memory");
-}
-
-__device__ __forceinline__ void add_four(float *to, const float *v) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]),
-               "f"(v[1]), "f"(v[2]), "f"(v[3])
-               : "memory");
-#endif
-}
-
 /* One group's keys. */
 template <bool DOCUMENTS> struct backward_group {
   using work = backward_work<DOCUMENTS>;
@@ -251,7 +238,7 @@ template <bool DOCUMENTS> struct backward_group {
     key_grad(dv, prob, s.dout[stage]);
     uint32_t shared_ds = shared_address(s.ds[number % 2]);
     share(shared_ds, ds);
-    consumers_meet();
+    warpgroup_meet<2>(1); /* both groups' dS is there */
     float dq[32];
     wgmma_keep(dk);
     query_grad(dq, shared_ds);
@@ -264,7 +251,7 @@ template <bool DOCUMENTS> struct backward_group {
     wgmma_keep(dq);
     float *to = p.dq + (term_at(p, w.batch, at.head, m0) + group * 64) * HEAD + thread * 4;
 #pragma unroll
-    for (int j = 0; j < 8; j++) add_four(to + j * 512, dq + 4 * j);
+    for (int j = 0; j < 8; j++) add_global(to + j * 512, dq + 4 * j);
     wgmma_wait<0>();
     free(&s.q_empty[stage]);
     wgmma_keep(v);

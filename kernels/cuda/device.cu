@@ -9,6 +9,7 @@
 
 #include "kernels/cuda/attention_cudnn.h"
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/plain.h"
 
 enum : int64_t {
   WORKSPACE = 32 << 20, /* what cuBLAS recommends on Hopper */
@@ -242,8 +243,7 @@ moe_status moe_cuda_open(moe_device *dev) {
   cuda_state *s = static_cast<cuda_state *>(calloc(1, sizeof *s));
   if (s == nullptr) return moe_fail(MOE_NO_MEMORY, "cuda: no memory for the device's state");
   s->ordinal = dev->options.local_rank % count;
-  const char *gemm = getenv("MOE_GEMM");
-  s->own_gemm = gemm != nullptr && strcmp(gemm, "own") == 0;
+  s->own_gemm = cuda_wished("MOE_GEMM", "own");
   snprintf(dev->name, sizeof dev->name, "GPU %d", s->ordinal);
   dev->state = s;
   moe_status status = acquire(dev);

@@ -20,6 +20,12 @@
 #include <cstdlib>
 #include <cstring>
 
+/* Whether the environment's variable has this value. */
+static inline bool cuda_wished(const char *variable, const char *value) {
+  const char *wish = getenv(variable);
+  return wish != nullptr && strcmp(wish, value) == 0;
+}
+
 static inline bool cuda_plain(const char *operation) {
   const char *at = getenv("MOE_PLAIN");
   size_t length = strlen(operation);

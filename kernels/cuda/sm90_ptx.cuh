@@ -60,9 +60,9 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
   }
 #endif
 }
-/* The threads of one warpgroup meet; id 1..15. */
-__device__ __forceinline__ void warpgroup_meet(int id) {
-  asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+/* The threads of so many warpgroups meet; id 1..15. */
+template <int GROUPS = 1> __device__ __forceinline__ void warpgroup_meet(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(128 * GROUPS) : "memory");
 }
 
 /* ---- the copy engine ----------------------------------------------------------------------- */
@@ -141,6 +141,13 @@ __device__ __forceinline__ uint4 load_shared(uint32_t at) {
                : "r"(at)
                : "memory");
   return v;
+}
+
+/* to[0..3] += v[0..3] in global memory, 16-byte aligned, each by itself and in any order. */
+__device__ __forceinline__ void add_global(float *to, const float *v) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]),
+               "f"(v[1]), "f"(v[2]), "f"(v[3])
+               : "memory");
 }
 
 /* ---- wgmma: a warpgroup's matrix product ------------------------------------------------------

@@ -252,28 +252,26 @@ Test(manifest, an_enormous_file_is_refused_before_it_is_read) {
   EXPECT_SAYS("more than the");
 }
 
+/* A stored configuration that is refused, in these words. */
+static void refuse_config(moe_manifest *m, const char *text, const char *says) {
+  free(m->state.config);
+  m->state.config = strdup(text);
+  cr_expect(moe_checkpoint_check_model(m, "hostile") == MOE_DAMAGED);
+  EXPECT_SAYS(says);
+}
+
 /* A configuration text that promises 50 million tensors must not make us list them. */
 Test(manifest, a_model_larger_than_the_checkpoint_is_refused_at_once) {
   moe_manifest m;
   EXPECT_OK(save_sample(1, 2));
   EXPECT_OK(moe_manifest_read(in_step(1, ""), &m));
-  free(m.state.config);
-  m.state.config = strdup("[model]\npreset = tiny\nnum_layers = 4096\nnum_experts = 4096\n");
-  cr_expect(moe_checkpoint_check_model(&m, "hostile") == MOE_DAMAGED);
-  EXPECT_SAYS("fewer than its model");
-  free(m.state.config);
-  m.state.config = strdup("[model]\nno_such_key = 1\n");
-  cr_expect(moe_checkpoint_check_model(&m, "hostile") == MOE_DAMAGED);
-  EXPECT_SAYS("hostile: was written by a newer version");
+  refuse_config(&m, "[model]\npreset = tiny\nnum_layers = 4096\nnum_experts = 4096\n",
+                "fewer than its model");
+  refuse_config(&m, "[model]\nno_such_key = 1\n", "hostile: was written by a newer version");
   EXPECT_SAYS("no_such_key");
-  free(m.state.config);
-  m.state.config = strdup("[model]\npreset = tiny\n[no_such_section]\n");
-  cr_expect(moe_checkpoint_check_model(&m, "hostile") == MOE_DAMAGED);
-  EXPECT_SAYS("newer version");
-  free(m.state.config);
-  m.state.config = strdup("[model]\npreset = tiny\nnum_layers = -3\n");
-  cr_expect(moe_checkpoint_check_model(&m, "hostile") == MOE_DAMAGED);
-  EXPECT_SAYS("hostile: its configuration is not valid");
+  refuse_config(&m, "[model]\npreset = tiny\n[no_such_section]\n", "newer version");
+  refuse_config(&m, "[model]\npreset = tiny\nnum_layers = -3\n",
+                "hostile: its configuration is not valid");
   EXPECT_SAYS("num_layers");
   moe_manifest_clear(&m);
 }
