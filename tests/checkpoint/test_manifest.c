@@ -253,9 +253,9 @@ Test(manifest, an_enormous_file_is_refused_before_it_is_read) {
 }
 
 /* A stored configuration that is refused, in these words. */
-static void refuse_config(moe_manifest *m, const char *text, const char *says) {
+static void refuse_config(moe_manifest *m, const char *config, const char *says) {
   free(m->state.config);
-  m->state.config = strdup(text);
+  m->state.config = strdup(config);
   cr_expect(moe_checkpoint_check_model(m, "hostile") == MOE_DAMAGED);
   EXPECT_SAYS(says);
 }
