@@ -1,22 +1,19 @@
-"""Greedy texts of moe-generate against those of transformers on an export of the same model: 20
-prompts of 1 to 60 tokens, continued beyond the training length with alpha 4, one at a time and in
-batches. Texts must be equal; only where the two likeliest tokens are within 1e-4 of each other may
-one choose the other.
+"""Greedy texts of moe-generate against those of transformers, or of vLLM, on an export of the same
+model: 20 prompts of 1 to 60 tokens, continued beyond the training length with alpha 4, one at a time
+and in batches. Texts must be equal; only where the two likeliest tokens are within 1e-4 of each other
+may one choose the other.
 
-Run it through generate_hf.sh."""
-import argparse, json, pathlib, random, subprocess, sys, tempfile, warnings
-
-import torch, transformers
-from transformers import AutoModelForCausalLM
+Run it through generate_hf.sh. (vLLM on a CPU takes heads of 32 and hidden sizes divisible by 32.)"""
+import argparse, json, os, pathlib, random, subprocess, sys, tempfile, warnings
 
 PROMPTS, NEW, VOCAB, ALPHA = 20, 40, 260, 4
 CONFIG = """[model]
 vocab_size = 260
-hidden_size = 48
+hidden_size = 96
 num_layers = 3
 num_heads = 6
 num_kv_heads = 2
-head_dim = 10
+head_dim = 32
 num_experts = 5
 top_k = 3
 ffn_size = 56
@@ -38,10 +35,11 @@ threads = 1
 """
 
 warnings.filterwarnings("ignore")
-transformers.logging.set_verbosity_error()
-options = argparse.ArgumentParser()
-options.add_argument("--build", required=True)
-binaries = pathlib.Path(options.parse_args().build).resolve() / "bin"
+parser = argparse.ArgumentParser()
+parser.add_argument("--build", required=True)
+parser.add_argument("--reader", choices=("transformers", "vllm"), default="transformers")
+options = parser.parse_args()
+binaries = pathlib.Path(options.build).resolve() / "bin"
 
 
 def run(*command):
@@ -71,18 +69,34 @@ def prepare(folder):
     return prompts
 
 
-def theirs(model, prompt):
-    """Their text and, for each token, how far the next likeliest was behind."""
-    ids, gaps, cache, new = [], [], None, torch.tensor([prompt])
-    with torch.no_grad():
-        for _ in range(NEW):
-            out = model(new, past_key_values=cache, use_cache=True)
-            best = out.logits[0, -1].topk(2)
-            cache = out.past_key_values
-            ids.append(int(best.indices[0]))
-            gaps.append(float(best.values[0] - best.values[1]))
-            new = torch.tensor([[ids[-1]]])
-    return ids, gaps
+def transformers_texts(hf, prompts):
+    """A text for each prompt and, for each token of it, how far the next likeliest was behind."""
+    import torch, transformers
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager")
+    for prompt in prompts:
+        ids, gaps, cache, new = [], [], None, torch.tensor([prompt])
+        with torch.no_grad():
+            for _ in range(NEW):
+                out = model(new, past_key_values=cache, use_cache=True)
+                best = out.logits[0, -1].topk(2)
+                cache = out.past_key_values
+                ids.append(int(best.indices[0]))
+                gaps.append(float(best.values[0] - best.values[1]))
+                new = torch.tensor([[ids[-1]]])
+        yield ids, gaps
+
+
+def vllm_texts(hf, prompts):
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
+                   "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    import vllm
+    model = vllm.LLM(str(hf), dtype="float32", enforce_eager=True, max_model_len=ALPHA * 32)
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=2)
+    for out in model.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False):
+        best = [sorted((x.logprob for x in step.values()), reverse=True) for step in out.outputs[0].logprobs]
+        yield list(out.outputs[0].token_ids), [two[0] - two[1] for two in best]
 
 
 def ours(folder, batch):
@@ -94,8 +108,9 @@ def ours(folder, batch):
 
 def main(folder):
     prompts, failures = prepare(folder), 0
-    model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32, attn_implementation="eager")
-    expected = [theirs(model.eval(), p) for p in prompts]
+    reader = {"transformers": transformers_texts, "vllm": vllm_texts}[options.reader]
+    expected = list(reader(folder / "hf", prompts))
+    version = sys.modules[options.reader].__version__
     for batch in (1, 8):
         same = 0
         for i, (mine, (ids, gaps)) in enumerate(zip(ours(folder, batch), expected, strict=True)):
@@ -105,8 +120,8 @@ def main(folder):
                 failures += 1
                 print(f"FAILED  batch {batch}, prompt {i} of {len(prompts[i])} tokens: token {differ} is "
                       f"{mine[differ]}, not {ids[differ]}, which is {gaps[differ]:.3g} ahead")
-        print(f"batch {batch}: {same} of {PROMPTS} texts of {NEW} tokens are those of transformers "
-              f"{transformers.__version__}")
+        print(f"batch {batch}: {same} of {PROMPTS} texts of {NEW} tokens are those of {options.reader} "
+              f"{version}")
     distinct = len({tuple(ids) for ids, _ in expected})
     if distinct < PROMPTS // 2:
         failures += 1
@@ -114,6 +129,5 @@ def main(folder):
     return failures
 
 
-torch.set_num_threads(1)
 with tempfile.TemporaryDirectory(prefix="moe-generate-hf-") as place:
     sys.exit(1 if main(pathlib.Path(place)) else 0)
