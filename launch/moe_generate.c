@@ -31,6 +31,7 @@ static moe_status configure(job *j) {
   double trained = c->model.rope_alpha;
   if (r->alpha > 0.0) c->model.rope_alpha = r->alpha;
   if (r->dtype >= 0) c->precision.dtype = r->dtype;
+  c->precision.grad_dtype = MOE_STATE_FP32; /* bf16 goes with dtype = bf16; here are none */
   c->run.backend = r->backend;
   c->run.threads = r->threads;
   c->run.memory_gib = r->memory_gib;

@@ -15,7 +15,8 @@ static const char config[] =
     "[model]\npreset = tiny\nvocab_size = 260\nhidden_size = 32\nhead_dim = 8\nffn_size = 32\n"
     "context = 64\n[data]\ntrain = tokens\ntokenizer = bytes\n[optim]\nlr = 1e-2\n"
     "warmup_steps = 2\n[train]\nsteps = 40\nmicro_batch = 4\n[run]\ndir = run\nthreads = 1\n"
-    "[log]\ntensorboard = false\n[precision]\ndtype = bf16\n[checkpoint]\ninterval = 20\n";
+    "[log]\ntensorboard = false\n[precision]\ndtype = bf16\ngrad_dtype = "
+    "bf16\n[checkpoint]\ninterval = 20\n";
 
 static void set_up(void) {
   cr_assert(mkdtemp(folder));
