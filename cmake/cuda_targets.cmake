@@ -13,6 +13,9 @@ target_link_libraries(moe_kernels PUBLIC CUDA::cudart CUDA::cublasLt)
 target_compile_options(moe_kernels PRIVATE
   "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra,-Wshadow;$<$<BOOL:${MOE_WERROR}>:-Werror=all-warnings>>")
 
+# Random numbers: the same bits everywhere.
+set_source_files_properties(${CMAKE_SOURCE_DIR}/kernels/cuda/draw.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
+
 # The Hopper expert kernels exist where 90a code is built.
 if("90a" IN_LIST MOE_CUDA_BUILT AND EXISTS ${CMAKE_SOURCE_DIR}/kernels/cuda/experts_sm90.cu)
   target_compile_definitions(moe_kernels PRIVATE MOE_WITH_SM90A)

@@ -43,6 +43,9 @@ typedef struct moe_backend {
   void (*graph_destroy)(moe_device *dev, moe_graph *graph);
 
   moe_status (*zero)(moe_device *dev, moe_tensor x);
+  moe_status (*fill)(moe_device *dev, moe_tensor x, float value);
+  moe_status (*draw_normal)(moe_device *dev, uint64_t seed, uint64_t stream, int64_t begin,
+                            float std, moe_tensor out);
   moe_status (*copy)(moe_device *dev, moe_tensor dst, moe_tensor src);
   moe_status (*add)(moe_device *dev, moe_tensor y, moe_tensor x);
   moe_status (*scale)(moe_device *dev, moe_tensor x, float s);

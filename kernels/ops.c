@@ -17,6 +17,20 @@ moe_status moe_zero(moe_device *dev, moe_tensor x) {
   return dev->backend->zero(dev, x);
 }
 
+moe_status moe_fill(moe_device *dev, moe_tensor x, float value) {
+  MOE_TRY(moe_check_any("fill", "x", x, MOE_IS_ACT));
+  return dev->backend->fill(dev, x, value);
+}
+
+moe_status moe_draw_normal(moe_device *dev, uint64_t seed, uint64_t stream, int64_t begin,
+                           float std, moe_tensor out) {
+  MOE_TRY(moe_check_any("draw_normal", "out", out, MOE_IS_ACT));
+  MOE_TRY(moe_check_rule("draw_normal", begin >= 0, "draws count from 0"));
+  MOE_TRY(moe_check_rule("draw_normal", std >= 0.0f && isfinite(std),
+                         "the deviation must be 0 or above"));
+  return dev->backend->draw_normal(dev, seed, stream, begin, std, out);
+}
+
 moe_status moe_copy(moe_device *dev, moe_tensor dst, moe_tensor src) {
   MOE_TRY(moe_check_any("copy", "dst", dst, MOE_IS_ACT));
   MOE_TRY(moe_check_any("copy", "src", src, MOE_IS_ACT));

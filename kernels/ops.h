@@ -19,6 +19,12 @@ extern "C" {
 /* ---- elementwise --------------------------------------------------------------------------- */
 
 moe_status moe_zero(moe_device *dev, moe_tensor x);
+/* x = value everywhere. x act. */
+moe_status moe_fill(moe_device *dev, moe_tensor x, float value);
+/* out[i] = normal draw number begin + i of (seed, stream), mean 0, deviation `std`, rounded from
+ * f32 (core/base/rng.h): the same bits on any backend. out act. */
+moe_status moe_draw_normal(moe_device *dev, uint64_t seed, uint64_t stream, int64_t begin,
+                           float std, moe_tensor out);
 /* dst = src, converting between f32, bf16 and f16. Same count. */
 moe_status moe_copy(moe_device *dev, moe_tensor dst, moe_tensor src);
 /* y += x. act or f32 each. */

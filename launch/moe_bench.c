@@ -7,6 +7,7 @@
 
 #include "core/base/log.h"
 #include "core/base/process_memory.h"
+#include "core/base/startup.h"
 #include "core/train/bench.h"
 #include "launch/options.h"
 #include "launch/program.h"
@@ -101,12 +102,14 @@ static moe_status measure_machine(const command *cmd, moe_device *dev, figures *
   }
 done:
   moe_comm_destroy(world);
+  moe_startup_done("ceilings");
   return status;
 }
 
 static moe_status measure_step(moe_engine *e, const command *cmd, figures *f) {
   MOE_TRY(moe_optimizer_init_weights(e->optimizer, (uint64_t)e->config.train.seed));
   if (cmd->balanced) MOE_TRY(moe_model_force_balance(e->model));
+  moe_startup_tell();
   return moe_bench_step(e, (int)cmd->warmup, (int)cmd->steps, &f->step);
 }
 

@@ -41,7 +41,8 @@ void moe_model_destroy(moe_model *m);
  * master_begin + n) of the pool, which receives its part unrounded. Local; waits for the device. */
 moe_status moe_model_write_param(moe_model *m, const moe_param *p, int64_t begin, int64_t count,
                                  float *values, moe_tensor master, int64_t master_begin);
-/* Draw a pool's initial weights, whatever the ranks (params.h); master as above. Local. */
+/* Draw a pool's initial weights, whatever the ranks (params.h); master as above. Local; queued on
+ * the device's stream. */
 moe_status moe_model_init_pool(moe_model *m, moe_pool_kind pool, uint64_t seed, moe_tensor master,
                                int64_t master_begin);
 

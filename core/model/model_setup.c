@@ -304,50 +304,42 @@ static moe_status store_weights(moe_model *m, const moe_param *p, int64_t begin,
   return moe_device_sync(m->env.dev);
 }
 
-/* The part of those values that lies in `master`, the pool's elements from master_begin. */
-static moe_status store_master(moe_model *m, moe_tensor master, int64_t master_begin, int64_t at,
-                               int64_t count, const float *values) {
-  if (!moe_tensor_present(master)) return MOE_OK;
-  int64_t end = master_begin + master.shape[0];
-  int64_t from = at > master_begin ? at : master_begin;
-  int64_t to = at + count < end ? at + count : end;
-  if (from >= to) return MOE_OK;
-  moe_tensor part = moe_tensor_rows(master, from - master_begin, to - from);
-  MOE_TRY(moe_device_upload(m->env.dev, part.data, values + (from - at), moe_tensor_bytes(part)));
-  return moe_device_sync(m->env.dev);
-}
-
-static void draw(const moe_model *m, const moe_param *p, uint64_t seed, int64_t begin,
-                 int64_t count, float *out) {
-  enum { STRIPE = 1 << 13 };
-#pragma omp parallel for schedule(static)
-  for (int64_t at = 0; at < count; at += STRIPE) {
-    int64_t n = count - at < STRIPE ? count - at : STRIPE;
-    moe_param_init(p, &m->env.dims, m->config.model.init_std, seed, begin + at, n, out + at);
-  }
+/* The part of a pool's elements [at, at + count) that lies in `master`, which begins at the pool's
+ * element master_begin; *skip: how many of the elements come before it. Absent if there is none. */
+static moe_tensor master_part(moe_tensor master, int64_t master_begin, int64_t at, int64_t count,
+                              int64_t *skip) {
+  if (!moe_tensor_present(master)) return master;
+  int64_t from = moe_max64(at, master_begin);
+  int64_t to = moe_min64(at + count, master_begin + master.shape[0]);
+  if (from >= to) return moe_tensor_none();
+  *skip = from - at;
+  return moe_tensor_rows(master, from - master_begin, to - from);
 }
 
 moe_status moe_model_write_param(moe_model *m, const moe_param *p, int64_t begin, int64_t count,
                                  float *values, moe_tensor master, int64_t master_begin) {
-  MOE_TRY(store_master(m, master, master_begin, p->offset + begin, count, values));
+  int64_t skip = 0;
+  moe_tensor part = master_part(master, master_begin, p->offset + begin, count, &skip);
+  if (moe_tensor_present(part)) {
+    MOE_TRY(moe_device_upload(m->env.dev, part.data, values + skip, moe_tensor_bytes(part)));
+    MOE_TRY(moe_device_sync(m->env.dev)); /* `values` is narrowed next */
+  }
   return store_weights(m, p, begin, count, values);
 }
 
+/* A draw costs less than reading it back would: the master's are made again. */
 moe_status moe_model_init_pool(moe_model *m, moe_pool_kind pool, uint64_t seed, moe_tensor master,
                                int64_t master_begin) {
-  enum { ROOM = 1 << 22 };
-  float *buffer = malloc(sizeof(float) * ROOM);
-  if (!buffer) return moe_fail(MOE_NO_MEMORY, "out of memory: initial weights");
-  moe_status status = MOE_OK;
+  double std = m->config.model.init_std;
   for (int i = 0; i < m->params.count; i++) {
     const moe_param *p = &m->params.list[i];
-    for (int64_t at = 0; at < p->count && p->row->pool == pool; at += ROOM) {
-      int64_t n = p->count - at < ROOM ? p->count - at : ROOM;
-      draw(m, p, seed, at, n, buffer);
-      MOE_TRY_OR(status, done, moe_model_write_param(m, p, at, n, buffer, master, master_begin));
-    }
+    if (p->row->pool != pool) continue;
+    int64_t skip = 0;
+    moe_tensor weights = moe_tensor_rows(m->weights[pool], p->offset, p->count);
+    moe_tensor part = master_part(master, master_begin, p->offset, p->count, &skip);
+    MOE_TRY(moe_param_init(m->env.dev, p, &m->env.dims, std, seed, 0, weights));
+    if (moe_tensor_present(part))
+      MOE_TRY(moe_param_init(m->env.dev, p, &m->env.dims, std, seed, skip, part));
   }
-done:
-  free(buffer);
-  return status;
+  return MOE_OK;
 }

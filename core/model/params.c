@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "core/base/rng.h"
+#include "kernels/ops.h"
 
 enum { BUNDLE_ALIGN = 64 };
 
@@ -201,16 +202,13 @@ const moe_param *moe_params_at(const moe_params *p, const char *pattern, int64_t
   return moe_params_find(p, name);
 }
 
-void moe_param_init(const moe_param *p, const moe_dims *dims, double init_std, uint64_t seed,
-                    int64_t begin, int64_t count, float *out) {
-  if (p->row->init == MOE_INIT_ONES) {
-    for (int64_t i = 0; i < count; i++) out[i] = 1.0f;
-    return;
-  }
+moe_status moe_param_init(moe_device *dev, const moe_param *p, const moe_dims *dims,
+                          double init_std, uint64_t seed, int64_t begin, moe_tensor out) {
+  if (p->row->init == MOE_INIT_ONES) return moe_fill(dev, out, 1.0f);
   double std = init_std;
   if (p->row->init == MOE_INIT_NORMAL_OUT) std /= sqrt(2.0 * (double)dims->layers);
-  moe_rng_normal_fill(seed, moe_rng_stream(p->row->name, p->layer, p->expert), begin, count,
-                      (float)std, out);
+  uint64_t stream = moe_rng_stream(p->row->name, p->layer, p->expert);
+  return moe_draw_normal(dev, seed, stream, begin, (float)std, out);
 }
 
 int64_t moe_dims_parameters(const moe_dims *d) {

@@ -10,6 +10,7 @@
 #define MOE_CORE_MODEL_PARAMS_H
 
 #include "core/base/config.h"
+#include "kernels/device.h"
 #include "parallel/shard.h"
 
 #ifdef __cplusplus
@@ -79,10 +80,11 @@ bool moe_pool_decays(moe_pool_kind pool);
 moe_dtype moe_pool_dtype(moe_pool_kind pool, moe_dtype compute);
 const char *moe_pool_name(moe_pool_kind pool);
 
-/* Initial values of elements [begin, begin + count) of a tensor, drawn from (seed, name's row,
- * layer, expert, element): the same on any rank, rank count and backend. */
-void moe_param_init(const moe_param *p, const moe_dims *dims, double init_std, uint64_t seed,
-                    int64_t begin, int64_t count, float *out);
+/* out = initial values of a tensor's elements from `begin` on, drawn from (seed, name's row, layer,
+ * expert, element) and rounded to out's type: the same on any rank, rank count and backend.
+ * Local; queued on dev's stream. */
+moe_status moe_param_init(moe_device *dev, const moe_param *p, const moe_dims *dims,
+                          double init_std, uint64_t seed, int64_t begin, moe_tensor out);
 
 /* Totals over the whole model. Active: what one token's matrix products touch (SPEC: attention,
  * router, K experts, head). */

@@ -8,6 +8,7 @@
 
 #include "core/base/log.h"
 #include "core/base/process_memory.h"
+#include "core/base/startup.h"
 #include "core/train/matrix_rate.h"
 #include "core/train/memory_plan.h"
 #include "kernels/ops.h"
@@ -34,7 +35,9 @@ moe_status moe_engine_open_device(const moe_config *config, moe_device **out) {
       .deterministic = config->run.deterministic,
       .tf32 = config->precision.tf32,
       .debug = config->run.debug};
-  return moe_device_open(&options, out);
+  moe_status status = moe_device_open(&options, out);
+  moe_startup_done("device");
+  return status;
 }
 
 /* Model and optimizer over e->memory, measuring or committed. */
@@ -173,14 +176,19 @@ static moe_status create(moe_engine *e, bool training, bool plan_only) {
   e->accumulation = training && c->train.global_batch > 0 ? c->train.global_batch / per_pass : 1;
   e->loss_scale = c->precision.dtype == MOE_PRECISION_FP16 ? c->precision.loss_scale : 1.0;
   MOE_TRY(measure_program(e));
+  moe_startup_done("ranks");
   MOE_TRY(plan(e, training));
+  moe_startup_done("plan");
   if (plan_only) return MOE_OK;
   MOE_TRY(take_memory(e));
   touch_memory(e);
+  moe_startup_done("memory");
   enum { PER_MICRO_BATCH = 3, AT_THE_END = 2 };
   int64_t laps = e->accumulation * PER_MICRO_BATCH + AT_THE_END;
   MOE_TRY(moe_agree(e->world, moe_step_clock_create(e->dev, laps, &e->clock)));
-  return moe_agree(e->world, set_up(e, training));
+  moe_status status = moe_agree(e->world, set_up(e, training));
+  moe_startup_done("model");
+  return status;
 }
 
 moe_status moe_engine_create(const moe_config *config, moe_device *dev, bool training,

@@ -4,7 +4,6 @@
 #include <stdlib.h>
 
 #include "core/base/log.h"
-#include "core/base/rng.h"
 #include "kernels/ops.h"
 
 enum { RUNS = 5 };
@@ -17,21 +16,6 @@ static int by_value(const void *a, const void *b) {
 double moe_median(double *values, int n) {
   qsort(values, (size_t)n, sizeof *values, by_value);
   return values[n / 2];
-}
-
-/* a and b random, through f32 in c's memory, which is f32 and as large. */
-static moe_status fill_random(moe_device *dev, moe_tensor x, moe_tensor through, uint64_t stream) {
-  int64_t n = moe_tensor_count(x);
-  float *host = malloc((size_t)n * sizeof *host);
-  if (!host) return moe_fail(MOE_NO_MEMORY, "out of memory: measuring the matrix rate");
-  for (int64_t i = 0; i < n; i++) {
-    host[i] = moe_rng_uniform(1, stream, (uint64_t)i) - 0.5f;
-  }
-  moe_status status = moe_device_upload(dev, through.data, host, n * 4);
-  if (status == MOE_OK) status = moe_copy(dev, x, through);
-  if (status == MOE_OK) status = moe_device_sync(dev);
-  free(host);
-  return status;
 }
 
 static moe_status time_products(moe_device *dev, moe_tensor a, moe_tensor b, moe_tensor c,
@@ -60,8 +44,8 @@ moe_status moe_matrix_rate(moe_device *dev, int64_t n, moe_dtype dtype, double *
     status = moe_fail(MOE_NO_MEMORY, "out of memory: measuring the matrix rate");
     goto done;
   }
-  MOE_TRY_OR(status, done, fill_random(dev, a, c, 1));
-  MOE_TRY_OR(status, done, fill_random(dev, b, c, 2));
+  MOE_TRY_OR(status, done, moe_draw_normal(dev, 1, 1, 0, 1.0f, a));
+  MOE_TRY_OR(status, done, moe_draw_normal(dev, 1, 2, 0, 1.0f, b));
   MOE_TRY_OR(status, done, time_products(dev, a, b, c, &seconds));
   *tflops = 2.0 * (double)n * (double)n * (double)n / seconds * 1e-12;
 done:

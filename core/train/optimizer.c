@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "core/base/startup.h"
 #include "kernels/ops.h"
 #include "parallel/grad_sync.h"
 
@@ -72,6 +73,8 @@ moe_status moe_optimizer_init_weights(moe_optimizer *o, uint64_t seed) {
     const moe_optimizer_pool *p = &o->pool[i];
     MOE_TRY(moe_model_init_pool(o->model, (moe_pool_kind)i, seed, p->master, p->owned.begin));
   }
+  MOE_TRY(moe_device_sync(o->dev));
+  moe_startup_done("initial weights");
   return MOE_OK;
 }
 

@@ -10,6 +10,7 @@
 #include "core/base/log.h"
 #include "core/base/place.h"
 #include "core/base/process_memory.h"
+#include "core/base/startup.h"
 #include "core/train/matrix_rate.h"
 #include "core/train/metrics.h"
 #include "core/train/run_dir.h"
@@ -250,10 +251,13 @@ static moe_status start_state(trainer *t, const char *resume) {
     return moe_optimizer_init_weights(e->optimizer, (uint64_t)e->config.train.seed);
   }
   moe_run_state state;
+  char size[MOE_TEXT];
+  moe_info("loading %s, %s", path, moe_text_bytes(size, (double)moe_run_state_bytes(&e->config)));
   MOE_TRY(moe_checkpoint_read_state(e->world, path, &state));
   t->step = t->saves.saved_step = state.step;
   t->tokens = state.tokens;
   moe_status status = moe_run_restore(e, path, &state);
+  moe_startup_done("checkpoint");
   if (status == MOE_OK) status = prepare_folder(t, path);
   if (status == MOE_OK && state.samples > 0 &&
       state.data_fingerprint != moe_loader_fingerprint(t->loader)) {
@@ -287,7 +291,9 @@ static moe_status set_up(trainer *t, const char *resume) {
   t->schedule = moe_schedule_of(&e->config);
   MOE_TRY(moe_run_lock_take(e->world, e->config.run.dir, &t->lock));
   MOE_TRY(moe_run_saves_create(e, &t->clock, &t->saves));
+  moe_startup_done("room for saves");
   MOE_TRY(moe_agree(e->world, open_data(t)));
+  moe_startup_done("data");
   MOE_TRY(moe_agree(e->world, start_state(t, resume)));
   MOE_TRY(moe_agree(e->world, moe_loader_seek(t->loader, t->step)));
   int64_t memory = planned_bytes(t);
@@ -302,7 +308,10 @@ static moe_status set_up(trainer *t, const char *resume) {
   moe_status status =
       moe_metrics_create(&e->config, moe_comm_rank(e->world), moe_comm_size(e->world),
                          t->dims.layers, t->dims.experts, peak, t->step, &t->metrics);
-  return moe_agree(e->world, status);
+  MOE_TRY(moe_agree(e->world, status));
+  moe_startup_done("the rest");
+  moe_startup_tell();
+  return MOE_OK;
 }
 
 /* From here on a rank that hangs ends the job. */

@@ -5,6 +5,9 @@
 #include "kernels/backend.h"
 
 moe_status moe_cpu_zero(moe_device *dev, moe_tensor x);
+moe_status moe_cpu_fill(moe_device *dev, moe_tensor x, float value);
+moe_status moe_cpu_draw_normal(moe_device *dev, uint64_t seed, uint64_t stream, int64_t begin,
+                               float std, moe_tensor out);
 moe_status moe_cpu_copy(moe_device *dev, moe_tensor dst, moe_tensor src);
 moe_status moe_cpu_add(moe_device *dev, moe_tensor y, moe_tensor x);
 moe_status moe_cpu_scale(moe_device *dev, moe_tensor x, float s);

@@ -2,6 +2,7 @@
  *
  * Work is done in pieces of PIECE elements, which fit the first-level cache as floats whatever the
  * tensor's type. The pieces do not depend on the number of threads, nor do sums over them. */
+#include "core/base/rng.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/cpu_math.h"
 
@@ -18,6 +19,32 @@ moe_status moe_cpu_zero(moe_device *dev, moe_tensor x) {
 #pragma omp parallel for if (bytes > 4 * BLOCK)
   for (int64_t at = 0; at < bytes; at += BLOCK)
     memset((char *)x.data + at, 0, (size_t)moe_min64(BLOCK, bytes - at));
+  return MOE_OK;
+}
+
+moe_status moe_cpu_fill(moe_device *dev, moe_tensor x, float value) {
+  (void)dev;
+  int64_t count = moe_tensor_count(x);
+  float values[PIECE];
+  for (int64_t i = 0; i < PIECE; i++) values[i] = value;
+#pragma omp parallel for if (count > PARALLEL)
+  for (int64_t at = 0; at < count; at += PIECE)
+    moe_cpu_store(x, at, moe_min64(PIECE, count - at), values);
+  return MOE_OK;
+}
+
+/* The pieces start at whole chunks of the stream (rng.c) when `begin` does. */
+moe_status moe_cpu_draw_normal(moe_device *dev, uint64_t seed, uint64_t stream, int64_t begin,
+                               float std, moe_tensor out) {
+  (void)dev;
+  int64_t count = moe_tensor_count(out);
+#pragma omp parallel for if (count > PIECE)
+  for (int64_t at = 0; at < count; at += PIECE) {
+    float draws[PIECE];
+    int64_t n = moe_min64(PIECE, count - at);
+    moe_rng_normal_fill(seed, stream, begin + at, n, std, draws);
+    moe_cpu_store(out, at, n, draws);
+  }
   return MOE_OK;
 }
 

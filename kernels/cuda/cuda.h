@@ -15,6 +15,9 @@ int moe_cuda_ordinal(const moe_device *dev);
 bool moe_cuda_has_lanes(const moe_device *dev); /* not with MOE_LANES=off */
 
 moe_status moe_cuda_zero(moe_device *dev, moe_tensor x);
+moe_status moe_cuda_fill(moe_device *dev, moe_tensor x, float value);
+moe_status moe_cuda_draw_normal(moe_device *dev, uint64_t seed, uint64_t stream, int64_t begin,
+                                float std, moe_tensor out);
 moe_status moe_cuda_copy(moe_device *dev, moe_tensor dst, moe_tensor src);
 moe_status moe_cuda_add(moe_device *dev, moe_tensor y, moe_tensor x);
 moe_status moe_cuda_scale(moe_device *dev, moe_tensor x, float s);

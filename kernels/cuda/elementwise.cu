@@ -63,6 +63,13 @@ template <typename F> static moe_status pick(moe_tensor y, moe_tensor x, F f) {
   });
 }
 
+template <typename F> static moe_status pick(moe_tensor x, F f) {
+  return cuda_act(x.dtype, [&](auto a) {
+    return cuda_width(
+        0, [&](auto width) { return f(a, width); }, (char *)x.data);
+  });
+}
+
 moe_status moe_cuda_copy(moe_device *dev, moe_tensor dst, moe_tensor src) {
   int64_t n = moe_tensor_count(dst);
   if (n == 0) return MOE_OK;
@@ -101,18 +108,39 @@ moe_status moe_cuda_add(moe_device *dev, moe_tensor y, moe_tensor x) {
 moe_status moe_cuda_scale(moe_device *dev, moe_tensor x, float s) {
   int64_t n = moe_tensor_count(x);
   if (n == 0) return MOE_OK;
-  return cuda_act(x.dtype, [&](auto d) {
+  return pick(x, [&](auto d, auto width) {
     using X = decltype(d);
-    return cuda_width(
-        0,
-        [&](auto width) {
-          constexpr int N = decltype(width)::value;
-          scale_kernel<X, N><<<cuda_blocks(dev, div_up(n, N), 256), 256, 0, cuda_of(dev)->stream>>>(
-              cuda_data<X>(x), s, n);
-          CUDA_LAUNCHED(dev);
-          return MOE_OK;
-        },
-        (char *)x.data);
+    constexpr int N = decltype(width)::value;
+    scale_kernel<X, N><<<cuda_blocks(dev, div_up(n, N), 256), 256, 0, cuda_of(dev)->stream>>>(
+        cuda_data<X>(x), s, n);
+    CUDA_LAUNCHED(dev);
+    return MOE_OK;
+  });
+}
+
+template <typename X, int N> __device__ __forceinline__ void fill(X *x, float value) {
+  float v[N];
+#pragma unroll
+  for (int i = 0; i < N; i++) v[i] = value;
+  store<X, N>(x, v);
+}
+
+template <typename X, int N> __global__ void fill_kernel(X *x, float value, int64_t n) {
+  stride<N>(
+      n, [=](int64_t i) { fill<X, N>(x + i, value); },
+      [=](int64_t i) { fill<X, 1>(x + i, value); });
+}
+
+moe_status moe_cuda_fill(moe_device *dev, moe_tensor x, float value) {
+  int64_t n = moe_tensor_count(x);
+  if (n == 0) return MOE_OK;
+  return pick(x, [&](auto d, auto width) {
+    using X = decltype(d);
+    constexpr int N = decltype(width)::value;
+    fill_kernel<X, N><<<cuda_blocks(dev, div_up(n, N), 256), 256, 0, cuda_of(dev)->stream>>>(
+        cuda_data<X>(x), value, n);
+    CUDA_LAUNCHED(dev);
+    return MOE_OK;
   });
 }
 

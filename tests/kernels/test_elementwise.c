@@ -1,4 +1,4 @@
-/* zero, copy, add, scale, sum_squares, embed and its gradient. */
+/* zero, fill, copy, add, scale, sum_squares, embed and its gradient. */
 #include <criterion/criterion.h>
 #include <math.h>
 #include <string.h>
@@ -18,6 +18,20 @@ static void zeroes(moe_device *dev, moe_dtype act) {
 
 Test(elementwise, zero_clears_every_element_and_nothing_else) {
   op_each(zeroes);
+}
+
+static void fills(moe_device *dev, moe_dtype act) {
+  for (int i = 0; i < LENGTHS; i++) {
+    op_tensor x = op_output(dev, "x", act, OP_SHAPE(lengths[i]));
+    double *reference = op_doubles(x.count);
+    for (int64_t j = 0; j < x.count; j++) reference[j] = op_round(act, (double)0.3f);
+    op_ok(moe_fill(dev, x.t, 0.3f));
+    op_equal(x, reference);
+  }
+}
+
+Test(elementwise, fill_rounds_the_value_into_every_element_and_nothing_else) {
+  op_each(fills);
 }
 
 static void copies(moe_device *dev, moe_dtype act) {

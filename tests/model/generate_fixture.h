@@ -51,12 +51,8 @@ static inline void small_weights(const small_generator *s) {
   for (int i = 0; i < params->count; i++) {
     const moe_param *p = &params->list[i];
     moe_tensor to = moe_tensor_rows(moe_generator_pools(s->g)[p->row->pool], p->offset, p->count);
-    float *values = malloc((size_t)p->count * sizeof *values);
-    moe_param_init(p, &params->dims, s->config.model.init_std, SMALL_SEED, 0, p->count, values);
-    moe_convert(values, MOE_F32, values, to.dtype, p->count); /* no wider: in place */
-    GENERATE_OK(moe_device_upload(s->dev, to.data, values, moe_tensor_bytes(to)));
-    GENERATE_OK(moe_device_sync(s->dev));
-    free(values);
+    double std = s->config.model.init_std;
+    GENERATE_OK(moe_param_init(s->dev, p, &params->dims, std, SMALL_SEED, 0, to));
   }
 }
 
