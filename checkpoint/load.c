@@ -1,11 +1,14 @@
 /* Loading: any rank fetches any ranges, whoever wrote them.
  *
- * First a plan, from the manifest alone: which part of which slice goes where. Then the slices are
- * read once each, in the order in which they lie in the files, through a bounded buffer. */
+ * First a plan, from the manifest alone: which part of which slice goes where. Then a crew reads
+ * the slices, each once and in the order in which they lie in the files, through bounded buffers.
+ * The device and HDF5 serve one of the crew at a time. */
 #include <inttypes.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "checkpoint/crew.h"
 #include "checkpoint/shard.h"
 
 /* Elements [begin, end) of a tensor that `slice` has and `piece` wants. */
@@ -92,18 +95,33 @@ static int by_place(const void *pa, const void *pb) {
 /* ---- read
  * ---------------------------------------------------------------------------------------- */
 
-enum { CHUNK = 16 << 20, STEP = CHUNK / 8 }; /* bytes, elements at a time: of 8 bytes at most */
+enum { CHUNK = 8 << 20, STEP = CHUNK / 8 }; /* bytes, elements at a time: of 8 bytes at most */
+
+typedef struct {
+  XXH3_state_t *hash;
+  char *raw, *converted; /* CHUNK bytes each */
+} reader;
 
 typedef struct {
   moe_device *dev;
   bool verify;
-  XXH3_state_t *hash;
-  char *raw, *converted; /* CHUNK bytes each */
-  moe_hdf5 file;
-} reader;
+  reader crew[MOE_CREW];
+  pthread_mutex_t lock; /* of the device and of HDF5 */
+  moe_hdf5 file;        /* being read */
+  const overlap *first; /* of those in this file */
+  int64_t *at;          /* [slices + 1]: where each slice's overlaps begin after `first` */
+} loading;
+
+static moe_status upload(loading *l, void *target, const void *data, int64_t bytes) {
+  pthread_mutex_lock(&l->lock);
+  moe_status status = moe_device_upload(l->dev, target, data, bytes);
+  if (status == MOE_OK) status = moe_device_sync(l->dev); /* the buffers are used again */
+  pthread_mutex_unlock(&l->lock);
+  return status;
+}
 
 /* raw holds elements [begin, end) of the tensor: bring what o wants of them to its piece. */
-static moe_status deliver(reader *r, const overlap *o, int64_t begin, int64_t end) {
+static moe_status deliver(loading *l, reader *r, const overlap *o, int64_t begin, int64_t end) {
   moe_dtype from = o->slice->dtype, to = o->piece->dtype;
   int64_t first = o->begin > begin ? o->begin : begin, last = o->end < end ? o->end : end;
   if (first >= last) return MOE_OK;
@@ -113,20 +131,19 @@ static moe_status deliver(reader *r, const overlap *o, int64_t begin, int64_t en
     data = r->converted;
   }
   char *target = (char *)o->piece->data + (first - o->piece->begin) * moe_dtype_size(to);
-  MOE_TRY(moe_device_upload(r->dev, target, data, (last - first) * moe_dtype_size(to)));
-  return moe_device_sync(r->dev); /* the buffers are used again */
+  return upload(l, target, data, (last - first) * moe_dtype_size(to));
 }
 
 /* Read one slice for the n overlaps that want some of it: all of it to verify its hash, else only
  * from the first to the last element wanted. */
-static moe_status stream(reader *r, const moe_dataset *d, const overlap *o, int64_t n) {
+static moe_status stream(loading *l, reader *r, const moe_dataset *d, const overlap *o, int64_t n) {
   const moe_slice *s = o->slice;
   int64_t begin = o->begin, end = o->end;
   for (int64_t i = 1; i < n; i++) {
     if (o[i].begin < begin) begin = o[i].begin;
     if (o[i].end > end) end = o[i].end;
   }
-  if (r->verify) {
+  if (l->verify) {
     begin = s->begin;
     end = s->begin + s->count;
     XXH3_128bits_reset(r->hash);
@@ -134,52 +151,82 @@ static moe_status stream(reader *r, const moe_dataset *d, const overlap *o, int6
   for (int64_t at = begin, stop; at < end; at = stop) {
     stop = end - at < STEP ? end : at + STEP;
     MOE_TRY(moe_dataset_read(d, at - s->begin, stop - at, r->raw));
-    if (r->verify)
+    if (l->verify)
       XXH3_128bits_update(r->hash, r->raw, (size_t)((stop - at) * moe_dtype_size(s->dtype)));
-    for (int64_t i = 0; i < n; i++) MOE_TRY(deliver(r, &o[i], at, stop));
+    for (int64_t i = 0; i < n; i++) MOE_TRY(deliver(l, r, &o[i], at, stop));
   }
-  return r->verify ? moe_shard_compare_hash(&r->file, s, XXH3_128bits_digest(r->hash)) : MOE_OK;
+  return l->verify ? moe_shard_compare_hash(&l->file, s, XXH3_128bits_digest(r->hash)) : MOE_OK;
 }
 
-static moe_status read_slice(reader *r, const overlap *o, int64_t n) {
+static moe_status read_slice(void *context, int worker, int64_t i) {
+  loading *l = context;
+  const overlap *o = l->first + l->at[i];
   moe_dataset d;
-  MOE_TRY(moe_dataset_open(&r->file, o->slice, &d));
-  moe_status status = stream(r, &d, o, n);
+  pthread_mutex_lock(&l->lock);
+  moe_status status = moe_dataset_open(&l->file, o->slice, &d);
+  pthread_mutex_unlock(&l->lock);
+  if (status != MOE_OK) return status;
+  status = stream(l, &l->crew[worker], &d, o, l->at[i + 1] - l->at[i]);
+  pthread_mutex_lock(&l->lock);
   moe_dataset_close(&d);
+  pthread_mutex_unlock(&l->lock);
   return status;
 }
 
-static moe_status read_all(reader *r, const moe_manifest *m, const load_plan *plan,
+/* The n overlaps from `o` on are those of one file. */
+static moe_status read_file(loading *l, const moe_manifest *m, const overlap *o, int64_t n,
+                            const char *dir) {
+  int64_t slices = 0;
+  l->first = o;
+  for (int64_t i = 0; i < n; i++)
+    if (i == 0 || o[i].slice != o[i - 1].slice) l->at[slices++] = i;
+  l->at[slices] = n;
+  moe_hdf5_release(&l->file);
+  MOE_TRY(moe_shard_open(dir, m, o->slice->file, &l->file));
+  return moe_crew_work(slices, read_slice, l);
+}
+
+static moe_status read_all(loading *l, const moe_manifest *m, const load_plan *plan,
                            const char *dir) {
-  int open = -1;
   for (int64_t i = 0, n; i < plan->n; i += n) {
     const overlap *o = &plan->list[i];
-    for (n = 1; i + n < plan->n && o[n].slice == o->slice;) n++;
-    if (o->slice->file != open) {
-      moe_hdf5_release(&r->file);
-      open = o->slice->file;
-      MOE_TRY(moe_shard_open(dir, m, open, &r->file));
-    }
-    MOE_TRY(read_slice(r, o, n));
+    for (n = 1; i + n < plan->n && o[n].slice->file == o->slice->file;) n++;
+    MOE_TRY(read_file(l, m, o, n, dir));
   }
   return MOE_OK;
 }
 
+static bool take_room(loading *l, int64_t overlaps) {
+  bool all = (l->at = calloc((size_t)overlaps + 1, sizeof *l->at)) != NULL;
+  for (int w = 0; w < MOE_CREW; w++) {
+    reader *r = &l->crew[w];
+    r->hash = XXH3_createState();
+    r->raw = moe_device_alloc_host(l->dev, CHUNK);
+    r->converted = moe_device_alloc_host(l->dev, CHUNK);
+    all = all && r->hash && r->raw && r->converted;
+  }
+  return all;
+}
+
+static void release_room(loading *l) {
+  for (int w = 0; w < MOE_CREW; w++) {
+    moe_device_free_host(l->dev, l->crew[w].converted);
+    moe_device_free_host(l->dev, l->crew[w].raw);
+    XXH3_freeState(l->crew[w].hash);
+  }
+  free(l->at);
+}
+
 static moe_status read_plan(moe_device *dev, const moe_manifest *m, const load_plan *plan,
                             bool verify, const char *dir) {
-  reader r = {.dev = dev, .verify = verify, .file = {.id = -1, .fd = -1}};
-  moe_status status;
-  r.hash = XXH3_createState();
-  r.raw = moe_device_alloc_host(dev, CHUNK);
-  r.converted = moe_device_alloc_host(dev, CHUNK);
-  if (r.hash && r.raw && r.converted)
-    status = read_all(&r, m, plan, dir);
-  else
-    status = moe_fail(MOE_NO_MEMORY, "%s: no memory to load it", dir);
-  moe_hdf5_release(&r.file);
-  moe_device_free_host(dev, r.converted);
-  moe_device_free_host(dev, r.raw);
-  XXH3_freeState(r.hash);
+  loading l = {.dev = dev, .verify = verify, .file = {.id = -1, .fd = -1}};
+  pthread_mutex_init(&l.lock, NULL);
+  moe_status status = take_room(&l, plan->n)
+                          ? read_all(&l, m, plan, dir)
+                          : moe_fail(MOE_NO_MEMORY, "%s: no memory to load it", dir);
+  moe_hdf5_release(&l.file);
+  release_room(&l);
+  pthread_mutex_destroy(&l.lock);
   return status;
 }
 

@@ -7,13 +7,11 @@
 
 #include <errno.h>
 #include <inttypes.h>
-#include <pthread.h>
-#include <signal.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "checkpoint/crew.h"
 #include "checkpoint/files.h"
 
 /* Bytes fetched, hashed and written at a time: what is copied in stays in the processor's cache
@@ -216,67 +214,31 @@ static moe_status check_data(const moe_hdf5 *f, const moe_slice *s, void *buffer
   return moe_shard_compare_hash(f, s, XXH3_128bits_digest(hash));
 }
 
-/* A file's slices, shared out to threads: each takes the next one. */
 typedef struct {
   const moe_hdf5 *file;
   const moe_slice *const *slice;
-  int64_t n;
-  atomic_llong next;
-  atomic_bool failed;
-  pthread_mutex_t lock;
-  /* the first slice at fault, under the lock */
-  int64_t fault;
-  moe_status status;
-  char message[1024];
+  void *buffer[MOE_CREW]; /* PART bytes each, from a worker's first slice on */
+  XXH3_state_t *hash[MOE_CREW];
 } checking;
 
-static void report(checking *c, int64_t slice, moe_status status) {
-  pthread_mutex_lock(&c->lock);
-  if (slice < c->fault) {
-    c->fault = slice;
-    c->status = status;
-    snprintf(c->message, sizeof c->message, "%s", moe_error_message());
-  }
-  pthread_mutex_unlock(&c->lock);
-  atomic_store(&c->failed, true);
-}
-
-static void *check_slices(void *context) {
+static moe_status check_slice(void *context, int worker, int64_t i) {
   checking *c = context;
-  XXH3_state_t *hash = XXH3_createState();
-  void *buffer = malloc(PART);
-  if (!hash || !buffer)
-    report(c, 0, moe_fail(MOE_NO_MEMORY, "%s: no memory to verify it", c->file->path));
-  while (!atomic_load(&c->failed)) {
-    int64_t i = atomic_fetch_add(&c->next, 1);
-    if (i >= c->n) break;
-    moe_status status = check_data(c->file, c->slice[i], buffer, hash);
-    if (status != MOE_OK) report(c, i, status);
-  }
-  free(buffer);
-  XXH3_freeState(hash);
-  return NULL;
+  if (!c->buffer[worker]) c->buffer[worker] = malloc(PART);
+  if (!c->hash[worker]) c->hash[worker] = XXH3_createState();
+  if (!c->buffer[worker] || !c->hash[worker])
+    return moe_fail(MOE_NO_MEMORY, "%s: no memory to verify it", c->file->path);
+  return check_data(c->file, c->slice[i], c->buffer[worker], c->hash[worker]);
 }
 
-/* The data of all slices of an open file. One thread neither keeps a fast disk busy nor copies from
- * the kernel's cache as fast as memory allows; a few do. */
+/* The data of all slices of an open file. */
 static moe_status check_all_data(const moe_hdf5 *f, const moe_slice *const *slice, int64_t n) {
-  enum { HELPERS = 3 };
-  pthread_t helper[HELPERS];
-  sigset_t all, before;
-  int helpers = 0;
-  checking c = {.file = f, .slice = slice, .n = n, .fault = n, .status = MOE_OK};
-  pthread_mutex_init(&c.lock, NULL);
-  sigfillset(&all); /* signals are for the thread that asks */
-  pthread_sigmask(SIG_SETMASK, &all, &before);
-  while (helpers < HELPERS && helpers + 1 < n &&
-         pthread_create(&helper[helpers], NULL, check_slices, &c) == 0)
-    helpers++;
-  pthread_sigmask(SIG_SETMASK, &before, NULL);
-  check_slices(&c);
-  while (helpers > 0) pthread_join(helper[--helpers], NULL);
-  pthread_mutex_destroy(&c.lock);
-  return c.status == MOE_OK ? MOE_OK : moe_fail(c.status, "%s", c.message);
+  checking c = {.file = f, .slice = slice};
+  moe_status status = moe_crew_work(n, check_slice, &c);
+  for (int w = 0; w < MOE_CREW; w++) {
+    free(c.buffer[w]);
+    XXH3_freeState(c.hash[w]);
+  }
+  return status;
 }
 
 /* First what HDF5 says of each dataset, then the bytes that this was said of. */
