@@ -159,11 +159,12 @@ static moe_status take_memory(moe_engine *e) {
 }
 
 /* Host memory is only promised until it is written: have it now, not in the middle of a step. */
-static void touch_memory(moe_engine *e) {
+static moe_status touch_memory(moe_engine *e) {
   for (int i = 0; i < MOE_MEM_PURPOSES && moe_device_is_host(e->dev); i++) {
-    if (e->memory.arena[i].base)
-      memset(e->memory.arena[i].base, 0, (size_t)e->memory.arena[i].size);
+    const moe_arena *a = &e->memory.arena[i];
+    if (a->base) MOE_TRY(moe_zero(e->dev, moe_tensor_1d(a->base, MOE_F32, a->size / 4)));
   }
+  return MOE_OK;
 }
 
 static moe_status create(moe_engine *e, bool training, bool plan_only) {
@@ -181,7 +182,7 @@ static moe_status create(moe_engine *e, bool training, bool plan_only) {
   moe_startup_done("plan");
   if (plan_only) return MOE_OK;
   MOE_TRY(take_memory(e));
-  touch_memory(e);
+  MOE_TRY(touch_memory(e));
   moe_startup_done("memory");
   enum { PER_MICRO_BATCH = 3, AT_THE_END = 2 };
   int64_t laps = e->accumulation * PER_MICRO_BATCH + AT_THE_END;

@@ -4,6 +4,10 @@
 
 #include "kernels/backend.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 moe_status moe_cpu_zero(moe_device *dev, moe_tensor x);
 moe_status moe_cpu_fill(moe_device *dev, moe_tensor x, float value);
 moe_status moe_cpu_draw_normal(moe_device *dev, uint64_t seed, uint64_t stream, int64_t begin,
@@ -86,4 +90,7 @@ moe_status moe_cpu_sample(moe_device *dev, moe_tensor logits, moe_sample_args ar
                           moe_tensor streams, moe_tensor positions, moe_tensor token);
 moe_status moe_cpu_advance(moe_device *dev, moe_tensor counts, moe_tensor by);
 
+#ifdef __cplusplus
+}
+#endif
 #endif

@@ -81,3 +81,7 @@ Test(moe_bench, wrong_use_is_exit_code_2) {
   runs(2, "preset = huge", "moe-bench --set model.preset=huge");
   runs(0, "--balanced", "moe-bench --help");
 }
+
+Test(moe_bench, says_where_the_time_before_the_first_step_went) {
+  runs(0, "moe-bench: ready after ", TINY);
+}

@@ -140,3 +140,24 @@ Test(moe_train, a_signal_saves_and_exits_75_and_the_same_command_goes_on) {
   cr_assert_eq(moe_shell("grep -q 'stopped on request' %s/log", folder), 0);
   cr_assert_eq(moe_shell("ls %s/run/checkpoints | grep -q step-", folder), 0);
 }
+
+/* `line` is in the log once, after `before`. */
+static void says_after(const char *before, const char *line) {
+  int wrong =
+      moe_shell("sed -n '/%s/,$p' %s/log | grep -c '%s' | grep -qx 1", before, folder, line);
+  if (wrong) moe_shell("cat %s/log >&2", folder);
+  cr_assert_not(wrong, "no \"%s\" after \"%s\"", line, before);
+}
+
+Test(moe_train, says_what_it_begins_with_and_when_it_is_ready) {
+  static const char *const command =
+      "timeout 60 mpirun --oversubscribe -np 2 %s/moe-train %s/cfg.ini --set train.steps=%d "
+      "--set optim.warmup_steps=0 >%s/log 2>&1";
+  cr_assert_eq(moe_shell(command, MOE_BIN_DIR, folder, 1, folder), 0);
+  says_after("new run: initial weights", "^moe-train: ready after [0-9.]* s");
+  says_after("ready after", "^step 1/1 ");
+  cr_assert_eq(moe_shell(command, MOE_BIN_DIR, folder, 2, folder), 0);
+  says_after("^moe-train: loading .*step-[0-9]*, [0-9.]* [KM]iB$", "resuming after step 1:");
+  says_after("resuming after step 1:", "^moe-train: ready after [0-9.]* s");
+  says_after("ready after", "^step 2/2 ");
+}
