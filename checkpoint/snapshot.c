@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "core/base/log.h"
+#include "kernels/ops.h"
 
 enum { LEAST = 1 << 20, GROUP = 256 << 20 };
 
@@ -45,7 +46,7 @@ moe_status moe_snapshot_create(moe_device *dev, int64_t bytes, moe_snapshot **ou
              "during a part of each save",
              moe_text_bytes(have, (double)s->size), moe_text_bytes(want, (double)bytes));
   /* Memory is only promised until it is written: have it now. */
-  if (moe_device_is_host(dev)) memset(s->ring, 0, (size_t)s->size);
+  if (moe_device_is_host(dev)) (void)moe_zero(dev, moe_tensor_1d(s->ring, MOE_F32, s->size / 4));
   pthread_mutex_init(&s->lock, NULL);
   pthread_cond_init(&s->moved, NULL);
   *out = s;
