@@ -55,6 +55,12 @@ typedef struct moe_backend {
                                moe_tensor dweight);
   moe_status (*rms_norm)(moe_device *dev, moe_tensor x, moe_tensor residual, moe_tensor gain,
                          double eps, moe_tensor sum, moe_tensor out, moe_tensor rstd);
+  /* These two may be NULL, or leave *done false and queue nothing: then the two operations that
+   * they are made of are called. */
+  moe_status (*norm_gemm)(moe_device *dev, moe_norm norm, moe_tensor b, moe_tensor c, bool *done);
+  moe_status (*norm_router)(moe_device *dev, moe_norm norm, moe_tensor weight, moe_tensor bias,
+                            moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
+                            moe_tensor stats, bool *done);
   moe_status (*rms_norm_backward)(moe_device *dev, moe_tensor dout, moe_tensor x, moe_tensor gain,
                                   moe_tensor rstd, moe_tensor dx, moe_tensor dgain);
   moe_status (*gemm)(moe_device *dev, moe_gemm_form form, moe_tensor a, moe_tensor b, float beta,
@@ -68,8 +74,8 @@ typedef struct moe_backend {
                                    moe_tensor lse, moe_tensor dqkv);
   int64_t (*attention_scratch)(moe_device *dev, moe_attention_shape shape, moe_dtype dtype);
   moe_status (*attention_cached)(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
-                                 moe_tensor keys, moe_tensor values, moe_tensor lengths,
-                                 moe_tensor out);
+                                 moe_tensor positions, moe_tensor table, moe_tensor keys,
+                                 moe_tensor values, moe_tensor lengths, moe_tensor out);
   int64_t (*attention_cached_scratch)(moe_device *dev, moe_attention_shape shape, int64_t room,
                                       moe_dtype dtype);
   moe_status (*router)(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,

@@ -38,6 +38,9 @@ moe_status moe_check_any(const char *op, const char *name, moe_tensor t, int typ
 /* A condition on an operation's numbers; `rule` completes "op: ". */
 moe_status moe_check_rule(const char *op, int holds, const char *rule);
 
+/* moe_rms_norm's operands (ops.c). */
+moe_status moe_check_norm(moe_norm norm);
+
 /* Debug mode: MOE_DIVERGED names the operation, where it ran (moe_device_label) and the first
  * element of a floating-point output that is not finite. Nothing without options.debug. */
 moe_status moe_check_finite(moe_device *dev, const char *op, const char *name, moe_tensor t);

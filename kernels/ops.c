@@ -82,19 +82,24 @@ moe_status moe_embed_backward(moe_device *dev, moe_tensor tokens, moe_tensor dou
 
 /* ---- norm -------------------------------------------------------------------------------- */
 
+moe_status moe_check_norm(moe_norm n) {
+  const char *op = "rms_norm";
+  MOE_TRY(moe_check_2d(op, "x", n.x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
+  int64_t rows = n.x.shape[0], width = n.x.shape[1];
+  int act = moe_same_type(n.x);
+  if (moe_tensor_present(n.residual)) {
+    MOE_TRY(moe_check_2d(op, "residual", n.residual, act, rows, width));
+    MOE_TRY(moe_check_2d(op, "sum", n.sum, act, rows, width));
+  }
+  MOE_TRY(moe_check_1d(op, "gain", n.gain, MOE_IS_F32, width));
+  MOE_TRY(moe_check_2d(op, "out", n.out, act, rows, width));
+  MOE_TRY(moe_check_1d(op, "rstd", n.rstd, MOE_IS_F32, rows));
+  return moe_check_rule(op, n.eps > 0.0, "eps must be above 0");
+}
+
 moe_status moe_rms_norm(moe_device *dev, moe_tensor x, moe_tensor residual, moe_tensor gain,
                         double eps, moe_tensor sum, moe_tensor out, moe_tensor rstd) {
-  MOE_TRY(moe_check_2d("rms_norm", "x", x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
-  int64_t rows = x.shape[0], width = x.shape[1];
-  int act = moe_same_type(x);
-  if (moe_tensor_present(residual)) {
-    MOE_TRY(moe_check_2d("rms_norm", "residual", residual, act, rows, width));
-    MOE_TRY(moe_check_2d("rms_norm", "sum", sum, act, rows, width));
-  }
-  MOE_TRY(moe_check_1d("rms_norm", "gain", gain, MOE_IS_F32, width));
-  MOE_TRY(moe_check_2d("rms_norm", "out", out, act, rows, width));
-  MOE_TRY(moe_check_1d("rms_norm", "rstd", rstd, MOE_IS_F32, rows));
-  MOE_TRY(moe_check_rule("rms_norm", eps > 0.0, "eps must be above 0"));
+  MOE_TRY(moe_check_norm((moe_norm){x, residual, gain, eps, sum, out, rstd}));
   MOE_TRY(dev->backend->rms_norm(dev, x, residual, gain, eps, sum, out, rstd));
   if (moe_tensor_present(residual)) MOE_TRY(moe_check_finite(dev, "rms_norm", "sum", sum));
   MOE_TRY(moe_check_finite(dev, "rms_norm", "rstd", rstd));
@@ -136,6 +141,22 @@ moe_status moe_gemm(moe_device *dev, moe_gemm_form form, moe_tensor a, moe_tenso
   return moe_check_finite(dev, "gemm", "c", c);
 }
 
+moe_status moe_norm_gemm(moe_device *dev, moe_norm n, moe_tensor b, moe_tensor c) {
+  bool done = false;
+  MOE_TRY(moe_check_norm(n));
+  MOE_TRY(moe_check_2d("norm_gemm", "b", b, moe_same_type(n.x), MOE_ANY, n.x.shape[1]));
+  MOE_TRY(
+      moe_check_2d("norm_gemm", "c", c, moe_same_type(n.x) | MOE_IS_F32, n.x.shape[0], b.shape[0]));
+  MOE_TRY(moe_check_rule("norm_gemm",
+                         !moe_tensor_present(n.residual) ||
+                             (n.sum.data != n.x.data && n.sum.data != n.residual.data),
+                         "sum must be neither x nor residual"));
+  if (dev->backend->norm_gemm) MOE_TRY(dev->backend->norm_gemm(dev, n, b, c, &done));
+  if (done) return moe_check_finite(dev, "norm_gemm", "c", c);
+  MOE_TRY(moe_rms_norm(dev, n.x, n.residual, n.gain, n.eps, n.sum, n.out, n.rstd));
+  return moe_gemm(dev, MOE_NT, n.out, b, 0.0f, c);
+}
+
 /* ---- rope and attention ------------------------------------------------------------------ */
 
 void moe_rope_table_fill(double base, double alpha, int64_t positions, int64_t d, float *table) {
@@ -167,13 +188,18 @@ static moe_status check_heads(const char *op, int64_t heads, int64_t kv_heads) {
                         "heads must be a multiple of kv_heads");
 }
 
+static moe_status check_table(const char *op, moe_tensor table, moe_tensor positions,
+                              int64_t tokens) {
+  MOE_TRY(moe_check_2d(op, "table", table, MOE_IS_F32, MOE_ANY, MOE_ANY));
+  MOE_TRY(moe_check_rule(op, table.shape[1] > 0 && table.shape[1] % 2 == 0,
+                         "the head size must be even"));
+  return moe_check_1d(op, "positions", positions, MOE_IS_I32, tokens);
+}
+
 moe_status moe_rope(moe_device *dev, moe_tensor qkv, moe_tensor positions, moe_tensor table,
                     int64_t heads, int64_t kv_heads, int direction) {
   MOE_TRY(check_heads("rope", heads, kv_heads));
-  MOE_TRY(moe_check_2d("rope", "table", table, MOE_IS_F32, MOE_ANY, MOE_ANY));
-  MOE_TRY(moe_check_rule("rope", table.shape[1] > 0 && table.shape[1] % 2 == 0,
-                         "the head size must be even"));
-  MOE_TRY(moe_check_1d("rope", "positions", positions, MOE_IS_I32, MOE_ANY));
+  MOE_TRY(check_table("rope", table, positions, MOE_ANY));
   MOE_TRY(moe_check_2d("rope", "qkv", qkv, MOE_IS_ACT, positions.shape[0],
                        (heads + 2 * kv_heads) * table.shape[1]));
   MOE_TRY(moe_check_rule("rope", direction == 1 || direction == -1, "direction must be 1 or -1"));
@@ -251,11 +277,16 @@ static moe_status check_cached_rows(moe_device *dev, moe_attention_shape s, int6
 }
 
 moe_status moe_attention_cached(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
-                                moe_tensor keys, moe_tensor values, moe_tensor lengths,
-                                moe_tensor out) {
+                                moe_tensor positions, moe_tensor table, moe_tensor keys,
+                                moe_tensor values, moe_tensor lengths, moe_tensor out) {
   MOE_TRY(check_cached(shape, qkv, keys, values, lengths, out));
+  if (moe_tensor_present(table)) {
+    MOE_TRY(check_table("attention_cached", table, positions, shape.batch * shape.seq));
+    MOE_TRY(moe_check_2d("attention_cached", "table", table, MOE_IS_F32, MOE_ANY, shape.head_dim));
+  }
   if (moe_tensor_count(out) == 0 || keys.shape[1] == 0) return MOE_OK;
-  MOE_TRY(dev->backend->attention_cached(dev, shape, qkv, keys, values, lengths, out));
+  MOE_TRY(dev->backend->attention_cached(dev, shape, qkv, positions, table, keys, values, lengths,
+                                         out));
   return check_cached_rows(dev, shape, keys.shape[1], lengths, out);
 }
 

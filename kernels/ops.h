@@ -48,6 +48,12 @@ moe_status moe_embed_backward(moe_device *dev, moe_tensor tokens, moe_tensor dou
  * Source: Zhang and Sennrich 2019, arXiv:1910.07467. */
 moe_status moe_rms_norm(moe_device *dev, moe_tensor x, moe_tensor residual, moe_tensor gain,
                         double eps, moe_tensor sum, moe_tensor out, moe_tensor rstd);
+/* Its arguments, for operations that begin with one. */
+typedef struct {
+  moe_tensor x, residual, gain;
+  double eps;
+  moe_tensor sum, out, rstd;
+} moe_norm;
 /* dx [T, D] act adds the gradient through the norm of `x` (the sum of the forward call);
  * dgain f32 [D] adds. */
 moe_status moe_rms_norm_backward(moe_device *dev, moe_tensor dout, moe_tensor x, moe_tensor gain,
@@ -60,6 +66,10 @@ typedef enum { MOE_NN, MOE_NT, MOE_TN } moe_gemm_form; /* A B, A B^T, A^T B */
  * NN: a [m,k] b [k,n]; NT: a [m,k] b [n,k]; TN: a [k,m] b [k,n]. */
 moe_status moe_gemm(moe_device *dev, moe_gemm_form form, moe_tensor a, moe_tensor b, float beta,
                     moe_tensor c);
+
+/* rms_norm, then c = norm b^T: one kernel for few rows, where the backend has it.
+ * norm.sum must be neither x nor residual; norm.out and norm.rstd are work. b [n, D] act. */
+moe_status moe_norm_gemm(moe_device *dev, moe_norm norm, moe_tensor b, moe_tensor c);
 
 /* ---- rope ---------------------------------------------------------------------------------- */
 
@@ -96,14 +106,16 @@ moe_status moe_attention_backward(moe_device *dev, moe_attention_shape shape, mo
 int64_t moe_attention_scratch(moe_device *dev, moe_attention_shape shape, moe_dtype dtype);
 
 /* Append the keys and values of new tokens to a cache and attend over all of it; for generation.
- * shape: batch B sequences of seq n new tokens each. qkv [B n, (H+2G) d] act, rotated already.
+ * shape: batch B sequences of seq n new tokens each. qkv [B n, (H+2G) d] act.
+ * positions i32 [B n] and table f32 [.., d]: queries and keys are rotated first, as moe_rope does,
+ *   perhaps in place; both absent: they have been.
  * keys, values [B, room, G d] act inout. lengths i32 [B]: tokens cached before, 0 or more.
  * Row i of sequence b has position lengths[b] + i, is stored there and sees positions 0 to that.
  * A row whose position is not below `room` is neither stored nor computed (its out is left alone).
  * out [B n, H d] act. */
 moe_status moe_attention_cached(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
-                                moe_tensor keys, moe_tensor values, moe_tensor lengths,
-                                moe_tensor out);
+                                moe_tensor positions, moe_tensor table, moe_tensor keys,
+                                moe_tensor values, moe_tensor lengths, moe_tensor out);
 int64_t moe_attention_cached_scratch(moe_device *dev, moe_attention_shape shape, int64_t room,
                                      moe_dtype dtype);
 
@@ -126,6 +138,11 @@ int64_t moe_attention_cached_scratch(moe_device *dev, moe_attention_shape shape,
 moe_status moe_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,
                       moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
                       moe_tensor stats);
+/* rms_norm, then the router of norm.out: one kernel for few tokens, where the backend has it.
+ * norm.rstd is work. */
+moe_status moe_norm_router(moe_device *dev, moe_norm norm, moe_tensor weight, moe_tensor bias,
+                           moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
+                           moe_tensor stats);
 /* Drop assignments beyond `capacity` per expert among these T tokens, least probable first (ties:
  * the later token goes): experts becomes -1 and the gate 0. dropped f32 [1] out: how many. */
 moe_status moe_router_drop(moe_device *dev, moe_tensor probs, int64_t capacity, moe_tensor experts,

@@ -7,28 +7,58 @@
 
 /* ---- router ------------------------------------------------------------------------------ */
 
+/* What a router is given and gives. */
+typedef struct {
+  moe_tensor weight, bias, probs, lse, experts, gates, stats;
+} routing;
+
+static moe_status check_routing(moe_tensor x, const routing *r) {
+  const char *op = "router";
+  MOE_TRY(moe_check_2d(op, "x", x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
+  MOE_TRY(moe_check_2d(op, "weight", r->weight, MOE_IS_F32, MOE_ANY, x.shape[1]));
+  int64_t tokens = x.shape[0], e = r->weight.shape[0];
+  if (moe_tensor_present(r->bias)) MOE_TRY(moe_check_1d(op, "bias", r->bias, MOE_IS_F32, e));
+  MOE_TRY(moe_check_2d(op, "probs", r->probs, MOE_IS_F32, tokens, e));
+  MOE_TRY(moe_check_1d(op, "lse", r->lse, MOE_IS_F32, tokens));
+  MOE_TRY(moe_check_2d(op, "experts", r->experts, MOE_IS_I32, tokens, MOE_ANY));
+  int64_t k = r->experts.shape[1];
+  MOE_TRY(moe_check_rule(op, k >= 1 && k <= e, "K must be from 1 to the number of experts"));
+  MOE_TRY(moe_check_2d(op, "gates", r->gates, MOE_IS_F32, tokens, k));
+  MOE_TRY(moe_check_2d(op, "stats", r->stats, MOE_IS_F32, MOE_ANY, 2 * e + 1));
+  return moe_check_rule(op, r->stats.shape[0] > 0 && tokens % r->stats.shape[0] == 0,
+                        "the tokens must divide evenly into the groups of stats");
+}
+
+static moe_status check_routed(moe_device *dev, const routing *r) {
+  const char *op = "router";
+  MOE_TRY(moe_check_finite(dev, op, "lse", r->lse));
+  MOE_TRY(moe_check_finite(dev, op, "probs", r->probs));
+  MOE_TRY(moe_check_finite(dev, op, "gates", r->gates));
+  return moe_check_finite(dev, op, "stats", r->stats);
+}
+
 moe_status moe_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,
                       moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
                       moe_tensor stats) {
-  const char *op = "router";
-  MOE_TRY(moe_check_2d(op, "x", x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
-  MOE_TRY(moe_check_2d(op, "weight", weight, MOE_IS_F32, MOE_ANY, x.shape[1]));
-  int64_t tokens = x.shape[0], e = weight.shape[0];
-  if (moe_tensor_present(bias)) MOE_TRY(moe_check_1d(op, "bias", bias, MOE_IS_F32, e));
-  MOE_TRY(moe_check_2d(op, "probs", probs, MOE_IS_F32, tokens, e));
-  MOE_TRY(moe_check_1d(op, "lse", lse, MOE_IS_F32, tokens));
-  MOE_TRY(moe_check_2d(op, "experts", experts, MOE_IS_I32, tokens, MOE_ANY));
-  int64_t k = experts.shape[1];
-  MOE_TRY(moe_check_rule(op, k >= 1 && k <= e, "K must be from 1 to the number of experts"));
-  MOE_TRY(moe_check_2d(op, "gates", gates, MOE_IS_F32, tokens, k));
-  MOE_TRY(moe_check_2d(op, "stats", stats, MOE_IS_F32, MOE_ANY, 2 * e + 1));
-  MOE_TRY(moe_check_rule(op, stats.shape[0] > 0 && tokens % stats.shape[0] == 0,
-                         "the tokens must divide evenly into the groups of stats"));
+  routing r = {weight, bias, probs, lse, experts, gates, stats};
+  MOE_TRY(check_routing(x, &r));
   MOE_TRY(dev->backend->router(dev, x, weight, bias, probs, lse, experts, gates, stats));
-  MOE_TRY(moe_check_finite(dev, op, "lse", lse));
-  MOE_TRY(moe_check_finite(dev, op, "probs", probs));
-  MOE_TRY(moe_check_finite(dev, op, "gates", gates));
-  return moe_check_finite(dev, op, "stats", stats);
+  return check_routed(dev, &r);
+}
+
+moe_status moe_norm_router(moe_device *dev, moe_norm n, moe_tensor weight, moe_tensor bias,
+                           moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
+                           moe_tensor stats) {
+  routing r = {weight, bias, probs, lse, experts, gates, stats};
+  bool done = false;
+  MOE_TRY(moe_check_norm(n));
+  MOE_TRY(check_routing(n.out, &r));
+  if (dev->backend->norm_router)
+    MOE_TRY(
+        dev->backend->norm_router(dev, n, weight, bias, probs, lse, experts, gates, stats, &done));
+  if (done) return check_routed(dev, &r);
+  MOE_TRY(moe_rms_norm(dev, n.x, n.residual, n.gain, n.eps, n.sum, n.out, n.rstd));
+  return moe_router(dev, n.out, weight, bias, probs, lse, experts, gates, stats);
 }
 
 moe_status moe_router_drop(moe_device *dev, moe_tensor probs, int64_t capacity, moe_tensor experts,

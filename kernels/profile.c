@@ -114,9 +114,9 @@ static moe_status timed_attention_backward(moe_device *dev, moe_attention_shape 
         (dev, shape, dout, qkv, doc_start, out, lse, dqkv));
 }
 static moe_status timed_attention_cached(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
-                                         moe_tensor keys, moe_tensor values, moe_tensor lengths,
-                                         moe_tensor out) {
-  TIMED(attention_cached, 0.0, (dev, shape, qkv, keys, values, lengths, out));
+                                         moe_tensor positions, moe_tensor table, moe_tensor keys,
+                                         moe_tensor values, moe_tensor lengths, moe_tensor out) {
+  TIMED(attention_cached, 0.0, (dev, shape, qkv, positions, table, keys, values, lengths, out));
 }
 static moe_status timed_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,
                                moe_tensor probs, moe_tensor lse, moe_tensor experts,
@@ -231,6 +231,8 @@ static void wrap(moe_backend *table) {
   table->rms_norm = timed_rms_norm;
   table->rms_norm_backward = timed_rms_norm_backward;
   table->gemm = timed_gemm;
+  table->norm_gemm = NULL; /* each part for itself */
+  table->norm_router = NULL;
   table->rope = timed_rope;
   table->attention = timed_attention;
   table->attention_backward = timed_attention_backward;

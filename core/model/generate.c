@@ -24,8 +24,15 @@ static moe_tensor rows(moe_tensor t, int64_t n) {
 
 /* ---- a pass over the layers ------------------------------------------------------------------ */
 
-/* delta = attention(h). */
-static moe_status attend(moe_generator *g, const pass *p, int64_t l) {
+/* The norm that begins a part of a layer: of x + residual, which becomes `sum`. */
+static moe_norm norm_of(const moe_generator *g, int64_t t, moe_tensor x, moe_tensor residual,
+                        moe_tensor gain, moe_tensor sum) {
+  const moe_generator_work *w = &g->work;
+  return (moe_norm){x, residual, gain, g->norm_eps, sum, rows(w->h, t), rows(w->rstd, t)};
+}
+
+/* delta = attention(norm). */
+static moe_status attend(moe_generator *g, const pass *p, int64_t l, moe_norm norm) {
   moe_generator_work *w = &g->work;
   const moe_dims *d = &g->dims;
   moe_device *dev = g->options.dev;
@@ -33,9 +40,8 @@ static moe_status attend(moe_generator *g, const pass *p, int64_t l) {
   moe_attention_shape shape = {p->slots, p->n, d->heads, d->kv_heads, d->head_dim};
   moe_tensor qkv = rows(w->qkv, t), attended = rows(w->attended, t);
   moe_device_label(dev, "attention", l);
-  MOE_TRY(moe_gemm(dev, MOE_NT, rows(w->h, t), g->layers[l].qkv, 0.0f, qkv));
-  MOE_TRY(moe_rope(dev, qkv, p->positions, g->rope_table, d->heads, d->kv_heads, 1));
-  MOE_TRY(moe_attention_cached(dev, shape, qkv,
+  MOE_TRY(moe_norm_gemm(dev, norm, g->layers[l].qkv, qkv));
+  MOE_TRY(moe_attention_cached(dev, shape, qkv, p->positions, g->rope_table,
                                moe_kv_cache_slots(g->cache.keys, l, p->first, p->slots),
                                moe_kv_cache_slots(g->cache.values, l, p->first, p->slots),
                                moe_tensor_rows(g->lengths, p->first, p->slots), attended));
@@ -57,8 +63,8 @@ static moe_status experts_sorted(moe_generator *g, int64_t t, const moe_layer_we
   return moe_combine_rows(dev, ys, slot, 0, 0, rows(w->delta, t));
 }
 
-/* delta = experts(h): this rank's, then the sum over ranks. */
-static moe_status consult(moe_generator *g, int64_t t, int64_t l) {
+/* delta = experts(norm): this rank's, then the sum over ranks. */
+static moe_status consult(moe_generator *g, int64_t t, int64_t l, moe_norm norm) {
   moe_generator_work *w = &g->work;
   const moe_mesh *mesh = g->options.mesh;
   moe_device *dev = g->options.dev;
@@ -68,8 +74,8 @@ static moe_status consult(moe_generator *g, int64_t t, int64_t l) {
   if (moe_tensor_present(bias))
     bias = moe_tensor_1d(moe_tensor_rows(bias, l, 1).data, MOE_F32, g->dims.experts);
   moe_device_label(dev, "experts", l);
-  MOE_TRY(moe_router(dev, h, layer->router, bias, rows(w->probs, t), rows(w->router_lse, t),
-                     experts, gates, w->stats));
+  MOE_TRY(moe_norm_router(dev, norm, layer->router, bias, rows(w->probs, t), rows(w->router_lse, t),
+                          experts, gates, w->stats));
   if (mesh->ep > 1)
     MOE_TRY(
         moe_localize_experts(dev, experts, gates, mesh->owned.begin, moe_range_size(mesh->owned)));
@@ -87,16 +93,16 @@ static moe_status run_layers(moe_generator *g, const pass *p) {
   moe_generator_work *w = &g->work;
   moe_device *dev = g->options.dev;
   int64_t t = tokens_of(p);
-  moe_tensor x = rows(w->x, t), h = rows(w->h, t), rstd = rows(w->rstd, t);
-  moe_tensor delta = moe_tensor_none();
+  moe_tensor x = rows(w->x, t), sum = rows(w->sum, t), delta = moe_tensor_none();
   moe_device_label(dev, "embedding", -1);
   MOE_TRY(moe_embed(dev, p->tokens, g->embed, x));
   for (int64_t l = 0; l < g->dims.layers; l++) {
-    MOE_TRY(moe_rms_norm(dev, x, delta, g->layers[l].norm1, g->norm_eps, x, h, rstd));
-    MOE_TRY(attend(g, p, l));
+    const moe_layer_weights *layer = &g->layers[l];
+    MOE_TRY(attend(g, p, l, norm_of(g, t, x, delta, layer->norm1, sum)));
+    if (l == 0) sum = x; /* nothing was added */
     delta = rows(w->delta, t);
-    MOE_TRY(moe_rms_norm(dev, x, delta, g->layers[l].norm2, g->norm_eps, x, h, rstd));
-    MOE_TRY(consult(g, t, l));
+    MOE_TRY(consult(g, t, l, norm_of(g, t, sum, delta, layer->norm2, x)));
+    sum = rows(w->sum, t);
   }
   return MOE_OK;
 }

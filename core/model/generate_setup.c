@@ -67,6 +67,7 @@ static void create_work(moe_generator *g, moe_arena *arena) {
   w->positions = moe_arena_tensor_1d(arena, MOE_I32, m);
   w->targets = moe_arena_tensor_1d(arena, MOE_I32, m);
   w->x = moe_arena_tensor_2d(arena, act, m, d->hidden);
+  w->sum = moe_arena_tensor_2d(arena, act, m, d->hidden);
   w->h = moe_arena_tensor_2d(arena, act, m, d->hidden);
   w->delta = moe_arena_tensor_2d(arena, act, m, d->hidden);
   w->rstd = moe_arena_tensor_1d(arena, MOE_F32, m);

@@ -12,7 +12,7 @@
 
 typedef struct {
   moe_tensor tokens, positions, targets; /* i32 [M] */
-  moe_tensor x, h, delta;                /* [M, D] */
+  moe_tensor x, sum, h, delta;           /* [M, D]; x and sum: the residual stream, by turns */
   moe_tensor rstd;                       /* f32 [M] */
   moe_tensor qkv, attended;              /* [M, (H+2G)d], [M, H d] */
   moe_tensor probs, router_lse;          /* f32 [M, E], [M] */

@@ -218,8 +218,8 @@ static void merge(const problem *p, float *parts, int64_t first) {
 }
 
 moe_status moe_cpu_attention_cached(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
-                                    moe_tensor keys, moe_tensor values, moe_tensor lengths,
-                                    moe_tensor out) {
+                                    moe_tensor positions, moe_tensor table, moe_tensor keys,
+                                    moe_tensor values, moe_tensor lengths, moe_tensor out) {
   problem p = make_problem(shape, keys.shape[1]);
   p.qkv = qkv, p.keys = keys, p.values = values, p.out = out, p.lengths = lengths.data;
   int threads = moe_cpu_threads(dev);
@@ -230,6 +230,8 @@ moe_status moe_cpu_attention_cached(moe_device *dev, moe_attention_shape shape, 
                     "kernel scratch is too small: attention over a cache needs %lld bytes: plan "
                     "it with moe_attention_cached_scratch",
                     (long long)bytes);
+  if (moe_tensor_present(table))
+    MOE_TRY(moe_cpu_rope(dev, qkv, positions, table, shape.heads, shape.kv_heads, 1));
   float *parts = scratch + threads * work_floats(&p);
 #pragma omp parallel num_threads(threads)
   {

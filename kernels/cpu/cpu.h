@@ -35,8 +35,8 @@ moe_status moe_cpu_attention_backward(moe_device *dev, moe_attention_shape shape
                                       moe_tensor lse, moe_tensor dqkv);
 int64_t moe_cpu_attention_scratch(moe_device *dev, moe_attention_shape shape, moe_dtype dtype);
 moe_status moe_cpu_attention_cached(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
-                                    moe_tensor keys, moe_tensor values, moe_tensor lengths,
-                                    moe_tensor out);
+                                    moe_tensor positions, moe_tensor table, moe_tensor keys,
+                                    moe_tensor values, moe_tensor lengths, moe_tensor out);
 int64_t moe_cpu_attention_cached_scratch(moe_device *dev, moe_attention_shape shape, int64_t room,
                                          moe_dtype dtype);
 moe_status moe_cpu_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,

@@ -140,13 +140,19 @@ moe_status merge_splits(moe_device *dev, moe_dtype dtype, const cached_args &p) 
 
 /* ---- plan ---------------------------------------------------------------------------------- */
 
-/* How many splits fill the chip: a few blocks on every multiprocessor when each has one query's
- * work, which is loads; two when it has many rows. */
-int plan_splits(const moe_device *dev, int64_t blocks, int64_t room, bool few) {
-  int64_t fill = cuda_of(dev)->sms * (few ? 4 : 2) / blocks, most = div_up(room, cached_least);
+/* How many splits fill the chip: two blocks on every multiprocessor, or four of the small ones that
+ * one query's work takes where heads are large. More would wait for a second turn. */
+int plan_splits(const moe_device *dev, int64_t blocks, int64_t room, bool small) {
+  int64_t fill = cuda_of(dev)->sms * (small ? 4 : 2) / blocks, most = div_up(room, cached_least);
   if (fill > most) fill = most;
   if (fill > cached_most_splits) fill = cached_most_splits;
   return (int)(fill < 1 ? 1 : fill);
+}
+
+/* Whether the attention kernel may rotate. */
+bool fuses(void) {
+  static const bool apart = cuda_plain("fuse");
+  return !apart;
 }
 
 /* Whether a few blocks, each with some of the keys, do best as a cluster. */
@@ -165,11 +171,12 @@ cached_args plan(const moe_device *dev, moe_attention_shape s, int64_t room, boo
   p.room = room;
   int rows = by_mma ? cuda_attention_cached_mma_rows(p.rows, p.d) : plain_warps;
   p.blocks = (int)div_up(p.rows, rows);
-  p.splits = plan_splits(dev, s.batch * s.kv_heads * p.blocks, room, rows <= 16);
+  p.splits = plan_splits(dev, s.batch * s.kv_heads * p.blocks, room, rows <= 16 && p.d > 64);
   p.together = by_mma && p.splits > 1 && near_enough(dev, rows, room);
-  if (p.together) { /* a power of two */
-    int most = p.splits;
-    for (p.splits = cached_cluster; p.splits > most; p.splits /= 2) {
+  if (p.together) { /* a power of two; all blocks at once, two on a multiprocessor */
+    int64_t fill = 2 * cuda_of(dev)->sms / (s.batch * s.kv_heads * p.blocks);
+    int64_t most = div_up(room, cached_near_least) < fill ? div_up(room, cached_near_least) : fill;
+    for (p.splits = cached_cluster; p.splits > 2 && p.splits > most; p.splits /= 2) {
     }
   }
   p.scale = (float)(1.0 / sqrt((double)s.head_dim));
@@ -197,8 +204,8 @@ int64_t moe_cuda_attention_cached_scratch(moe_device *dev, moe_attention_shape s
 }
 
 moe_status moe_cuda_attention_cached(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
-                                     moe_tensor keys, moe_tensor values, moe_tensor lengths,
-                                     moe_tensor out) {
+                                     moe_tensor positions, moe_tensor table, moe_tensor keys,
+                                     moe_tensor values, moe_tensor lengths, moe_tensor out) {
   uintptr_t bits = reinterpret_cast<uintptr_t>(qkv.data) | reinterpret_cast<uintptr_t>(keys.data) |
                    reinterpret_cast<uintptr_t>(values.data);
   bool by_mma = attention_mma_fits(dev, shape.head_dim, qkv.dtype) && bits % 16 == 0 &&
@@ -212,6 +219,13 @@ moe_status moe_cuda_attention_cached(moe_device *dev, moe_attention_shape shape,
   cached_args p = plan(dev, shape, keys.shape[1], by_mma);
   p.qkv = qkv.data, p.keys = keys.data, p.values = values.data, p.out = out.data;
   p.lengths = cuda_data<int32_t>(lengths);
+  if (moe_tensor_present(table) && shape.seq == 1 && by_mma && fuses() &&
+      cuda_attention_cached_mma_turns(p.rows, p.d)) {
+    p.table = cuda_data<float>(table), p.turns = (int)table.shape[0];
+    p.positions = cuda_data<int32_t>(positions);
+  } else if (moe_tensor_present(table)) {
+    MOE_TRY(moe_cuda_rope(dev, qkv, positions, table, shape.heads, shape.kv_heads, 1));
+  }
   p.partial = static_cast<float *>(moe_device_scratch(dev, part_bytes(p)));
   if (apart(p) && p.partial == nullptr)
     return moe_fail(MOE_NO_MEMORY,

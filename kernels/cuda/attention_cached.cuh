@@ -10,7 +10,8 @@
  * kernel adds them; on Hopper, while caches are short, the splits' blocks are a cluster and read
  * each other's shared memory instead. A sequence that fits one split is written at once. New keys
  * and values are read where they are, in qkv, and stored to the cache by one block on the way, so
- * nothing waits for the cache. Source: "Flash-Decoding for long-context inference", Dao et al.
+ * nothing waits for the cache; a single new token of each sequence may be rotated on the way.
+ * Source: "Flash-Decoding for long-context inference", Dao et al.
  * 2023. */
 #ifndef MOE_KERNELS_CUDA_ATTENTION_CACHED_CUH
 #define MOE_KERNELS_CUDA_ATTENTION_CACHED_CUH
@@ -21,6 +22,9 @@ struct cached_args {
   const void *qkv;
   void *keys, *values, *out;
   const int32_t *lengths;
+  const float *table; /* [turns, d]: queries and keys are rotated here; NULL: they come rotated */
+  const int32_t *positions;
+  int turns;
   float *partial;   /* [splits, rows of all] times d; then peaks, then sums */
   int64_t rows_all; /* B G n rep */
   int64_t room;     /* positions of a sequence */
@@ -34,7 +38,8 @@ struct cached_args {
 constexpr int cached_step = 64, cached_least = 128; /* keys: a split is whole steps, no less */
 constexpr int cached_most_splits = 512;
 /* Up to so many positions, and in so many splits, blocks of a cluster share a sequence. */
-constexpr int cached_near = 8192, cached_cluster = 8, cached_near_step = 16, cached_near_least = 64;
+constexpr int cached_near = 8192, cached_cluster = 16, cached_near_step = 16,
+              cached_near_least = 64;
 
 /* One sequence and K/V head, as a kernel sees it. */
 template <typename T> struct cached_group {
@@ -128,6 +133,8 @@ __device__ __forceinline__ float *cached_sum(const cached_args &p, int64_t row, 
 /* attention_cached_mma.cu: rows of a block for so many rows of a group; the kernel. d is a multiple
  * of 8 and at most 128. */
 int cuda_attention_cached_mma_rows(int rows, int d);
+/* Whether that kernel rotates single new tokens itself. */
+bool cuda_attention_cached_mma_turns(int rows, int d);
 moe_status cuda_attention_cached_mma(moe_device *dev, moe_dtype dtype, const cached_args &p);
 
 #endif

@@ -30,13 +30,13 @@ __device__ __forceinline__ void cluster_meet() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
-/* The float that block z of the cluster has where this block has *p. */
-__device__ __forceinline__ float cluster_load(const float *p, int z) {
-  float v = 0.0f;
+/* The two floats that block z of the cluster has where this block has *p. */
+__device__ __forceinline__ float2 cluster_load(const float *p, int z) {
+  float2 v = {};
 #if __CUDA_ARCH__ >= 900
-  asm volatile("{\n.reg .u32 at;\nmapa.shared::cluster.u32 at, %1, %2;\n"
-               "ld.shared::cluster.f32 %0, [at];\n}"
-               : "=f"(v)
+  asm volatile("{\n.reg .u32 at;\nmapa.shared::cluster.u32 at, %2, %3;\n"
+               "ld.shared::cluster.v2.f32 {%0, %1}, [at];\n}"
+               : "=f"(v.x), "=f"(v.y)
                : "r"(shared_address(p)), "r"(z)
                : "memory");
 #endif
@@ -97,6 +97,71 @@ __device__ __forceinline__ void load_queries(uint32_t (&a)[D / 16][4], const cac
   }
 }
 
+/* ---- rotation of a single new token (rope.cu's) ---- */
+
+/* Two neighbouring angles' cosines and sines at elements i and i + 1 ; NaN
+ * where the table does not reach. */
+struct two_angles {
+  float2 cosine, sine;
+  __device__ __forceinline__ two_angles(const cached_args &p, int position, int i) {
+    bool known = position >= 0 && position < p.turns;
+    const float *at = p.table + (int64_t)(known ? position : 0) * p.d + i;
+    cosine = *reinterpret_cast<const float2 *>(at);
+    sine = *reinterpret_cast<const float2 *>(at + p.d / 2);
+    if (!known) cosine = sine = make_float2(NAN, NAN);
+  }
+  /* Turn a pair of neighbours a and its partner b, half a head further. */
+  template <typename T> __device__ __forceinline__ void turn(uint32_t &a, uint32_t &b) const {
+    T *first = reinterpret_cast<T *>(&a), *second = reinterpret_cast<T *>(&b);
+    float x[2], y[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float cos = i == 0 ? cosine.x : cosine.y, sin = i == 0 ? sine.x : sine.y;
+      x[i] = to_float(first[i]) * cos - to_float(second[i]) * sin;
+      y[i] = to_float(second[i]) * cos + to_float(first[i]) * sin;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) first[i] = from_float<T>(x[i]), second[i] = from_float<T>(y[i]);
+  }
+};
+
+/* The rows of queries: a lane has both elements of a rotated pair. */
+template <int D, typename T>
+__device__ __forceinline__ void turn_queries(uint32_t (&a)[D / 16][4], const cached_args &p,
+                                             int position) {
+#pragma unroll
+  for (int k = 0; k < D / 32; k++)
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+      two_angles angles(p, position, k * 16 + lane_of() % 4 * 2 + part * 8);
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        angles.template turn<T>(a[k][half + 2 * part], a[k + D / 32][half + 2 * part]);
+    }
+}
+
+/* The new key, in its row of a tile; then it and its value go to the cache, if `store`. All threads
+ * must call. */
+template <int D, int KEYS, typename T>
+__device__ __forceinline__ void turn_new_key(T *row, const cached_args &p, const cached_group<T> &g,
+                                             int position, bool store) {
+  int i = (int)threadIdx.x * 2;
+  if (i < D / 2) {
+    two_angles angles(p, position, i);
+    uint32_t *a = reinterpret_cast<uint32_t *>(row + i), *b = a + D / 4;
+    angles.template turn<T>(*a, *b);
+    if (store) {
+      T *key = g.cached_keys + g.length * g.width, *value = g.cached_values + g.length * g.width;
+      const uint32_t *from = a + KEYS * tile_row<D> / 2;
+      *reinterpret_cast<uint32_t *>(key + i) = *a;
+      *reinterpret_cast<uint32_t *>(key + i + D / 2) = *b;
+      *reinterpret_cast<uint32_t *>(value + i) = from[0];
+      *reinterpret_cast<uint32_t *>(value + i + D / 2) = from[D / 4];
+    }
+  }
+  __syncthreads();
+}
+
 /* Hide what a row does not see of a result [16 rows from row0, 8 N keys from n0]. */
 template <int N, typename T>
 __device__ __forceinline__ void hide(float (&s)[N][4], const cached_args &p,
@@ -134,16 +199,16 @@ template <typename T> struct cached_sink {
   }
 };
 
-/* The same for the block's own shared memory: sums [16, D], then peaks and sums of weights. */
+/* The same for the block's own shared memory: sums [16, D], then pairs of peak and sum of
+ * weights. */
 template <int D> struct shared_sink {
   float *memory;
   int row0;
-  __device__ __forceinline__ float *peak(int row) const {
-    return memory + 16 * D + row;
+  __device__ __forceinline__ float *peak_and_sum(int row) const {
+    return memory + 16 * D + 2 * row;
   }
-  __device__ __forceinline__ void stats(int row, float peak_of_row, float sum) const {
-    *peak(row - row0) = peak_of_row;
-    peak(row - row0)[16] = sum;
+  __device__ __forceinline__ void stats(int row, float peak, float sum) const {
+    *reinterpret_cast<float2 *>(peak_and_sum(row - row0)) = make_float2(peak, sum);
   }
   __device__ __forceinline__ void put(int row, int c, float x, float y, float) const {
     *reinterpret_cast<float2 *>(memory + (row - row0) * D + c) = make_float2(x, y);
@@ -160,23 +225,21 @@ __device__ __forceinline__ void finish_cluster(const cached_sink<T> &out,
   int step = splits * (int)blockDim.x;
   for (int i = (int)(blockIdx.y * blockDim.x + threadIdx.x); i < 16 * D / 2; i += step) {
     int row = i / (D / 2), c = i % (D / 2) * 2;
-    float peak[cached_cluster], sums[cached_cluster], x[cached_cluster], y[cached_cluster];
+    float2 stats[cached_cluster], pair[cached_cluster];
 #pragma unroll
     for (int z = 0; z < cached_cluster; z++) {
-      if (z >= used) peak[z] = -INFINITY, sums[z] = x[z] = y[z] = 0.0f;
+      stats[z] = make_float2(-INFINITY, 0.0f), pair[z] = float2{};
       if (z >= used) continue;
-      peak[z] = cluster_load(mine.peak(row), z);
-      sums[z] = cluster_load(mine.peak(row) + 16, z);
-      x[z] = cluster_load(mine.memory + row * D + c, z);
-      y[z] = cluster_load(mine.memory + row * D + c + 1, z);
+      stats[z] = cluster_load(mine.peak_and_sum(row), z);
+      pair[z] = cluster_load(mine.memory + row * D + c, z);
     }
     float top = -INFINITY, sum = 0.0f, first = 0.0f, second = 0.0f;
 #pragma unroll
-    for (int z = 0; z < cached_cluster; z++) top = fmaxf(top, peak[z]);
+    for (int z = 0; z < cached_cluster; z++) top = fmaxf(top, stats[z].x);
 #pragma unroll
     for (int z = 0; z < cached_cluster; z++) {
-      float weight = peak[z] == -INFINITY ? 0.0f : expf((peak[z] - top) * scale);
-      sum += weight * sums[z], first += weight * x[z], second += weight * y[z];
+      float weight = stats[z].x == -INFINITY ? 0.0f : expf((stats[z].x - top) * scale);
+      sum += weight * stats[z].y, first += weight * pair[z].x, second += weight * pair[z].y;
     }
     out.put(mine.row0 + row, c, first, second, sum);
   }
@@ -241,9 +304,11 @@ template <typename T, int D, bool FEW>
 __device__ __forceinline__ void cached_block(const cached_args &p, uint4 *shared) {
   using shape = cached_shape<D, FEW>;
   T *memory = reinterpret_cast<T *>(shared);
+  bool turns = FEW && p.table != nullptr;
+  int position = turns ? p.positions[(int)blockIdx.x / p.blocks / p.kv_heads] : 0;
   cached_group<T> g(p, (int)blockIdx.x / p.blocks);
   int z = (int)blockIdx.y, m0 = (int)blockIdx.x % p.blocks * shape::rows;
-  if (z == 0) cached_append<T, 8>(p, g, m0, shape::rows);
+  if (z == 0 && !turns) cached_append<T, 8>(p, g, m0, shape::rows);
   int span = g.span(p), used = g.splits_used(p);
   shared_sink<D> mine = {reinterpret_cast<float *>(shared) + shape::warps * shape::sums, m0};
   if (z >= used) {
@@ -265,6 +330,8 @@ __device__ __forceinline__ void cached_block(const cached_args &p, uint4 *shared
   if (FEW) copy_group();
   left_rows<T, D, true> q;
   load_queries<D>(q.a, p, g, row0);
+  if constexpr (FEW)
+    if (turns) turn_queries<D, T>(q.a, p, position);
   two_rows r;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
@@ -280,6 +347,11 @@ __device__ __forceinline__ void cached_block(const cached_args &p, uint4 *shared
       copy_wait();
     __syncthreads(); /* this buffer has arrived, and all are done with the other */
     if (!FEW && n0 + shape::keys < end) start(n0 + shape::keys, buffer ^ 1);
+    if constexpr (FEW)
+      if (turns && g.length >= n0 && g.length < min(n0 + shape::keys, end))
+        turn_new_key<D, shape::keys>(memory + 2 * buffer * shape::tile +
+                                         (g.length - n0) * tile_row<D>,
+                                     p, g, position, m0 == 0);
     int k0 = n0 + (FEW ? shape::own * warp_of() : 0); /* this warp's keys */
     if (k0 <= warp_last && k0 < end) {
       const T *tile = memory + 2 * buffer * shape::tile + (k0 - n0) * tile_row<D>;
@@ -314,9 +386,9 @@ __device__ __forceinline__ void cached_block(const cached_args &p, uint4 *shared
 }
 
 template <typename T, int D, bool FEW>
-__global__ void __launch_bounds__(cached_shape<D, FEW>::threads, FEW       ? 1
-                                                                 : D <= 64 ? 2
-                                                                           : 3)
+__global__ void __launch_bounds__(cached_shape<D, FEW>::threads, D <= 64 ? 2
+                                                                 : FEW   ? 1
+                                                                         : 3)
     cached_kernel(cached_args p) {
   extern __shared__ uint4 memory[];
   if (FEW && p.together) prefetch_split<T>(p, (int)blockIdx.x / p.blocks, (int)blockIdx.y);
@@ -332,13 +404,47 @@ int cuda_attention_cached_mma_rows(int rows, int d) {
   return 16 * (d <= 64 ? 8 : 4);
 }
 
-moe_status cuda_attention_cached_mma(moe_device *dev, moe_dtype dtype, const cached_args &p) {
-  dim3 grid((unsigned)(p.batch * p.kv_heads * p.blocks), (unsigned)p.splits);
-  return attention_half(dtype, p.d, [&](auto x, auto size) {
+bool cuda_attention_cached_mma_turns(int rows, int d) {
+  return rows <= few_rows && (d == 64 || d == 128);
+}
+
+/* Blocks of a cluster: `wanted`, but more than any GPU of this kind has to take only where this one
+ * has the room. */
+template <typename T, int D> static int cluster_size(int wanted) {
+  constexpr int portable = 8;
+  static const int most = [] {
+    auto kernel = cached_kernel<T, D, true>;
+    constexpr int shared = cached_shape<D, true>::shared;
+    cudaLaunchAttribute together = {};
+    together.id = cudaLaunchAttributeClusterDimension;
+    together.val.clusterDim.x = together.val.clusterDim.z = 1;
+    together.val.clusterDim.y = cached_cluster;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(1, cached_cluster);
+    config.blockDim = dim3(cached_shape<D, true>::threads);
+    config.dynamicSmemBytes = shared;
+    config.attrs = &together, config.numAttrs = 1;
+    int fit = 0;
+    bool fits = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) ==
+                    cudaSuccess &&
+                cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
+                    cudaSuccess &&
+                cudaOccupancyMaxActiveClusters(&fit, kernel, &config) == cudaSuccess && fit > 0;
+    if (!fits) cudaGetLastError(); /* no error of ours */
+    return fits ? cached_cluster : portable;
+  }();
+  return wanted < most ? wanted : most;
+}
+
+moe_status cuda_attention_cached_mma(moe_device *dev, moe_dtype dtype, const cached_args &args) {
+  return attention_half(dtype, args.d, [&](auto x, auto size) {
     using T = decltype(x);
     constexpr int D = decltype(size)::value;
     using few = cached_shape<D, true>;
     using many = cached_shape<D, false>;
+    cached_args p = args;
+    if (p.together) p.splits = cluster_size<T, D>(p.splits);
+    dim3 grid((unsigned)(p.batch * p.kv_heads * p.blocks), (unsigned)p.splits);
     if (p.rows <= few_rows)
       return cuda_launch_clusters(dev, true, p.together ? p.splits : 1, cached_kernel<T, D, true>,
                                   grid, few::threads, few::shared, p);

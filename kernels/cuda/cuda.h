@@ -27,6 +27,11 @@ moe_status moe_cuda_embed_backward(moe_device *dev, moe_tensor tokens, moe_tenso
                                    moe_tensor dweight);
 moe_status moe_cuda_rms_norm(moe_device *dev, moe_tensor x, moe_tensor residual, moe_tensor gain,
                              double eps, moe_tensor sum, moe_tensor out, moe_tensor rstd);
+moe_status moe_cuda_norm_gemm(moe_device *dev, moe_norm norm, moe_tensor b, moe_tensor c,
+                              bool *done);
+moe_status moe_cuda_norm_router(moe_device *dev, moe_norm norm, moe_tensor weight, moe_tensor bias,
+                                moe_tensor probs, moe_tensor lse, moe_tensor experts,
+                                moe_tensor gates, moe_tensor stats, bool *done);
 moe_status moe_cuda_rms_norm_backward(moe_device *dev, moe_tensor dout, moe_tensor x,
                                       moe_tensor gain, moe_tensor rstd, moe_tensor dx,
                                       moe_tensor dgain);
@@ -41,8 +46,8 @@ moe_status moe_cuda_attention_backward(moe_device *dev, moe_attention_shape shap
                                        moe_tensor lse, moe_tensor dqkv);
 int64_t moe_cuda_attention_scratch(moe_device *dev, moe_attention_shape shape, moe_dtype dtype);
 moe_status moe_cuda_attention_cached(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
-                                     moe_tensor keys, moe_tensor values, moe_tensor lengths,
-                                     moe_tensor out);
+                                     moe_tensor positions, moe_tensor table, moe_tensor keys,
+                                     moe_tensor values, moe_tensor lengths, moe_tensor out);
 int64_t moe_cuda_attention_cached_scratch(moe_device *dev, moe_attention_shape shape, int64_t room,
                                           moe_dtype dtype);
 moe_status moe_cuda_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,

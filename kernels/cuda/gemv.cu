@@ -4,9 +4,11 @@
  * cache. A large b is read once: by blocks for 16 of its rows, or on Hopper as a stream
  * (stream.cuh).
  *
- * b may be the result of the kernel before, so ahead of it b is only prefetched. */
+ * b may be the result of the kernel before, so ahead of it b is only prefetched. With a small b the
+ * rows of a may be norms, which every block works out for itself. */
 #include "kernels/cuda/gemv.h"
 
+#include "kernels/cuda/norm_few.cuh"
 #include "kernels/cuda/stream.cuh"
 
 namespace {
@@ -28,9 +30,10 @@ __device__ __forceinline__ void gemv_put(const gemv_args &p, int slot, int row, 
   if (row < p.n) *to = from_float<C>(p.beta != 0.0f ? value + to_float(*to) : value);
 }
 
-template <typename T, typename C, int TILES>
-__global__ void __launch_bounds__(skinny_threads) gemv_kernel(gemv_args p) {
+template <typename T, typename C, int TILES, bool NORM>
+__global__ void __launch_bounds__(skinny_threads) gemv_kernel(gemv_args p, norm_few norm) {
   __shared__ skinny_sums<TILES> sums;
+  __shared__ alignas(16) T norms[NORM ? 8 * TILES : 1][NORM ? norm_few_most + 8 : 1];
   if constexpr (mma_built<T>()) {
     int g = (int)threadIdx.x % 32 / 4, row = (int)blockIdx.x * skinny_rows + g;
     const T *b = static_cast<const T *>(p.b) + (int64_t)row * p.k, *a = static_cast<const T *>(p.a);
@@ -46,12 +49,19 @@ __global__ void __launch_bounds__(skinny_threads) gemv_kernel(gemv_args p) {
     launch_release();
 
     int first = (int)blockIdx.y * 8 * TILES, m = min(8 * TILES, p.m - first);
-    const T *rows[TILES];
-#pragma unroll
-    for (int j = 0; j < TILES; j++)
-      rows[j] = j * 8 + g < m ? a + (int64_t)(first + j * 8 + g) * p.k : nullptr;
     skinny_batch<T, gemv_batch> batch;
     batch.load(low, high, r);
+    if constexpr (NORM) {
+      for (int i = (int)threadIdx.x / 32; i < m; i += skinny_warps)
+        norm_few_row<T>(norms[i], norm, first + i, blockIdx.x == 0);
+      __syncthreads();
+    }
+    const T *rows[TILES];
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+      const T *from = NORM ? norms[NORM ? j * 8 + g : 0] : a + (int64_t)(first + j * 8 + g) * p.k;
+      rows[j] = j * 8 + g < m ? from : nullptr;
+    }
     float c[TILES][4];
     skinny_product(c, batch, low, high, rows, m, r);
     skinny_finish<TILES>(sums, c, m, [&](int slot, float x, float y) {
@@ -112,15 +122,22 @@ moe_status start_large(moe_device *dev, const gemv_args &p) {
   if (stream_fits(dev))
     return stream_start(dev, gemv_stream_kernel<T, C, TILES>, dim3((unsigned)cuda_of(dev)->sms), p);
   dim3 grid((unsigned)div_up(p.n, skinny_rows));
-  return cuda_start(dev, gemv_kernel<T, C, TILES>, grid, skinny_threads, 0, p);
+  return cuda_start(dev, gemv_kernel<T, C, TILES, false>, grid, skinny_threads, 0, p, norm_few{});
+}
+
+bool is_large(int64_t n, int64_t k) {
+  return 2 * n * k >= gemv_large;
+}
+
+template <typename T, typename C, bool NORM>
+moe_status start_small(moe_device *dev, const gemv_args &p, const norm_few &norm) {
+  dim3 grid((unsigned)div_up(p.n, skinny_rows), (unsigned)div_up(p.m, 8));
+  return cuda_start(dev, gemv_kernel<T, C, 1, NORM>, grid, skinny_threads, 0, p, norm);
 }
 
 /* Which way depends on b alone, and all add a row's products in an order that only k decides. */
 template <typename T, typename C> moe_status start(moe_device *dev, const gemv_args &p) {
-  if (2LL * p.n * p.k < gemv_large) {
-    dim3 grid((unsigned)div_up(p.n, skinny_rows), (unsigned)div_up(p.m, 8));
-    return cuda_start(dev, gemv_kernel<T, C, 1>, grid, skinny_threads, 0, p);
-  }
+  if (!is_large(p.n, p.k)) return start_small<T, C, false>(dev, p, norm_few{});
   if (p.m <= 8) return start_large<T, C, 1>(dev, p);
   if (p.m <= 16) return start_large<T, C, 2>(dev, p);
   return start_large<T, C, 4>(dev, p);
@@ -139,4 +156,20 @@ moe_status cuda_gemv(moe_device *dev, moe_tensor a, moe_tensor b, float beta, mo
   if (a.dtype == MOE_F16)
     return wide ? start<__half, float>(dev, p) : start<__half, __half>(dev, p);
   return wide ? start<__nv_bfloat16, float>(dev, p) : start<__nv_bfloat16, __nv_bfloat16>(dev, p);
+}
+
+moe_status moe_cuda_norm_gemm(moe_device *dev, moe_norm norm, moe_tensor b, moe_tensor c,
+                              bool *done) {
+  static const bool plain = cuda_plain("gemv");
+  *done = !plain && !cuda_of(dev)->own_gemm && cuda_gemv_fits(dev, MOE_NT, norm.x, b) &&
+          norm.x.shape[0] <= 8 && norm_few_fits(norm) && !is_large(b.shape[0], b.shape[1]);
+  if (!*done) return MOE_OK;
+  gemv_args p = {nullptr,         b.data,          c.data, (int)norm.x.shape[0],
+                 (int)b.shape[0], (int)b.shape[1], 0.0f};
+  norm_few n = norm_few_of(norm);
+  bool wide = c.dtype == MOE_F32;
+  if (norm.x.dtype == MOE_F16)
+    return (wide ? start_small<__half, float, true> : start_small<__half, __half, true>)(dev, p, n);
+  return (wide ? start_small<__nv_bfloat16, float, true>
+               : start_small<__nv_bfloat16, __nv_bfloat16, true>)(dev, p, n);
 }

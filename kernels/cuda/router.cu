@@ -159,20 +159,35 @@ static moe_status choose(moe_device *dev, const choose_args &c) {
   return MOE_OK;
 }
 
+/* Whether the kernels that do all of it at once stay out of use. */
+static bool router_in_steps(void) {
+  static const bool in_steps = cuda_plain("router");
+  return in_steps;
+}
+
+static choose_args choice_of(moe_tensor bias, moe_tensor probs, moe_tensor lse, moe_tensor experts,
+                             moe_tensor gates) {
+  return {cuda_data<float>(probs), cuda_data<float>(bias),      cuda_data<float>(lse),
+          cuda_data<float>(gates), cuda_data<int32_t>(experts), probs.shape[0],
+          (int)probs.shape[1],     (int)experts.shape[1]};
+}
+
+moe_status moe_cuda_norm_router(moe_device *dev, moe_norm norm, moe_tensor weight, moe_tensor bias,
+                                moe_tensor probs, moe_tensor lse, moe_tensor experts,
+                                moe_tensor gates, moe_tensor stats, bool *done) {
+  choose_args c = choice_of(bias, probs, lse, experts, gates);
+  *done = !router_in_steps() && small_router_fits(c.tokens, c.count, c.k) && norm_few_fits(norm) &&
+          reinterpret_cast<uintptr_t>(weight.data) % 16 == 0;
+  return *done ? small_router(dev, c, &norm, norm.out, weight, stats) : MOE_OK;
+}
+
 moe_status moe_cuda_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,
                            moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
                            moe_tensor stats) {
-  static const bool in_steps = cuda_plain("router");
+  bool in_steps = router_in_steps();
   cuda_state *s = cuda_of(dev);
   int64_t tokens = x.shape[0], e = weight.shape[0], k = experts.shape[1];
-  choose_args c = {cuda_data<float>(probs),
-                   cuda_data<float>(bias),
-                   cuda_data<float>(lse),
-                   cuda_data<float>(gates),
-                   cuda_data<int32_t>(experts),
-                   tokens,
-                   (int)e,
-                   (int)k};
+  choose_args c = choice_of(bias, probs, lse, experts, gates);
   stats_args a = {};
   a.probs = c.probs;
   a.lse = c.lse;
@@ -183,7 +198,8 @@ moe_status moe_cuda_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe
   a.per_group = tokens / a.groups;
   a.count = (int)e;
   a.k = (int)k;
-  if (!in_steps && small_router_fits(tokens, e, k)) return small_router(dev, c, x, weight, stats);
+  if (!in_steps && small_router_fits(tokens, e, k))
+    return small_router(dev, c, nullptr, x, weight, stats);
   if (tokens > 0 && !in_steps && fused_router_fits(s, x, weight)) {
     bool sums = a.per_group % fused_tokens == 0 &&
                 div_up(tokens, fused_tokens) * (2 * e + 1) * 8 <= s->partial_bytes;

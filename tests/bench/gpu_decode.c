@@ -2,14 +2,14 @@
  * the bytes they must move.
  *
  *   gpu_decode [SEQUENCES] [CACHED]     default: 1 and 32 sequences, 1024 tokens cached in each;
- *                                       1 262144 is a long context
+ *                                       1 262144 is a long context, whose rotation has alpha 8
  *
  * Weights are random and all 30 layers are there, so nothing stays in the cache. A graph of 30
  * calls, one per layer, is what is timed for an operation; a graph of embedding, 30 layers, head
  * and greedy choice for the step. The floor is bytes over the copy rate measured on an H200 (4.26
  * TB/s): weights of the experts that are chosen (all K of one sequence; for many, as the router
  * here chose), other weights, keys and values. Medians of ROUNDS launches.
- * MOE_PLAIN=overlap,gemv,router,stream,cluster says what some of it is worth (plain.h). */
+ * MOE_PLAIN=overlap,gemv,router,stream,cluster,fuse says what some of it is worth (plain.h). */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -57,8 +57,8 @@ typedef struct {
 static layer layers[LAYERS];
 static moe_tensor embedding, norm, head, table;
 static int64_t T, cached;
-static moe_tensor tokens, next, streams, lengths, x, y, h, qkv, attended, hidden, rstd, probs, lse,
-    experts, gates, stats, logits;
+static moe_tensor tokens, next, streams, lengths, x, sum, y, h, qkv, attended, hidden, rstd, probs,
+    lse, experts, gates, stats, logits;
 
 static void make_weights(void) {
   moe_dtype act = MOE_BF16;
@@ -79,6 +79,14 @@ static moe_attention_shape shape(void) {
   return (moe_attention_shape){T, 1, H, G, HEAD};
 }
 
+static void fill_table(int64_t positions) {
+  float *host = malloc((size_t)moe_tensor_bytes(table));
+  moe_rope_table_fill(10000.0, 8.0, positions, HEAD, host);
+  must(moe_device_upload(dev, table.data, host, moe_tensor_bytes(table)));
+  must(moe_device_sync(dev));
+  free(host);
+}
+
 static void make_state(void) {
   moe_dtype act = MOE_BF16;
   int64_t room = cached + ROOM_MORE, positions = room;
@@ -87,10 +95,11 @@ static void make_state(void) {
     layers[l].keys = moe_tensor_3d(k.data, act, T, room, G * HEAD);
     layers[l].values = moe_tensor_3d(v.data, act, T, room, G * HEAD);
   }
-  table = make(MOE_F32, positions, HEAD, 1);
+  table = make(MOE_F32, positions, HEAD, 0);
+  fill_table(positions);
   tokens = whole_numbers(T, 11, 97), next = whole_numbers(T, 0, 0);
   streams = whole_numbers(T, 0, 1), lengths = whole_numbers(T, (int32_t)cached, 0);
-  x = make(act, T, D, 1), y = make(act, T, D, 1), h = make(act, T, D, 1);
+  x = make(act, T, D, 1), sum = make(act, T, D, 1), y = make(act, T, D, 1), h = make(act, T, D, 1);
   qkv = make(act, T, QKV, 1), attended = make(act, T, H * HEAD, 1);
   hidden = make(act, T * K, F, 0), rstd = flat(make(MOE_F32, 1, T, 0));
   probs = make(MOE_F32, T, E, 0), lse = flat(make(MOE_F32, 1, T, 0));
@@ -102,7 +111,7 @@ static void make_state(void) {
 }
 
 static void free_state(void) {
-  moe_tensor all[] = {tokens, next, streams, lengths, x,       y,     h,     qkv,    attended,
+  moe_tensor all[] = {tokens, next, streams, lengths, x,       sum,   y,     h,      qkv,  attended,
                       hidden, rstd, probs,   lse,     experts, gates, stats, logits, table};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) moe_device_free(dev, all[i].data);
   for (int l = 0; l < LAYERS; l++) {
@@ -115,35 +124,27 @@ static void free_state(void) {
 
 /* ---- the operations of a layer --------------------------------------------------------------- */
 
-static moe_status do_norm(const layer *w) {
-  return moe_rms_norm(dev, x, y, w->norm1, 1e-5, x, h, rstd);
-}
 static moe_status do_qkv(const layer *w) {
-  return moe_gemm(dev, MOE_NT, h, w->wqkv, 0, qkv);
-}
-static moe_status do_rope(const layer *w) {
-  (void)w;
-  return moe_rope(dev, qkv, lengths, table, H, G, 1);
+  moe_norm n = {x, y, w->norm1, 1e-5, sum, h, rstd};
+  return moe_norm_gemm(dev, n, w->wqkv, qkv);
 }
 static moe_status do_attention(const layer *w) {
-  return moe_attention_cached(dev, shape(), qkv, w->keys, w->values, lengths, attended);
+  return moe_attention_cached(dev, shape(), qkv, lengths, table, w->keys, w->values, lengths,
+                              attended);
 }
 static moe_status do_output(const layer *w) {
   return moe_gemm(dev, MOE_NT, attended, w->wo, 0, y);
 }
-static moe_status do_norm2(const layer *w) {
-  return moe_rms_norm(dev, x, y, w->norm2, 1e-5, x, h, rstd);
-}
 static moe_status do_router(const layer *w) {
-  return moe_router(dev, h, w->router, moe_tensor_none(), probs, lse, experts, gates, stats);
+  moe_norm n = {sum, y, w->norm2, 1e-5, x, h, rstd};
+  return moe_norm_router(dev, n, w->router, moe_tensor_none(), probs, lse, experts, gates, stats);
 }
 static moe_status do_experts(const layer *w) {
   return moe_experts_decode(dev, h, experts, gates, w->w13, w->w2, hidden, y);
 }
 
 typedef moe_status (*operation)(const layer *w);
-static const operation whole_layer[] = {do_norm,   do_qkv,   do_rope,   do_attention,
-                                        do_output, do_norm2, do_router, do_experts};
+static const operation whole_layer[] = {do_qkv, do_attention, do_output, do_router, do_experts};
 enum { PER_LAYER = sizeof whole_layer / sizeof *whole_layer };
 
 static void do_head(void) {
@@ -227,20 +228,19 @@ static void measure_all(void) {
   int used = chosen();
   double expert = 6.0 * D * F, projections = 2.0 * D * (QKV + H * HEAD), keys = 4.0 * G * HEAD;
   double cache = t * keys * (double)cached, router = 4.0 * E * D;
+  double held = (double)(free_before - moe_device_free_bytes(dev));
   double whole = LAYERS * (used * expert + projections + cache + router) + 2.0 * V * D;
   printf("\n%lld sequences, %lld tokens cached in each, %d experts chosen\n", (long long)T,
          (long long)cached, used);
   printf("memory: %.2f GB asked for, of which caches %.2f GB; %.2f GB held\n",
          1e-9 * (double)asked_for, 1e-9 * LAYERS * t * keys * (double)(cached + ROOM_MORE),
-         1e-9 * (double)(free_before - moe_device_free_bytes(dev)));
+         1e-9 * held);
   printf("%-24s %10s %10s %7s %8s %10s %10s\n", "operation", "us", "floor", "ratio", "TB/s",
          "least", "most");
-  measure_each("rms_norm + residual", do_norm, 8.0 * t * D + 4.0 * D);
-  measure_each("gemm qkv", do_qkv, 2.0 * D * QKV + 2.0 * t * (D + QKV));
-  measure_each("rope", do_rope, 4.0 * t * (H + G) * HEAD);
-  measure_each("attention_cached", do_attention, cache + 2.0 * t * (QKV + H * HEAD));
+  measure_each("norm, gemm qkv", do_qkv, 2.0 * D * QKV + 2.0 * t * (D + QKV));
+  measure_each("rope, attention_cached", do_attention, cache + 2.0 * t * (QKV + H * HEAD));
   measure_each("gemm o", do_output, 2.0 * D * H * HEAD + 4.0 * t * D);
-  measure_each("router", do_router, router + 2.0 * t * D);
+  measure_each("norm, router", do_router, router + 2.0 * t * D);
   measure_each("experts_decode", do_experts, used * expert);
   measure("norm, gemm head", do_head, 1, 2.0 * V * D + 4.0 * t * V);
   measure("sample, greedy", do_sample, 1, 4.0 * t * V);

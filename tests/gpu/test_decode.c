@@ -105,8 +105,8 @@ static void attend(moe_dtype act, moe_attention_shape shape, int64_t room, int64
     moe_device_set_scratch(both_dev[s], scratch[s], bytes);
   }
   for (int step = 0; step < 2; step++) {
-    BOTH(
-        moe_attention_cached(dev, shape, qkv.t[s], keys.t[s], values.t[s], lengths.t[s], out.t[s]));
+    BOTH(moe_attention_cached(dev, shape, qkv.t[s], moe_tensor_none(), moe_tensor_none(), keys.t[s],
+                              values.t[s], lengths.t[s], out.t[s]));
     AGREE(out, 2.0 * rounding(act));
     AGREE(keys, 0.0);
     AGREE(values, 0.0);

@@ -92,8 +92,8 @@ static setup make(moe_device *dev, moe_dtype act, example e, double std) {
 }
 
 static void run(moe_device *dev, setup *u) {
-  op_ok(
-      moe_attention_cached(dev, u->e.s, u->qkv.t, u->keys.t, u->values.t, u->lengths.t, u->out.t));
+  op_ok(moe_attention_cached(dev, u->e.s, u->qkv.t, moe_tensor_none(), moe_tensor_none(), u->keys.t,
+                             u->values.t, u->lengths.t, u->out.t));
 }
 
 /* As op_equal and op_close, where NaN is wanted: NaN, as it was. */
@@ -205,7 +205,8 @@ static void whole(moe_device *dev, moe_dtype act) {
     moe_attention_shape step = {1, n, s.heads, s.kv_heads, s.head_dim};
     op_tensor length = op_ints(dev, "length", OP_SHAPE(1), (int32_t[]){(int32_t)at});
     op_scratch(dev, moe_attention_cached_scratch(dev, step, TOKENS, act));
-    op_ok(moe_attention_cached(dev, step, moe_tensor_rows(qkv.t, at, n), keys.t, values.t, length.t,
+    op_ok(moe_attention_cached(dev, step, moe_tensor_rows(qkv.t, at, n), moe_tensor_none(),
+                               moe_tensor_none(), keys.t, values.t, length.t,
                                moe_tensor_rows(out.t, at, n)));
   }
   op_close(out, want.v, 2.0 * op_tolerance(act));
@@ -247,12 +248,15 @@ static void refusals(moe_device *dev) {
   moe_tensor lengths = moe_tensor_1d(block, MOE_I32, 1);
   odd.shape[1] = 4;
   op_refuses(MOE_INVALID, "values is fp32 [1, 4, 4]: it must be fp32 [1, 3, 4]",
-             moe_attention_cached(dev, s, qkv, keys, odd, lengths, out));
+             moe_attention_cached(dev, s, qkv, moe_tensor_none(), moe_tensor_none(), keys, odd,
+                                  lengths, out));
   op_refuses(MOE_INVALID, "lengths is fp32 [1]",
-             moe_attention_cached(dev, s, qkv, keys, keys, moe_tensor_1d(block, MOE_F32, 1), out));
+             moe_attention_cached(dev, s, qkv, moe_tensor_none(), moe_tensor_none(), keys, keys,
+                                  moe_tensor_1d(block, MOE_F32, 1), out));
   s.kv_heads = 0;
   op_refuses(MOE_INVALID, "heads must be a multiple of kv_heads",
-             moe_attention_cached(dev, s, qkv, keys, keys, lengths, out));
+             moe_attention_cached(dev, s, qkv, moe_tensor_none(), moe_tensor_none(), keys, keys,
+                                  lengths, out));
 }
 Test(attention_cached, refuses_wrong_operands) {
   op_each_device(refusals);
