@@ -149,10 +149,11 @@ int plan_splits(const moe_device *dev, int64_t blocks, int64_t room, bool small)
   return (int)(fill < 1 ? 1 : fill);
 }
 
-/* Whether the attention kernel may rotate. */
-bool fuses(void) {
+/* Whether the kernel on tensor cores may rotate by this table, which it reads in pairs. */
+bool may_turn(const cached_args &p, moe_tensor table) {
   static const bool apart = cuda_plain("fuse");
-  return !apart;
+  return !apart && p.n == 1 && cuda_attention_cached_mma_turns(p.rows, p.d) &&
+         reinterpret_cast<uintptr_t>(table.data) % sizeof(float2) == 0;
 }
 
 /* Whether a few blocks, each with some of the keys, do best as a cluster. */
@@ -219,8 +220,7 @@ moe_status moe_cuda_attention_cached(moe_device *dev, moe_attention_shape shape,
   cached_args p = plan(dev, shape, keys.shape[1], by_mma);
   p.qkv = qkv.data, p.keys = keys.data, p.values = values.data, p.out = out.data;
   p.lengths = cuda_data<int32_t>(lengths);
-  if (moe_tensor_present(table) && shape.seq == 1 && by_mma && fuses() &&
-      cuda_attention_cached_mma_turns(p.rows, p.d)) {
+  if (moe_tensor_present(table) && by_mma && may_turn(p, table)) {
     p.table = cuda_data<float>(table), p.turns = (int)table.shape[0];
     p.positions = cuda_data<int32_t>(positions);
   } else if (moe_tensor_present(table)) {

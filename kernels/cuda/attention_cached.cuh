@@ -2,6 +2,7 @@
  *
  *   attention_cached.cu       the slot, float32 arithmetic for any type, the sum of splits
  *   attention_cached_mma.cu   bf16 and f16 on tensor cores
+ *   attention_cached_turn.cuh rotation there
  *
  * The query heads of a K/V head are stacked, row = token * rep + head: they read the same keys. A
  * sequence's keys are cut into splits, so that one query fills the chip; where the cut falls

@@ -5,7 +5,7 @@
  * With few (one token's query heads are 12 rows or so) all warps have the same 16 rows, each walks
  * its own 16 keys of every tile, and they meet in shared memory at the end. */
 #include "kernels/cuda/attention_cached.cuh"
-#include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/attention_cached_turn.cuh"
 
 namespace {
 
@@ -95,71 +95,6 @@ __device__ __forceinline__ void load_queries(uint32_t (&a)[D / 16][4], const cac
             q != nullptr && j < p.d ? *reinterpret_cast<const uint32_t *>(q + j) : 0u;
       }
   }
-}
-
-/* ---- rotation of a single new token (rope.cu's) ---- */
-
-/* Two neighbouring angles' cosines and sines at elements i and i + 1 ; NaN
- * where the table does not reach. */
-struct two_angles {
-  float2 cosine, sine;
-  __device__ __forceinline__ two_angles(const cached_args &p, int position, int i) {
-    bool known = position >= 0 && position < p.turns;
-    const float *at = p.table + (int64_t)(known ? position : 0) * p.d + i;
-    cosine = *reinterpret_cast<const float2 *>(at);
-    sine = *reinterpret_cast<const float2 *>(at + p.d / 2);
-    if (!known) cosine = sine = make_float2(NAN, NAN);
-  }
-  /* Turn a pair of neighbours a and its partner b, half a head further. */
-  template <typename T> __device__ __forceinline__ void turn(uint32_t &a, uint32_t &b) const {
-    T *first = reinterpret_cast<T *>(&a), *second = reinterpret_cast<T *>(&b);
-    float x[2], y[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      float cos = i == 0 ? cosine.x : cosine.y, sin = i == 0 ? sine.x : sine.y;
-      x[i] = to_float(first[i]) * cos - to_float(second[i]) * sin;
-      y[i] = to_float(second[i]) * cos + to_float(first[i]) * sin;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) first[i] = from_float<T>(x[i]), second[i] = from_float<T>(y[i]);
-  }
-};
-
-/* The rows of queries: a lane has both elements of a rotated pair. */
-template <int D, typename T>
-__device__ __forceinline__ void turn_queries(uint32_t (&a)[D / 16][4], const cached_args &p,
-                                             int position) {
-#pragma unroll
-  for (int k = 0; k < D / 32; k++)
-#pragma unroll
-    for (int part = 0; part < 2; part++) {
-      two_angles angles(p, position, k * 16 + lane_of() % 4 * 2 + part * 8);
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        angles.template turn<T>(a[k][half + 2 * part], a[k + D / 32][half + 2 * part]);
-    }
-}
-
-/* The new key, in its row of a tile; then it and its value go to the cache, if `store`. All threads
- * must call. */
-template <int D, int KEYS, typename T>
-__device__ __forceinline__ void turn_new_key(T *row, const cached_args &p, const cached_group<T> &g,
-                                             int position, bool store) {
-  int i = (int)threadIdx.x * 2;
-  if (i < D / 2) {
-    two_angles angles(p, position, i);
-    uint32_t *a = reinterpret_cast<uint32_t *>(row + i), *b = a + D / 4;
-    angles.template turn<T>(*a, *b);
-    if (store) {
-      T *key = g.cached_keys + g.length * g.width, *value = g.cached_values + g.length * g.width;
-      const uint32_t *from = a + KEYS * tile_row<D> / 2;
-      *reinterpret_cast<uint32_t *>(key + i) = *a;
-      *reinterpret_cast<uint32_t *>(key + i + D / 2) = *b;
-      *reinterpret_cast<uint32_t *>(value + i) = from[0];
-      *reinterpret_cast<uint32_t *>(value + i + D / 2) = from[D / 4];
-    }
-  }
-  __syncthreads();
 }
 
 /* Hide what a row does not see of a result [16 rows from row0, 8 N keys from n0]. */
