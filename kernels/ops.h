@@ -112,6 +112,7 @@ int64_t moe_attention_scratch(moe_device *dev, moe_attention_shape shape, moe_dt
  * keys, values [B, room, G d] act inout. lengths i32 [B]: tokens cached before, 0 or more.
  * Row i of sequence b has position lengths[b] + i, is stored there and sees positions 0 to that.
  * A row whose position is not below `room` is neither stored nor computed (its out is left alone).
+ * What is cached must have been there before the operation queued last: it may be read early.
  * out [B n, H d] act. */
 moe_status moe_attention_cached(moe_device *dev, moe_attention_shape shape, moe_tensor qkv,
                                 moe_tensor positions, moe_tensor table, moe_tensor keys,

@@ -151,8 +151,7 @@ int plan_splits(const moe_device *dev, int64_t blocks, int64_t room, bool small)
 
 /* Whether the kernel on tensor cores may rotate by this table, which it reads in pairs. */
 bool may_turn(const cached_args &p, moe_tensor table) {
-  static const bool apart = cuda_plain("fuse");
-  return !apart && p.n == 1 && cuda_attention_cached_mma_turns(p.rows, p.d) &&
+  return p.n == 1 && cuda_attention_cached_mma_turns(p.rows, p.d) &&
          reinterpret_cast<uintptr_t>(table.data) % sizeof(float2) == 0;
 }
 

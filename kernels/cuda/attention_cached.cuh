@@ -8,8 +8,8 @@
  * sequence's keys are cut into splits, so that one query fills the chip; where the cut falls
  * depends on the sequence's length, which only the device knows. Each split leaves, for each row,
  * the sum of its values weighted by exp(score - peak), the peak and the sum of weights; one more
- * kernel adds them; on Hopper, while caches are short, the splits' blocks are a cluster and read
- * each other's shared memory instead. A sequence that fits one split is written at once. New keys
+ * kernel adds them; on Hopper, while caches are short, the splits' blocks are a cluster and send
+ * them to each other instead. A sequence that fits one split is written at once. New keys
  * and values are read where they are, in qkv, and stored to the cache by one block on the way, so
  * nothing waits for the cache; a single new token of each sequence may be rotated on the way.
  * Source: "Flash-Decoding for long-context inference", Dao et al.
@@ -36,7 +36,8 @@ struct cached_args {
   float scale;
 };
 
-constexpr int cached_step = 64, cached_least = 128; /* keys: a split is whole steps, no less */
+/* Keys: a split is whole steps (a power of two), no less. */
+constexpr int cached_step = 64, cached_least = 128;
 constexpr int cached_most_splits = 512;
 /* Up to so many positions, and in so many splits, blocks of a cluster share a sequence. */
 constexpr int cached_near = 8192, cached_cluster = 16, cached_near_step = 16,
@@ -92,13 +93,16 @@ template <typename T> struct cached_group {
   __device__ __forceinline__ const T *value(int j) const {
     return j < length ? cached_values + j * width : new_values + (j - length) * stride;
   }
-  /* Keys in one split, and how many splits have any. */
+  /* Keys in one split, and how many splits have any. In 32 bits: all wait for these divisions. */
   __device__ __forceinline__ int span(const cached_args &p) const {
-    int even = (int)round_up(div_up(keys, p.splits), p.together ? cached_near_step : cached_step);
-    return max(even, p.together ? cached_near_least : cached_least);
+    unsigned step = p.together ? cached_near_step : cached_step;
+    unsigned least = p.together ? cached_near_least : cached_least;
+    unsigned even = ((unsigned)keys + (unsigned)p.splits - 1) / (unsigned)p.splits;
+    return (int)max((even + step - 1) & ~(step - 1), least);
   }
   __device__ __forceinline__ int splits_used(const cached_args &p) const {
-    return (int)div_up(keys, span(p));
+    unsigned each = (unsigned)span(p);
+    return (int)(((unsigned)keys + each - 1) / each);
   }
 };
 
@@ -109,6 +113,7 @@ __device__ __forceinline__ void cached_append(const cached_args &p, const cached
                                               int row, int rows) {
   int begin = (int)div_up(row, p.rep), end = (int)div_up(min(row + rows, p.rows), p.rep);
   int each = p.d / N;
+#pragma unroll 1
   for (int i = (int)threadIdx.x; i < (end - begin) * each; i += (int)blockDim.x) {
     int token = begin + i / each, c = i % each * N, at = g.length + token;
     if (at < 0 || at >= p.room) continue;

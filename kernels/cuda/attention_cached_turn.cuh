@@ -9,8 +9,8 @@
 
 /* Cosines and sines of elements i and i + 1 at a position; NaN where the table does not reach. */
 struct two_angles {
-  float2 cosine, sine;
-  __device__ __forceinline__ two_angles(const cached_args &p, int position, int i) {
+  float2 cosine = {}, sine = {};
+  __device__ __forceinline__ void load(const cached_args &p, int position, int i) {
     bool known = position >= 0 && position < p.turns;
     const float *at = p.table + (int64_t)(known ? position : 0) * p.d + i;
     cosine = *reinterpret_cast<const float2 *>(at);
@@ -32,41 +32,49 @@ struct two_angles {
   }
 };
 
-/* The rows of queries: a lane has both elements of a rotated pair. */
-template <int D, typename T>
-__device__ __forceinline__ void turn_queries(uint32_t (&a)[D / 16][4], const cached_args &p,
-                                             int position) {
-#pragma unroll
-  for (int k = 0; k < D / 32; k++)
-#pragma unroll
-    for (int part = 0; part < 2; part++) {
-      two_angles angles(p, position, k * 16 + lane_of() % 4 * 2 + part * 8);
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        angles.template turn<T>(a[k][half + 2 * part], a[k + D / 32][half + 2 * part]);
-    }
-}
+/* What a thread turns by: its elements of the rows of queries, and its two of the new key. */
+template <int D> struct turned_angles {
+  static constexpr int groups = D < 32 ? 1 : D / 32;
+  two_angles query[groups][2], key;
 
-/* The new key, in its row of a tile; then it and its value go to the cache, if `store`. All threads
- * must call. */
-template <int D, int KEYS, typename T>
-__device__ __forceinline__ void turn_new_key(T *row, const cached_args &p, const cached_group<T> &g,
-                                             int position, bool store) {
-  int i = (int)threadIdx.x * 2;
-  if (i < D / 2) {
-    two_angles angles(p, position, i);
-    uint32_t *a = reinterpret_cast<uint32_t *>(row + i), *b = a + D / 4;
-    angles.template turn<T>(*a, *b);
-    if (store) {
-      T *key = g.cached_keys + g.length * g.width, *value = g.cached_values + g.length * g.width;
-      const uint32_t *from = a + KEYS * tile_row<D> / 2;
-      *reinterpret_cast<uint32_t *>(key + i) = *a;
-      *reinterpret_cast<uint32_t *>(key + i + D / 2) = *b;
-      *reinterpret_cast<uint32_t *>(value + i) = from[0];
-      *reinterpret_cast<uint32_t *>(value + i + D / 2) = from[D / 4];
-    }
+  __device__ __forceinline__ void load(const cached_args &p, int position) {
+#pragma unroll
+    for (int k = 0; k < D / 32; k++)
+#pragma unroll
+      for (int part = 0; part < 2; part++)
+        query[k][part].load(p, position, k * 16 + lane_of() % 4 * 2 + part * 8);
+    if (threadIdx.x < D / 4) key.load(p, position, (int)threadIdx.x * 2);
   }
-  __syncthreads();
-}
+  /* A lane has both elements of a rotated pair. */
+  template <typename T>
+  __device__ __forceinline__ void turn_queries(uint32_t (&a)[D / 16][4]) const {
+#pragma unroll
+    for (int k = 0; k < D / 32; k++)
+#pragma unroll
+      for (int part = 0; part < 2; part++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+          query[k][part].template turn<T>(a[k][half + 2 * part], a[k + D / 32][half + 2 * part]);
+  }
+  /* The new key, in its row of a tile of KEYS; then it and its value go to the cache, if `store`.
+   * All threads must call. */
+  template <int KEYS, typename T>
+  __device__ __forceinline__ void turn_new_key(T *row, const cached_group<T> &g, bool store) const {
+    int i = (int)threadIdx.x * 2;
+    if (i < D / 2) {
+      uint32_t *a = reinterpret_cast<uint32_t *>(row + i), *b = a + D / 4;
+      key.template turn<T>(*a, *b);
+      if (store) {
+        T *to = g.cached_keys + g.length * g.width, *value = g.cached_values + g.length * g.width;
+        const uint32_t *from = a + KEYS * tile_row<D> / 2;
+        *reinterpret_cast<uint32_t *>(to + i) = *a;
+        *reinterpret_cast<uint32_t *>(to + i + D / 2) = *b;
+        *reinterpret_cast<uint32_t *>(value + i) = from[0];
+        *reinterpret_cast<uint32_t *>(value + i + D / 2) = from[D / 4];
+      }
+    }
+    __syncthreads();
+  }
+};
 
 #endif

@@ -36,6 +36,17 @@ __device__ __forceinline__ void prefetch_line(const void *p) {
 #endif
 }
 
+/* What may still change: a look ahead of launch_wait and one after it each go to the L2 cache. */
+__device__ __forceinline__ int32_t load_l2(const int32_t *p) {
+  int32_t v = 0;
+#ifdef __CUDA_ARCH__
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+#else
+  v = *p;
+#endif
+  return v;
+}
+
 static inline bool launch_overlaps(const moe_device *dev) {
   static const bool one_by_one = cuda_plain("overlap");
   return cuda_of(dev)->arch >= 90 && !one_by_one;

@@ -5,7 +5,6 @@
 #define MOE_KERNELS_CUDA_NORM_FEW_CUH
 
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/plain.h"
 
 struct norm_few {
   const void *x, *residual; /* residual may be NULL: then there is no sum */
@@ -25,11 +24,10 @@ static inline norm_few norm_few_of(const moe_norm &n) {
 
 /* Whether kernels may take these rows in. */
 static inline bool norm_few_fits(const moe_norm &n) {
-  static const bool apart = cuda_plain("fuse");
   const void *all[] = {n.x.data, n.residual.data, n.sum.data, n.out.data, n.gain.data};
   uintptr_t bits = 0;
   for (const void *p : all) bits |= reinterpret_cast<uintptr_t>(p);
-  return !apart && n.x.shape[1] % 8 == 0 && n.x.shape[1] <= norm_few_most && bits % 16 == 0;
+  return n.x.shape[1] % 8 == 0 && n.x.shape[1] <= norm_few_most && bits % 16 == 0;
 }
 
 /* Eight elements of a row on their way: all loads first, since a store may not be overtaken. */

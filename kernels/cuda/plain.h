@@ -7,9 +7,7 @@
  *   gather   rows taken from all over by neighbouring warps (permute.cu)
  *   gemv     products with few rows straight from memory (gemv.cu)
  *   stream   large products with few rows by Hopper's copy engine (stream.cuh)
- *   cluster  attention over short caches in one kernel (attention_cached_mma.cu)
- *   fuse     a norm inside the product or router that wants it, rotation inside attention
- *            (norm_few.cuh, attention_cached_turn.cuh)
+ *   cluster  attention over short caches in one kernel (attention_cached_few.cuh)
  *   overlap  small kernels that begin before the one before has ended (launch.cuh)
  *
  * The other switches of this kind: MOE_EXPERT_GEMM=cublas (experts.cu), MOE_ATTENTION=cudnn, own,

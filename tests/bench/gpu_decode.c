@@ -9,7 +9,7 @@
  * and greedy choice for the step. The floor is bytes over the copy rate measured on an H200 (4.26
  * TB/s): weights of the experts that are chosen (all K of one sequence; for many, as the router
  * here chose), other weights, keys and values. Medians of ROUNDS launches.
- * MOE_PLAIN=overlap,gemv,router,stream,cluster,fuse says what some of it is worth (plain.h). */
+ * MOE_PLAIN=overlap,gemv,router,stream,cluster says what some of it is worth (plain.h). */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -138,19 +138,26 @@ static attended make_attended(moe_device *dev, moe_dtype act, example e) {
                     op_filled(dev, "out", act, OP_SHAPE(t, s.heads * s.head_dim), 3.0)};
 }
 
-static void rotate(moe_device *dev, moe_dtype act, example e) {
-  moe_attention_shape s = e.s;
-  attended one = make_attended(dev, act, e), two = make_attended(dev, act, e);
-  int64_t rows = e.room + s.seq, t = s.batch * s.seq, d = s.head_dim;
+static op_tensor table_of(moe_device *dev, int64_t rows, int64_t d) {
   double *angles = op_doubles(rows * d);
   float *table = malloc((size_t)(rows * d) * sizeof *table);
   moe_rope_table_fill(10000.0, 8.0, rows, d, table);
   for (int64_t i = 0; i < rows * d; i++) angles[i] = (double)table[i];
   free(table);
+  return op_values(dev, "table", MOE_F32, OP_SHAPE(rows, d), angles);
+}
+
+static op_tensor positions_of(moe_device *dev, example e) {
+  int64_t t = e.s.batch * e.s.seq;
   int32_t *at = op_int32s(t);
-  for (int64_t i = 0; i < t; i++) at[i] = e.lengths[i / s.seq] + (int32_t)(i % s.seq);
-  op_tensor turns = op_values(dev, "table", MOE_F32, OP_SHAPE(rows, d), angles);
-  op_tensor positions = op_ints(dev, "positions", OP_SHAPE(t), at);
+  for (int64_t i = 0; i < t; i++) at[i] = e.lengths[i / e.s.seq] + (int32_t)(i % e.s.seq);
+  return op_ints(dev, "positions", OP_SHAPE(t), at);
+}
+
+static void rotate(moe_device *dev, moe_dtype act, example e) {
+  moe_attention_shape s = e.s;
+  attended one = make_attended(dev, act, e), two = make_attended(dev, act, e);
+  op_tensor turns = table_of(dev, e.room + s.seq, s.head_dim), positions = positions_of(dev, e);
   op_tensor lengths = op_ints(dev, "lengths", OP_SHAPE(s.batch), e.lengths);
   moe_tensor none = moe_tensor_none();
   op_scratch(dev, moe_attention_cached_scratch(dev, s, e.room, act));
@@ -175,6 +182,36 @@ static void rotations(moe_device *dev, moe_dtype act) {
 }
 Test(norm_first, attention_rotates_as_rope_does) {
   op_each(rotations);
+}
+
+/* Lengths that are still being written when attention could begin: the place of the largest of many
+ * logits. */
+static void late_lengths(moe_device *dev, moe_dtype act) {
+  enum { MANY = 1 << 18 };
+  const example e = {{2, 1, 12, 1, 64}, 300, {40, 299}};
+  const int32_t before[] = {290, 3};
+  moe_attention_shape s = e.s;
+  attended one = make_attended(dev, act, e), two = make_attended(dev, act, e);
+  op_tensor turns = table_of(dev, e.room, s.head_dim), at = positions_of(dev, e);
+  op_tensor late = op_ints(dev, "lengths", OP_SHAPE(s.batch), before);
+  op_tensor streams = op_ints(dev, "streams", OP_SHAPE(s.batch), before);
+  double *v = op_doubles(s.batch * MANY);
+  for (int64_t i = 0; i < s.batch * MANY; i++) v[i] = i % MANY == e.lengths[i / MANY];
+  op_tensor logits = op_values(dev, "logits", MOE_F32, OP_SHAPE(s.batch, MANY), v);
+  op_scratch(dev, moe_attention_cached_scratch(dev, s, e.room, act));
+  op_ok(moe_attention_cached(dev, s, two.qkv.t, at.t, turns.t, two.keys.t, two.values.t, at.t,
+                             two.out.t));
+  op_ok(moe_device_sync(dev));
+  op_ok(moe_sample(dev, logits.t, (moe_sample_args){.top_p = 1.0f}, streams.t, streams.t, late.t));
+  op_ok(moe_attention_cached(dev, s, one.qkv.t, late.t, turns.t, one.keys.t, one.values.t, late.t,
+                             one.out.t));
+  op_equal(late, op_read(&at));
+  op_equal(one.out, op_read(&two.out));
+  op_equal(one.keys, op_read(&two.keys));
+  op_equal(one.values, op_read(&two.values));
+}
+Test(norm_first, attention_takes_lengths_from_the_operation_before) {
+  op_each(late_lengths);
 }
 
 static void odd_tables(moe_device *dev) {
