@@ -1,4 +1,5 @@
-/* Drawing the next token: the procedure of kernels/cpu/decode.c, one block per row.
+/* Drawing the next token: the procedure of kernels/cpu/decode.c, one block per row; a cluster where
+ * the largest is all that is wanted.
  *
  * That file says what is drawn; here is how the same comes out in parallel. A thread owns a run of
  * consecutive indices, so "index order" is thread order. Weights are whole numbers: w in [0, 1]
@@ -9,6 +10,7 @@
 #include <cmath>
 
 #include "core/base/philox.h"
+#include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/launch.cuh"
 
 constexpr int sample_threads = 1024;
@@ -41,9 +43,12 @@ struct choice {
     return v != v ? -INFINITY : v + 0.0f;
   }
   /* Unsigned order = order of floats. */
-  __device__ uint32_t key(int64_t i) const {
-    uint32_t bits = __float_as_uint(value(i));
+  static __device__ uint32_t order(float v) {
+    uint32_t bits = __float_as_uint(v);
     return bits >> 31 ? ~bits : bits | 1u << 31;
+  }
+  __device__ uint32_t key(int64_t i) const {
+    return order(value(i));
   }
   __device__ whole weight(int64_t i) const {
     float v = value(i);
@@ -72,14 +77,25 @@ struct op_larger {
   }
 };
 
-/* The largest logit's index, ties to the lower. Threads take turns at neighbouring logits here:
- * nothing else reads them all when there is no more to draw. */
-static __device__ int64_t greedy(const choice &c, int64_t count) {
-  whole best = 0; /* key above, inverted index below: the maximum is what we want */
-#pragma unroll 8
-  for (int64_t i = threadIdx.x; i < count; i += sample_threads)
-    best = op_larger{}(best, (whole)c.key(i) << 32 | (uint32_t) ~(uint32_t)i);
-  best = block_reduce(best, op_larger{}, (whole)0);
+/* The largest logit's index, ties to the lower, of those that threads `first`, first + step, ...
+ * look at: key above, inverted index below, so that the maximum is what we want. */
+static __device__ whole largest_of(const choice &c, int64_t count, int64_t first, int64_t step) {
+  constexpr int batch = 8; /* on their way at once */
+  whole best = 0;
+  for (int64_t i = first; i < count; i += batch * step) {
+    float v[batch];
+#pragma unroll
+    for (int u = 0; u < batch; u++) v[u] = i + u * step < count ? c.value(i + u * step) : -INFINITY;
+#pragma unroll
+    for (int u = 0; u < batch; u++) {
+      uint32_t at = (uint32_t)(i + u * step);
+      if (at < count) best = op_larger{}(best, (whole)choice::order(v[u]) << 32 | (uint32_t)~at);
+    }
+  }
+  return block_reduce(best, op_larger{}, (whole)0);
+}
+
+static __device__ int64_t index_of(whole best) {
   return (int64_t)(uint32_t) ~(uint32_t)best;
 }
 
@@ -167,14 +183,39 @@ __global__ void __launch_bounds__(sample_threads)
               0};
   launch_wait();
   launch_release();
-  int64_t token = greedy(c, p.count);
-  if (p.temperature > 0.0) {
-    c.largest = c.value(token);
-    if (p.top_k > 0 && p.top_k < p.count) cut_at(&c, (double)p.top_k, false);
-    if (p.top_p < 1.0) cut_at(&c, p.top_p * ldexp((double)total_weight(c), -p.shift), true);
-    token = draw(c, moe_philox_uniform_f64(p.seed, p.streams[blockIdx.x], p.positions[blockIdx.x]));
-  }
+  int64_t token = index_of(largest_of(c, p.count, threadIdx.x, sample_threads));
+  c.largest = c.value(token);
+  if (p.top_k > 0 && p.top_k < p.count) cut_at(&c, (double)p.top_k, false);
+  if (p.top_p < 1.0) cut_at(&c, p.top_p * ldexp((double)total_weight(c), -p.shift), true);
+  token = draw(c, moe_philox_uniform_f64(p.seed, p.streams[blockIdx.x], p.positions[blockIdx.x]));
   if (threadIdx.x == 0) p.token[blockIdx.x] = (int32_t)token;
+}
+
+constexpr int greedy_threads = 512, greedy_blocks = 8;
+
+/* The largest alone. On Hopper a cluster shares a row: each block sends its largest to the first.
+ */
+__global__ void __launch_bounds__(greedy_threads)
+    greedy_kernel(const __grid_constant__ sample_args p) {
+  __shared__ whole sent[greedy_blocks];
+  __shared__ uint64_t barrier;
+  int blocks = (int)gridDim.y, block = (int)blockIdx.y;
+  if (blocks > 1) cluster_open(&barrier);
+  launch_wait();
+  launch_release();
+  choice c = {};
+  c.logit = p.logits + blockIdx.x * p.count;
+  whole best = largest_of(c, p.count, (int64_t)block * greedy_threads + threadIdx.x,
+                          (int64_t)blocks * greedy_threads);
+  if (blocks > 1) {
+    cluster_wait();
+    if (threadIdx.x == 0)
+      cluster_send(cluster_address(sent + block, 0), cluster_address(&barrier, 0), best);
+    if (block > 0 || threadIdx.x > 0) return;
+    cluster_await(&barrier, blocks * (int)sizeof best);
+    for (int i = 0; i < blocks; i++) best = op_larger{}(best, sent[i]);
+  }
+  if (threadIdx.x == 0) p.token[blockIdx.x] = (int32_t)index_of(best);
 }
 
 moe_status moe_cuda_sample(moe_device *dev, moe_tensor logits, moe_sample_args args,
@@ -196,8 +237,12 @@ moe_status moe_cuda_sample(moe_device *dev, moe_tensor logits, moe_sample_args a
   p.seed = args.seed;
   p.streams = cuda_data<uint32_t>(streams);
   p.positions = cuda_data<uint32_t>(positions);
-  return cuda_launch(dev, rows <= launch_few, sample_kernel, dim3((unsigned)rows), sample_threads,
-                     0, p);
+  bool few = rows <= launch_few;
+  if (p.temperature > 0.0)
+    return cuda_launch(dev, few, sample_kernel, dim3((unsigned)rows), sample_threads, 0, p);
+  int blocks = few && cuda_of(dev)->arch >= 90 ? greedy_blocks : 1;
+  return cuda_launch_clusters(dev, few, blocks, greedy_kernel,
+                              dim3((unsigned)rows, (unsigned)blocks), greedy_threads, 0, p);
 }
 
 __global__ void advance_kernel(int32_t *counts, const int32_t *by, int64_t n) {
