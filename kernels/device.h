@@ -79,7 +79,7 @@ void *moe_device_scratch(moe_device *dev, int64_t bytes); /* NULL when the plan 
  * ways) with its arguments: pointers, sizes and numbers are those of the recording, only what lies
  * in memory changes. So whatever changes from launch to launch must be read from device memory, and
  * all memory must outlive the graph. Uploads and downloads are repeated from and to the same
- * pinned host memory.
+ * pinned host memory, and a mark moves whenever the launch gets to it.
  *
  * While recording, no thread may wait or ask for device memory: moe_device_sync is refused,
  * moe_device_alloc returns NULL, and moe_device_graph_end then fails and says why. Operations that

@@ -322,8 +322,18 @@ moe_status moe_clip_scale(moe_device *dev, moe_tensor sum_squares, double max_no
   return dev->backend->clip_scale(dev, sum_squares, max_norm, unscale, scale);
 }
 
-moe_status moe_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_tensor scale,
-                     moe_tensor master, moe_tensor m, moe_tensor v, moe_tensor weight) {
+moe_status moe_adamw_numbers(moe_adamw_args args, double lr, int64_t step, double *now) {
+  MOE_TRY(moe_check_rule("adamw", step >= 1, "steps count from 1"));
+  now[MOE_ADAMW_LR] = lr;
+  now[MOE_ADAMW_CORRECT1] = 1.0 / (1.0 - pow(args.beta1, (double)step));
+  now[MOE_ADAMW_CORRECT2] = 1.0 / (1.0 - pow(args.beta2, (double)step));
+  now[MOE_ADAMW_STEP] = (double)step;
+  return MOE_OK;
+}
+
+moe_status moe_adamw(moe_device *dev, moe_adamw_args args, moe_tensor now, moe_tensor grad,
+                     moe_tensor scale, moe_tensor master, moe_tensor m, moe_tensor v,
+                     moe_tensor weight) {
   MOE_TRY(moe_check_any("adamw", "master", master, MOE_IS_F32));
   int64_t n = moe_tensor_count(master);
   MOE_TRY(moe_check_any("adamw", "grad", grad, MOE_IS_STATE));
@@ -337,13 +347,13 @@ moe_status moe_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_
   MOE_TRY(
       moe_check_rule("adamw", same, "grad, m, v and weight must have as many elements as master"));
   MOE_TRY(moe_check_1d("adamw", "scale", scale, MOE_IS_F32, 1));
-  MOE_TRY(moe_check_rule("adamw", args.step >= 1, "steps count from 1"));
+  MOE_TRY(moe_check_1d("adamw", "now", now, MOE_IS_F64, MOE_ADAMW_NUMBERS));
   MOE_TRY(moe_check_rule("adamw", args.first >= 0, "elements count from 0"));
   MOE_TRY(moe_check_rule("adamw",
                          args.beta1 >= 0.0 && args.beta1 < 1.0 && args.beta2 >= 0.0 &&
                              args.beta2 < 1.0 && args.eps > 0.0,
                          "beta1 and beta2 must be in [0, 1) and eps above 0"));
-  MOE_TRY(dev->backend->adamw(dev, args, grad, scale, master, m, v, weight));
+  MOE_TRY(dev->backend->adamw(dev, args, now, grad, scale, master, m, v, weight));
   MOE_TRY(moe_check_finite(dev, "adamw", "v", v));
   return moe_check_finite(dev, "adamw", "master", master);
 }

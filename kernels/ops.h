@@ -251,10 +251,15 @@ moe_status moe_cross_entropy(moe_device *dev, moe_tensor logits, moe_tensor targ
 /* ---- adamw --------------------------------------------------------------------------------- */
 
 typedef struct {
-  double lr, beta1, beta2, eps, weight_decay;
-  int64_t step;  /* 1, 2, ...: bias correction */
+  double beta1, beta2, eps, weight_decay;
   int64_t first; /* number of the first element: with the step it names its random bits */
 } moe_adamw_args;
+
+/* What changes from step to step, as `now` of moe_adamw: in device memory, so that an update that
+ * was recorded (device.h) reads this step's. CORRECT1 and 2 are 1/(1-b1^t) and 1/(1-b2^t). */
+enum { MOE_ADAMW_LR, MOE_ADAMW_CORRECT1, MOE_ADAMW_CORRECT2, MOE_ADAMW_STEP, MOE_ADAMW_NUMBERS };
+/* now [MOE_ADAMW_NUMBERS] out, on the host: those of step = 1, 2, ... MOE_INVALID below 1. */
+moe_status moe_adamw_numbers(moe_adamw_args args, double lr, int64_t step, double *now);
 
 /* scale f32 [1] out: what to multiply gradients by so that their global norm, sqrt(sum_squares) *
  * unscale, is at most max_norm (0: no limit): unscale * min(1, max_norm / norm). -1 when
@@ -266,8 +271,9 @@ moe_status moe_clip_scale(moe_device *dev, moe_tensor sum_squares, double max_no
  *     m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2
  *     w = w - lr (m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps) + weight_decay w)
  * with g = grad * scale[0]; a negative scale changes nothing (moe_clip_scale's non-finite step).
- * grad f32 or bf16; scale f32 [1] on the device; master f32 inout; m, v inout, both f32 or both
- * bf16; weight act out = master rounded, or absent when master is the weight.
+ * now f64 [MOE_ADAMW_NUMBERS] on the device; grad f32 or bf16; scale f32 [1] on the device; master
+ * f32 inout; m, v inout, both f32 or both bf16; weight act out = master rounded, or absent when
+ * master is the weight.
  *
  * The update uses this step's m and v in f32. bf16 m and v are stored by stochastic rounding: up
  * with the probability of the part that is cut off (rounding.h), because with b2 close to 1
@@ -275,8 +281,9 @@ moe_status moe_clip_scale(moe_device *dev, moe_tensor sum_squares, double max_no
  * first + i: the same on any backend, and on any rank that numbers its elements alike.
  * Sources: Loshchilov and Hutter 2019, arXiv:1711.05101; rounding: Gupta et al. 2015,
  * arXiv:1502.02551; in training state: Zamirai et al. 2020, arXiv:2010.06192. */
-moe_status moe_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_tensor scale,
-                     moe_tensor master, moe_tensor m, moe_tensor v, moe_tensor weight);
+moe_status moe_adamw(moe_device *dev, moe_adamw_args args, moe_tensor now, moe_tensor grad,
+                     moe_tensor scale, moe_tensor master, moe_tensor m, moe_tensor v,
+                     moe_tensor weight);
 
 /* ---- decode -------------------------------------------------------------------------------- */
 

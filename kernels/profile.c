@@ -206,10 +206,10 @@ static moe_status timed_clip_scale(moe_device *dev, moe_tensor sum_squares, doub
                                    double unscale, moe_tensor scale) {
   TIMED(clip_scale, 0.0, (dev, sum_squares, max_norm, unscale, scale));
 }
-static moe_status timed_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad,
+static moe_status timed_adamw(moe_device *dev, moe_adamw_args args, moe_tensor now, moe_tensor grad,
                               moe_tensor scale, moe_tensor master, moe_tensor m, moe_tensor v,
                               moe_tensor weight) {
-  TIMED(adamw, 0.0, (dev, args, grad, scale, master, m, v, weight));
+  TIMED(adamw, 0.0, (dev, args, now, grad, scale, master, m, v, weight));
 }
 static moe_status timed_sample(moe_device *dev, moe_tensor logits, moe_sample_args args,
                                moe_tensor streams, moe_tensor positions, moe_tensor token) {

@@ -65,9 +65,12 @@ static moe_status sync_pool(moe_device *dev, moe_grad_pool *pool, moe_tensor sum
 
 moe_status moe_grad_sync(moe_device *dev, moe_comm *world, moe_grad_pool *pools, int n,
                          moe_tensor sum_squares) {
-  bool begun = false;
-  for (int i = 0; i < n; i++) begun = begun || pools[i].counted;
-  MOE_TRY(moe_device_wait_lane(dev, MOE_LANE_REDUCE));
+  bool begun = false, beside = false;
+  for (int i = 0; i < n; i++) {
+    begun = begun || pools[i].counted;
+    beside = beside || pools[i].beside;
+  }
+  if (beside) MOE_TRY(moe_device_wait_lane(dev, MOE_LANE_REDUCE));
   if (!begun) MOE_TRY(moe_zero(dev, sum_squares));
   for (int i = 0; i < n; i++) MOE_TRY(sync_pool(dev, &pools[i], sum_squares));
   return moe_comm_all_reduce(world, sum_squares, MOE_SUM);

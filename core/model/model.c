@@ -3,25 +3,34 @@
 
 #include <string.h>
 
-#include "core/base/log.h"
 #include "core/model/model_state.h"
 #include "kernels/lanes.h"
 #include "kernels/ops.h"
-#include "kernels/profile.h"
 
-static moe_status upload_batch(moe_model *m, const moe_batch *batch) {
+/* By way of pinned memory, so that the host goes on at once. */
+static moe_status upload_row(const moe_block_env *env, moe_tensor to, const int32_t *from,
+                             int32_t *staged) {
+  if (!moe_tensor_present(to) || !from) return MOE_OK;
+  memcpy(staged, from, (size_t)moe_tensor_bytes(to));
+  return moe_device_upload(env->dev, to.data, staged, moe_tensor_bytes(to));
+}
+
+moe_status moe_model_load(moe_model *m, const moe_batch *batch) {
   moe_block_env *env = &m->env;
   if (batch->batch != env->batch || batch->seq != env->seq) {
     return moe_fail(MOE_INVALID, "batch of %lld x %lld where the model was set up for %lld x %lld",
                     (long long)batch->batch, (long long)batch->seq, (long long)env->batch,
                     (long long)env->seq);
   }
-  int64_t bytes = env->tokens * moe_dtype_size(MOE_I32);
-  MOE_TRY(moe_device_upload(env->dev, env->tokens_in.data, batch->tokens, bytes));
-  MOE_TRY(moe_device_upload(env->dev, env->targets.data, batch->targets, bytes));
-  MOE_TRY(moe_device_upload(env->dev, env->positions.data, batch->positions, bytes));
-  if (!moe_tensor_present(env->doc_start) || !batch->doc_start) return MOE_OK;
-  return moe_device_upload(env->dev, env->doc_start.data, batch->doc_start, bytes);
+  int slot = (int)(m->loads++ % MOE_STAGED);
+  int32_t *staged = m->staged + slot * 4 * env->tokens;
+  MOE_TRY(moe_device_wait(env->dev, &m->uploaded[slot]));
+  MOE_TRY(upload_row(env, env->tokens_in, batch->tokens, staged));
+  MOE_TRY(upload_row(env, env->targets, batch->targets, staged + env->tokens));
+  MOE_TRY(upload_row(env, env->positions, batch->positions, staged + 2 * env->tokens));
+  MOE_TRY(upload_row(env, env->doc_start, batch->doc_start, staged + 3 * env->tokens));
+  moe_device_mark(env->dev, &m->uploaded[slot]);
+  return MOE_OK;
 }
 
 /* Embedding and blocks; leaves the residual stream in the last block's mid and work.delta. */
@@ -44,7 +53,6 @@ static moe_tensor last_mid(const moe_model *m) {
 }
 
 moe_status moe_model_step_begin(moe_model *m) {
-  m->micros_done = 0;
   for (int i = 0; i < MOE_POOLS; i++) {
     if (i != MOE_POOL_EXPERT) MOE_TRY(moe_zero(m->env.dev, m->grads[i]));
   }
@@ -63,51 +71,23 @@ static void set_router_scales(moe_model *m, double grad_scale) {
   m->z_scale = (float)(grad_scale * c->train.z_coef / n);
 }
 
-/* ---- passes, recorded where shapes and addresses are always the same ----------------------------
+/* ---- passes -------------------------------------------------------------------------------------
  */
 
-/* A graph saves the host's launches: a thousand and more per pass. It needs a device that records
- * and no other rank: an exchange's sizes are known to the host alone. */
-static bool can_record(const moe_model *m) {
-  return m->records && moe_comm_size(m->options.mesh->world) == 1 &&
-         moe_device_has_graphs(m->env.dev) && !moe_profile_is_on(m->env.dev);
-}
-
-/* Expert products by cuBLAS and the like read sizes back and cannot be recorded: never mind. */
-static moe_status record(moe_model *m, moe_recorded *r, moe_status (*pass)(moe_model *)) {
-  moe_graph_destroy(m->env.dev, r->graph);
-  r->graph = NULL;
-  MOE_TRY(moe_device_graph_begin(m->env.dev));
-  moe_status recorded = pass(m), ended = moe_device_graph_end(m->env.dev, &r->graph);
-  r->grad_scale = m->grad_scale;
-  if (recorded == MOE_OK && ended == MOE_OK) return MOE_OK;
-  moe_info("steps are not recorded as device graphs: %s", moe_error_message());
-  moe_error_clear();
-  m->records = false;
-  return MOE_OK;
-}
-
-static moe_status run_pass(moe_model *m, moe_recorded *r, moe_status (*pass)(moe_model *)) {
-  if (!can_record(m) || !r->warm) { /* the first time libraries choose algorithms */
-    r->warm = true;
-    return pass(m);
-  }
-  if (!r->graph || r->grad_scale != m->grad_scale) MOE_TRY(record(m, r, pass));
-  return r->graph && m->records ? moe_device_graph_launch(m->env.dev, r->graph) : pass(m);
-}
-
 static moe_tensor stats_now(const moe_model *m) {
-  return moe_tensor_rows(m->stats, m->options.micro_batches, 1);
+  return moe_tensor_rows(m->stats, m->options.micro_batches - 1, 1);
 }
 
-static moe_status forward_pass(moe_model *m) {
+moe_status moe_model_forward(moe_model *m, int64_t micro, double grad_scale) {
   moe_block_env *env = &m->env;
+  m->micro = micro;
+  set_router_scales(m, grad_scale);
   MOE_TRY(moe_zero(env->dev, stats_now(m)));
   MOE_TRY(forward_blocks(m));
   moe_device_label(env->dev, "head", -1);
   double n = (double)env->tokens * moe_comm_size(m->options.mesh->world);
-  MOE_TRY(moe_head_loss(env, &m->head, last_mid(m), env->work.delta, (float)(m->grad_scale / n),
-                        true, m->loss));
+  MOE_TRY(moe_head_loss(env, &m->head, last_mid(m), env->work.delta, (float)(grad_scale / n), true,
+                        m->loss));
   if (m->config.train.aux_scope == MOE_AUX_SEQUENCE) return MOE_OK;
   return moe_comm_all_reduce(m->options.mesh->world, stats_now(m), MOE_SUM);
 }
@@ -116,7 +96,7 @@ static moe_status forward_pass(moe_model *m) {
 static moe_status final_from(moe_model *m, moe_pool_kind pool, moe_tensor first) {
   moe_tensor grads = m->grads[pool];
   int64_t bytes = (const char *)first.data - (const char *)grads.data;
-  if (m->micros_done + 1 < m->options.micro_batches) return MOE_OK; /* others will add to them */
+  if (m->micro + 1 < m->options.micro_batches) return MOE_OK; /* others will add to them */
   return moe_grad_sum_from(m->env.dev, &m->sums[pool], bytes / moe_dtype_size(grads.dtype));
 }
 
@@ -136,7 +116,7 @@ static moe_status backward_pass(moe_model *m) {
   MOE_TRY(moe_head_backward(env, &m->head));
   MOE_TRY(final_from(m, MOE_POOL_DENSE, m->head.dweight));
   for (int64_t l = env->dims.layers - 1; l >= 0; l--) {
-    m->blocks[l].accumulate = m->micros_done > 0;
+    m->blocks[l].accumulate = m->micro > 0;
     MOE_TRY(moe_block_backward(env, &m->blocks[l], m->aux_scale, m->z_scale));
     MOE_TRY(layer_is_final(m, l));
   }
@@ -148,22 +128,17 @@ static moe_status backward_pass(moe_model *m) {
   return final_from(m, MOE_POOL_DENSE, m->dembed);
 }
 
-moe_status moe_model_forward(moe_model *m, const moe_batch *batch, int64_t micro,
-                             double grad_scale) {
-  m->grad_scale = grad_scale;
-  set_router_scales(m, grad_scale);
-  MOE_TRY(upload_batch(m, batch));
-  MOE_TRY(run_pass(m, &m->forward, forward_pass));
-  return moe_copy(m->env.dev, moe_tensor_rows(m->stats, micro, 1), stats_now(m));
+moe_status moe_model_backward(moe_model *m) {
+  bool sums = m->options.mesh->world_beside && m->micro + 1 == m->options.micro_batches;
+  if (sums) moe_device_lend(m->env.dev, MOE_COMM_BESIDE);
+  moe_status status = backward_pass(m);
+  moe_device_lend(m->env.dev, 0);
+  return status;
 }
 
-moe_status moe_model_backward(moe_model *m) {
-  bool sums = m->options.mesh->world_beside && m->micros_done + 1 == m->options.micro_batches;
-  if (sums) moe_device_lend(m->env.dev, MOE_COMM_BESIDE);
-  moe_status status = run_pass(m, &m->backward[m->micros_done > 0], backward_pass);
-  moe_device_lend(m->env.dev, 0);
-  m->micros_done++;
-  return status;
+moe_status moe_model_keep_stats(moe_model *m, int64_t micro) {
+  if (micro + 1 == m->options.micro_batches) return MOE_OK;
+  return moe_copy(m->env.dev, moe_tensor_rows(m->stats, micro, 1), stats_now(m));
 }
 
 /* ---- what a step came to ------------------------------------------------------------------------
@@ -190,17 +165,20 @@ static void layer_losses(const moe_model *m, const float *stats, double *load, d
   }
 }
 
+moe_status moe_model_step_end(moe_model *m) {
+  moe_device *dev = m->env.dev;
+  MOE_TRY(moe_device_download(dev, m->stats_host, m->stats.data, moe_tensor_bytes(m->stats)));
+  return moe_device_download(dev, m->loss_host, m->loss.data, moe_tensor_bytes(m->loss));
+}
+
 moe_status moe_model_step_losses(moe_model *m, moe_losses *out) {
   moe_block_env *env = &m->env;
   const moe_dims *d = &env->dims;
-  double ce[2];
+  double ce[2] = {m->loss_host[0], m->loss_host[1]};
   memset(out, 0, sizeof *out);
-  MOE_TRY(moe_device_download(env->dev, m->stats_host, m->stats.data, moe_tensor_bytes(m->stats)));
-  MOE_TRY(moe_device_download(env->dev, ce, m->loss.data, (int64_t)sizeof ce));
-  MOE_TRY(moe_device_sync(env->dev));
   memset(m->load, 0, sizeof *m->load * (size_t)(d->layers * d->experts));
   int64_t row = d->layers * (moe_model_stats_width(m) + 1);
-  for (int64_t i = 0; i < m->micros_done; i++) {
+  for (int64_t i = 0; i < m->options.micro_batches; i++) {
     const float *stats = m->stats_host + i * row;
     for (int64_t l = 0; l < d->layers; l++) {
       layer_losses(m, stats + l * moe_model_stats_width(m), m->load + l * d->experts, &out->aux,
@@ -216,7 +194,7 @@ moe_status moe_model_step_losses(moe_model *m, moe_losses *out) {
     MOE_TRY(moe_comm_host_all_reduce_f64(world, m->load, (int)(d->layers * d->experts), MOE_SUM));
     out->aux = sums[0], out->z = sums[1], out->dropped = sums[2];
   }
-  double micros = m->micros_done > 0 ? (double)m->micros_done : 1.0;
+  double micros = (double)m->options.micro_batches;
   double assigned = micros * (double)(env->tokens * d->top_k) * moe_comm_size(world);
   for (int64_t i = 0; i < d->layers * d->experts; i++) m->load[i] /= assigned;
   out->load = m->load;
@@ -230,7 +208,7 @@ moe_status moe_model_step_losses(moe_model *m, moe_losses *out) {
 moe_status moe_model_evaluate(moe_model *m, const moe_batch *batch, double loss[2]) {
   moe_block_env *env = &m->env;
   double sums[2];
-  MOE_TRY(upload_batch(m, batch));
+  MOE_TRY(moe_model_load(m, batch));
   MOE_TRY(moe_zero(env->dev, m->loss));
   MOE_TRY(forward_blocks(m));
   MOE_TRY(moe_head_loss(env, &m->head, last_mid(m), env->work.delta, 0.0f, false, m->loss));
@@ -243,7 +221,7 @@ moe_status moe_model_evaluate(moe_model *m, const moe_batch *batch, double loss[
 
 moe_status moe_model_logits(moe_model *m, const moe_batch *batch, float *logits) {
   moe_block_env *env = &m->env;
-  MOE_TRY(upload_batch(m, batch));
+  MOE_TRY(moe_model_load(m, batch));
   MOE_TRY(forward_blocks(m));
   return moe_head_logits(env, &m->head, last_mid(m), env->work.delta, logits);
 }

@@ -64,18 +64,28 @@ moe_status moe_model_router_bias_changed(moe_model *m);
 
 /* ---- one step; all collective ------------------------------------------------------------------
  *   moe_model_step_begin
- *   for i in micro-batches: moe_model_forward(i), moe_model_backward
- *   moe_model_step_losses */
+ *   for i in micro-batches: moe_model_load, moe_model_forward(i), moe_model_backward,
+ *                           moe_model_keep_stats(i)
+ *   moe_model_step_end, moe_device_sync, moe_model_step_losses
+ *
+ * On one rank begin, forward, backward and end queue the same work in every step, whatever the
+ * batch: they can be recorded (kernels/device.h) for a micro-batch that is the first, the last,
+ * both or neither, and a grad_scale. */
 
+/* The tokens of the next pass. Local; the batch is not needed any more when this returns. */
+moe_status moe_model_load(moe_model *m, const moe_batch *batch);
 /* Zero the gradients and the losses. */
 moe_status moe_model_step_begin(moe_model *m);
 /* Loss of micro-batch `micro`, and the head's gradients. grad_scale multiplies every gradient of
  * this pass: 1 / micro_batches, times the loss scale. The mean is over the tokens of all ranks. */
-moe_status moe_model_forward(moe_model *m, const moe_batch *batch, int64_t micro,
-                             double grad_scale);
+moe_status moe_model_forward(moe_model *m, int64_t micro, double grad_scale);
 /* Backward of the last forward; gradients add up. In the step's last micro-batch, with groups for
  * it (moe_mesh_create_beside), their sums over ranks begin as soon as a layer's are final. */
 moe_status moe_model_backward(moe_model *m);
+/* Put micro-batch `micro`'s router statistics where the next one's do not overwrite them. Local. */
+moe_status moe_model_keep_stats(moe_model *m, int64_t micro);
+/* Bring what moe_model_step_losses needs to the host. Local. */
+moe_status moe_model_step_end(moe_model *m);
 
 /* A step's losses, over all ranks and micro-batches, on the host. load [L, E] holds each layer's
  * shares (sum 1); counts likewise, in assignments, of this step. */
@@ -84,7 +94,7 @@ typedef struct {
   double dropped;          /* assignments dropped by the capacity factor */
   double *load;            /* [L, E], owned by the model */
 } moe_losses;
-/* Waits for the device. Collective. */
+/* After moe_model_step_end, once the device was waited for. Collective. */
 moe_status moe_model_step_losses(moe_model *m, moe_losses *out);
 
 /* Forward only. Adds this batch's sum of -log p and number of targets to loss[2] (host, local to

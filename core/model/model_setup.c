@@ -48,7 +48,7 @@ static int recompute_of(const moe_model *m, int64_t layer) {
 static void point_stats(moe_model *m, int64_t l) {
   int64_t layers = m->env.dims.layers, experts = m->env.dims.experts;
   int64_t width = moe_model_stats_width(m);
-  float *base = (float *)moe_tensor_rows(m->stats, m->options.micro_batches, 1).data;
+  float *base = (float *)moe_tensor_rows(m->stats, m->options.micro_batches - 1, 1).data;
   m->blocks[l].stats = moe_tensor_2d(base + l * width, MOE_F32, m->env.groups, 2 * experts + 1);
   m->blocks[l].dropped = moe_tensor_1d(base + layers * width + l, MOE_F32, 1);
 }
@@ -113,7 +113,7 @@ static void create_batch(moe_model *m, moe_memory *memory) {
     env->doc_start = moe_arena_tensor_1d(work, MOE_I32, env->tokens);
   }
   env->rope_table = moe_arena_tensor_2d(work, MOE_F32, env->seq, d->head_dim);
-  m->stats = moe_arena_tensor_2d(work, MOE_F32, m->options.micro_batches + 1,
+  m->stats = moe_arena_tensor_2d(work, MOE_F32, m->options.micro_batches,
                                  d->layers * (moe_model_stats_width(m) + 1));
   m->loss = moe_arena_tensor_1d(work, MOE_F64, 2);
   if (m->config.train.bias_update_rate > 0.0) {
@@ -159,6 +159,17 @@ static void create_env(moe_model *m) {
   env->dtype = moe_config_compute_dtype(&m->config);
 }
 
+static moe_status create_pinned(moe_model *m) {
+  moe_block_env *env = &m->env;
+  int64_t batch = 4 * env->tokens * moe_dtype_size(MOE_I32);
+  m->stats_host = moe_device_alloc_host(env->dev, moe_tensor_bytes(m->stats));
+  m->loss_host = moe_device_alloc_host(env->dev, moe_tensor_bytes(m->loss));
+  m->staged = moe_device_alloc_host(env->dev, MOE_STAGED * batch);
+  env->rows_host = moe_device_alloc_host(env->dev, (int64_t)sizeof *env->rows_host);
+  if (m->stats_host && m->loss_host && m->staged && env->rows_host) return MOE_OK;
+  return moe_fail(MOE_NO_MEMORY, "out of memory: what travels between host and device");
+}
+
 static moe_status create(moe_model *m, moe_memory *memory) {
   moe_block_env *env = &m->env;
   const moe_dims *d = &env->dims;
@@ -184,10 +195,7 @@ static moe_status create(moe_model *m, moe_memory *memory) {
   moe_head_create(env, &memory->arena[MOE_MEM_WORK], &m->head);
   create_scratch(m, memory);
   if (measuring(memory)) return MOE_OK;
-  m->stats_host = moe_device_alloc_host(env->dev, moe_tensor_bytes(m->stats));
-  env->rows_host = moe_device_alloc_host(env->dev, (int64_t)sizeof *env->rows_host);
-  if (!m->stats_host || !env->rows_host)
-    return moe_fail(MOE_NO_MEMORY, "out of memory: router statistics");
+  MOE_TRY(create_pinned(m));
   return moe_rope_table_upload(m->env.dev, m->config.model.rope_base, m->config.model.rope_alpha,
                                m->env.rope_table);
 }
@@ -198,7 +206,6 @@ moe_status moe_model_create(const moe_model_options *options, moe_memory *memory
   m->config = *options->config;
   m->options = *options;
   m->options.config = &m->config;
-  m->records = m->config.run.graphs;
   create_env(m);
   moe_status status = create(m, memory);
   if (status != MOE_OK) {
@@ -211,13 +218,14 @@ moe_status moe_model_create(const moe_model_options *options, moe_memory *memory
 
 void moe_model_destroy(moe_model *m) {
   if (!m) return;
-  if (m->stats_host) moe_device_free_host(m->env.dev, m->stats_host);
-  if (m->env.rows_host) moe_device_free_host(m->env.dev, m->env.rows_host);
+  moe_device_free_host(m->env.dev, m->stats_host);
+  moe_device_free_host(m->env.dev, m->loss_host);
+  moe_device_free_host(m->env.dev, m->staged);
+  moe_device_free_host(m->env.dev, m->env.rows_host);
+  for (int i = 0; i < MOE_STAGED; i++) moe_device_forget(m->env.dev, &m->uploaded[i]);
   moe_device_forget(m->env.dev, &m->env.rows_asked);
   for (int i = 0; i < m->stash_count; i++) moe_stash_destroy(&m->stashes[i]);
   if (moe_tensor_present(m->env.forced)) moe_device_free(m->env.dev, m->env.forced.data);
-  moe_graph_destroy(m->env.dev, m->forward.graph);
-  for (int i = 0; i < 2; i++) moe_graph_destroy(m->env.dev, m->backward[i].graph);
   moe_dispatcher_destroy(m->env.dispatcher);
   moe_params_destroy(&m->params);
   free(m->blocks);

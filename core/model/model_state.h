@@ -5,12 +5,7 @@
 #include "core/model/block.h"
 #include "core/model/head.h"
 
-/* A pass over a micro-batch, recorded as a device graph once it has run as it is. */
-typedef struct {
-  moe_graph *graph;  /* NULL: not yet */
-  bool warm;         /* has run */
-  double grad_scale; /* what was recorded with it */
-} moe_recorded;
+enum { MOE_STAGED = 2 };
 
 struct moe_model {
   moe_config config;
@@ -24,18 +19,19 @@ struct moe_model {
   moe_block *blocks;             /* [L] */
   moe_stash *stashes;            /* [stash_count], at most L: layers may share one */
   int stash_count;
-  moe_tensor
-      stats; /* f32 [micro_batches + 1, L * (groups (2E + 1) + 1)]; the last row is being made */
+  moe_tensor stats; /* f32 [micro_batches, L * (groups (2E + 1) + 1)]; made in the last row */
+  moe_tensor loss;  /* f64 [2]: sum, count */
+  /* Pinned host memory. staged: batches on their way, [MOE_STAGED, 4, T]. */
   float *stats_host;
-  moe_tensor loss; /* f64 [2]: sum, count */
-  moe_tensor bias; /* f32 [L, E] */
+  double *loss_host;
+  int32_t *staged;
+  moe_mark uploaded[MOE_STAGED]; /* when staged may be written over */
+  int64_t loads;                 /* batches so far */
+  moe_tensor bias;               /* f32 [L, E] */
   float *bias_host;
   double *load; /* [L, E] */
   float aux_scale, z_scale;
-  double grad_scale;                 /* of the micro-batch being done */
-  bool records;                      /* passes are recorded and launched as graphs */
-  moe_recorded forward, backward[2]; /* backward: of the first micro-batch, of others */
-  int64_t micros_done;
+  int64_t micro; /* being done */
 };
 
 /* Floats of router statistics per layer and micro-batch, without the dropped count. */

@@ -7,6 +7,7 @@
 #include "core/base/log.h"
 #include "core/base/rng.h"
 #include "core/train/matrix_rate.h"
+#include "core/train/step.h"
 #include "kernels/ops.h"
 #include "kernels/profile.h"
 
@@ -179,12 +180,9 @@ static moe_status one_step(moe_engine *e, const moe_batch *batch, int64_t step, 
   moe_step_result result;
   MOE_TRY(moe_comm_barrier(e->world));
   double start = moe_clock_s();
-  MOE_TRY(moe_model_step_begin(e->model));
-  for (int64_t i = 0; i < e->accumulation; i++) {
-    MOE_TRY(moe_model_forward(e->model, batch, i, moe_engine_grad_scale(e)));
-    MOE_TRY(moe_model_backward(e->model));
-  }
-  MOE_TRY(moe_engine_finish_step(e, e->config.optim.lr, step, &result));
+  MOE_TRY(moe_step_begin(e, e->config.optim.lr, step));
+  for (int64_t i = 0; i < e->accumulation; i++) MOE_TRY(moe_step_micro_batch(e, batch));
+  MOE_TRY(moe_step_end(e, &result));
   *seconds = moe_clock_s() - start;
   return MOE_OK;
 }

@@ -1,7 +1,6 @@
-/* Setting everything up in one place, and the end of a step. */
+/* Setting everything up in one place. */
 #include "core/train/engine.h"
 
-#include <math.h>
 #include <sched.h>
 #include <string.h>
 #include <unistd.h>
@@ -176,6 +175,7 @@ static moe_status create(moe_engine *e, bool training, bool plan_only) {
   int64_t per_pass = c->train.micro_batch * moe_comm_size(e->world);
   e->accumulation = training && c->train.global_batch > 0 ? c->train.global_batch / per_pass : 1;
   e->loss_scale = c->precision.dtype == MOE_PRECISION_FP16 ? c->precision.loss_scale : 1.0;
+  e->records = c->run.graphs;
   MOE_TRY(measure_program(e));
   moe_startup_done("ranks");
   MOE_TRY(plan(e, training));
@@ -204,6 +204,7 @@ moe_status moe_engine_create(const moe_config *config, moe_device *dev, bool tra
 
 void moe_engine_destroy(moe_engine *e) {
   moe_step_clock_destroy(&e->clock);
+  for (int i = 0; i < 4; i++) moe_graph_destroy(e->dev, e->recorded[i / 2][i % 2].graph);
   tear_down(e);
   for (int i = 0; i < MOE_MEM_PURPOSES; i++) {
     if (i == MOE_MEM_EXCHANGE)
@@ -214,32 +215,4 @@ void moe_engine_destroy(moe_engine *e) {
   moe_mesh_destroy(&e->mesh);
   moe_comm_destroy(e->world);
   memset(e, 0, sizeof *e);
-}
-
-double moe_engine_grad_scale(const moe_engine *e) {
-  return e->loss_scale / (double)e->accumulation;
-}
-
-/* Dynamic loss scaling: halve after a non-finite step, double after a window of finite ones. */
-static void adapt_loss_scale(moe_engine *e, bool finite) {
-  const moe_config *c = &e->config;
-  if (c->precision.dtype != MOE_PRECISION_FP16) return;
-  e->good_steps = finite ? e->good_steps + 1 : 0;
-  if (!finite && e->loss_scale > 1.0) e->loss_scale *= 0.5;
-  if (e->good_steps >= c->precision.loss_scale_window) {
-    e->loss_scale *= 2.0;
-    e->good_steps = 0;
-  }
-}
-
-moe_status moe_engine_finish_step(moe_engine *e, double lr, int64_t step, moe_step_result *out) {
-  double unscale = 1.0 / e->loss_scale;
-  MOE_TRY(moe_optimizer_reduce(e->optimizer));
-  moe_step_clock_lap(&e->clock, MOE_PART_GRAD_SYNC);
-  MOE_TRY(moe_optimizer_step(e->optimizer, lr, step, unscale));
-  moe_step_clock_lap(&e->clock, MOE_PART_OPTIMIZER);
-  MOE_TRY(moe_optimizer_norm(e->optimizer, unscale, &out->grad_norm));
-  out->finite = isfinite(out->grad_norm);
-  adapt_loss_scale(e, out->finite);
-  return moe_model_step_losses(e->model, &out->losses);
 }

@@ -17,6 +17,10 @@ struct moe_optimizer {
   moe_params whole;       /* with bf16 moments: all experts, for the elements' numbers */
   moe_tensor sum_squares; /* f64 [1]; the model's where it adds the experts' gradients itself */
   moe_tensor scale;       /* f32 [1] */
+  moe_tensor now;         /* f64 [MOE_ADAMW_NUMBERS], uploaded by each step */
+  struct {
+    double now[MOE_ADAMW_NUMBERS], sum_squares;
+  } * host; /* pinned; NULL while measuring */
 };
 
 /* The part of a pool this rank updates. */
@@ -56,11 +60,16 @@ moe_status moe_optimizer_create(const moe_config *config, moe_device *dev, const
   if (!moe_tensor_present(o->sum_squares))
     o->sum_squares = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F64, 1);
   o->scale = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F32, 1);
-  return MOE_OK;
+  o->now = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F64, MOE_ADAMW_NUMBERS);
+  if (memory->arena[MOE_MEM_WORK].measuring) return MOE_OK;
+  o->host = moe_device_alloc_host(dev, (int64_t)sizeof *o->host);
+  return o->host ? MOE_OK : moe_fail(MOE_NO_MEMORY, "out of memory: optimizer");
 }
 
 void moe_optimizer_destroy(moe_optimizer *o) {
-  if (o) moe_params_destroy(&o->whole);
+  if (!o) return;
+  moe_device_free_host(o->dev, o->host);
+  moe_params_destroy(&o->whole);
   free(o);
 }
 
@@ -93,8 +102,9 @@ static moe_status update_range(moe_optimizer *o, moe_pool_kind kind, moe_range p
   moe_tensor grads = moe_tensor_rows(moe_model_grads(o->model, kind), part.begin, n);
   moe_tensor m = moe_tensor_rows(p->m, at, n), v = moe_tensor_rows(p->v, at, n);
   if (!moe_tensor_present(p->master))
-    return moe_adamw(o->dev, args, grads, o->scale, weights, m, v, moe_tensor_none());
-  return moe_adamw(o->dev, args, grads, o->scale, moe_tensor_rows(p->master, at, n), m, v, weights);
+    return moe_adamw(o->dev, args, o->now, grads, o->scale, weights, m, v, moe_tensor_none());
+  return moe_adamw(o->dev, args, o->now, grads, o->scale, moe_tensor_rows(p->master, at, n), m, v,
+                   weights);
 }
 
 /* The next of this rank's parameters in `kind` after number *at, NULL after the last; *shift: from
@@ -143,23 +153,27 @@ static moe_status update_pool(moe_optimizer *o, moe_pool_kind kind, moe_adamw_ar
                              moe_model_weights(o->model, kind));
 }
 
-moe_status moe_optimizer_step(moe_optimizer *o, double lr, int64_t step, double unscale) {
-  moe_adamw_args args = {.lr = lr,
-                         .beta1 = o->config.optim.beta1,
-                         .beta2 = o->config.optim.beta2,
-                         .eps = o->config.optim.eps,
-                         .weight_decay = o->config.optim.weight_decay,
-                         .step = step};
-  moe_device_label(o->dev, "optimizer", -1);
-  MOE_TRY(moe_clip_scale(o->dev, o->sum_squares, o->config.optim.clip, unscale, o->scale));
-  for (int i = 0; i < MOE_POOLS; i++) MOE_TRY(update_pool(o, (moe_pool_kind)i, args));
-  return MOE_OK;
+static moe_adamw_args constants(const moe_optimizer *o) {
+  return (moe_adamw_args){.beta1 = o->config.optim.beta1,
+                          .beta2 = o->config.optim.beta2,
+                          .eps = o->config.optim.eps,
+                          .weight_decay = o->config.optim.weight_decay};
 }
 
-moe_status moe_optimizer_norm(moe_optimizer *o, double unscale, double *norm) {
-  double sum = 0.0;
-  MOE_TRY(moe_device_download(o->dev, &sum, o->sum_squares.data, (int64_t)sizeof sum));
-  MOE_TRY(moe_device_sync(o->dev));
-  *norm = sqrt(sum) * unscale;
-  return MOE_OK;
+moe_status moe_optimizer_set(moe_optimizer *o, double lr, int64_t step) {
+  return moe_adamw_numbers(constants(o), lr, step, o->host->now);
+}
+
+moe_status moe_optimizer_step(moe_optimizer *o, double unscale) {
+  moe_adamw_args args = constants(o);
+  moe_device_label(o->dev, "optimizer", -1);
+  MOE_TRY(moe_device_upload(o->dev, o->now.data, o->host->now, moe_tensor_bytes(o->now)));
+  MOE_TRY(moe_clip_scale(o->dev, o->sum_squares, o->config.optim.clip, unscale, o->scale));
+  for (int i = 0; i < MOE_POOLS; i++) MOE_TRY(update_pool(o, (moe_pool_kind)i, args));
+  return moe_device_download(o->dev, &o->host->sum_squares, o->sum_squares.data,
+                             moe_tensor_bytes(o->sum_squares));
+}
+
+double moe_optimizer_norm(const moe_optimizer *o, double unscale) {
+  return sqrt(o->host->sum_squares) * unscale;
 }

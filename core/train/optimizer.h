@@ -30,15 +30,17 @@ void moe_optimizer_destroy(moe_optimizer *o);
 /* Initial weights of the model and their masters. Local. */
 moe_status moe_optimizer_init_weights(moe_optimizer *o, uint64_t seed);
 
-/* Collective: sum the gradients over the ranks that share them. grad_norm is ready after
- * moe_optimizer_norm. */
+/* The learning rate and the number, from 1, of the next moe_optimizer_step, which reads them when
+ * the device gets there: the step before must be over. Local. */
+moe_status moe_optimizer_set(moe_optimizer *o, double lr, int64_t step);
+/* Collective: sum the gradients over the ranks that share them. */
 moe_status moe_optimizer_reduce(moe_optimizer *o);
-/* Collective with zero1. One update at step = 1, 2, ...; unscale undoes the loss scale. Does
- * nothing when a gradient was not finite. */
-moe_status moe_optimizer_step(moe_optimizer *o, double lr, int64_t step, double unscale);
-/* The gradient norm of the last reduce, before clipping; not finite when a gradient was not. Waits
- * for the device. Local. */
-moe_status moe_optimizer_norm(moe_optimizer *o, double unscale, double *norm);
+/* Collective with zero1. One update; unscale undoes the loss scale. Does nothing when a gradient
+ * was not finite. Only queues, and the same every time: it can be recorded (kernels/device.h). */
+moe_status moe_optimizer_step(moe_optimizer *o, double unscale);
+/* After moe_optimizer_step, once the device was waited for: the gradients' norm before clipping;
+ * not finite when a gradient was not. Local. */
+double moe_optimizer_norm(const moe_optimizer *o, double unscale);
 
 const moe_optimizer_pool *moe_optimizer_pool_state(const moe_optimizer *o, moe_pool_kind pool);
 

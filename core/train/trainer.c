@@ -16,6 +16,7 @@
 #include "core/train/run_dir.h"
 #include "core/train/run_saves.h"
 #include "core/train/schedule.h"
+#include "core/train/step.h"
 #include "core/train/stop_signal.h"
 #include "parallel/watchdog.h"
 
@@ -49,22 +50,6 @@ static moe_run_position position(const trainer *t) {
 
 /* ---- one step
  * ------------------------------------------------------------------------------------ */
-
-static moe_status micro_batches(trainer *t) {
-  moe_engine *e = &t->engine;
-  moe_step_clock_start(&e->clock);
-  MOE_TRY(moe_model_step_begin(e->model));
-  for (int64_t i = 0; i < e->accumulation; i++) {
-    moe_batch batch;
-    MOE_TRY(moe_loader_next(t->loader, &batch));
-    moe_step_clock_lap(&e->clock, MOE_PART_DATA);
-    MOE_TRY(moe_model_forward(e->model, &batch, i, moe_engine_grad_scale(e)));
-    moe_step_clock_lap(&e->clock, MOE_PART_FORWARD);
-    MOE_TRY(moe_model_backward(e->model));
-    moe_step_clock_lap(&e->clock, MOE_PART_BACKWARD);
-  }
-  return MOE_OK;
-}
 
 /* Auxiliary-loss-free balancing: move each expert's selection bias against its load. Wang et al.
  * 2024, arXiv:2408.15664. */
@@ -105,17 +90,23 @@ static moe_status record_step(trainer *t, const moe_step_result *r, double lr, d
 static moe_status train_step(trainer *t) {
   double start = moe_clock_s();
   double lr = moe_schedule_lr(&t->schedule, t->step + 1);
+  moe_engine *e = &t->engine;
   moe_step_result result;
   moe_place_enter(MOE_PHASE_STEP, t->step + 1);
   memset(t->record.part_seconds, 0, sizeof t->record.part_seconds);
-  MOE_TRY(micro_batches(t));
-  MOE_TRY(moe_engine_finish_step(&t->engine, lr, t->step + 1, &result));
+  MOE_TRY(moe_step_begin(e, lr, t->step + 1));
+  for (int64_t i = 0; i < e->accumulation; i++) {
+    moe_batch batch;
+    MOE_TRY(moe_loader_next(t->loader, &batch));
+    MOE_TRY(moe_step_micro_batch(e, &batch));
+  }
+  MOE_TRY(moe_step_end(e, &result));
   if (result.finite) MOE_TRY(update_router_bias(t, result.losses.load));
   t->step++;
   t->tokens += t->step_tokens;
   t->nonfinite_in_a_row = result.finite ? 0 : t->nonfinite_in_a_row + 1;
   MOE_TRY(record_step(t, &result, lr, moe_clock_s() - start));
-  int64_t limit = t->engine.config.train.nonfinite_limit;
+  int64_t limit = e->config.train.nonfinite_limit;
   if (t->nonfinite_in_a_row < limit) return MOE_OK;
   MOE_TRY(moe_run_saves_go_on(&t->saves, t->step, true));
   return moe_fail(MOE_DIVERGED,

@@ -1,6 +1,6 @@
 /* AdamW, and the factor that clips gradients.
  *
- * Factors of the update are worked out in f64 once per call. Decay is subtracted as lr * (u + decay
+ * Factors of the update are made from f64 once per call. Decay is subtracted as lr * (u + decay
  * w) rather than by multiplying w with 1 - lr * decay, which in f32 would round 1e-5 to 2 digits.
  */
 #include <math.h>
@@ -24,20 +24,21 @@ typedef struct {
   float beta1, rest1, beta2, rest2; /* rest = 1 - beta */
   float correct1, correct2;         /* 1 / (1 - beta^step) */
   float lr, eps, decay, scale;
+  int64_t step;
 } factors;
 
-static factors make_factors(moe_adamw_args args, float scale) {
-  double steps = (double)args.step;
+static factors make_factors(moe_adamw_args args, const double *now, float scale) {
   return (factors){.beta1 = (float)args.beta1,
                    .rest1 = (float)(1.0 - args.beta1),
                    .beta2 = (float)args.beta2,
                    .rest2 = (float)(1.0 - args.beta2),
-                   .correct1 = (float)(1.0 / (1.0 - pow(args.beta1, steps))),
-                   .correct2 = (float)(1.0 / (1.0 - pow(args.beta2, steps))),
-                   .lr = (float)args.lr,
+                   .correct1 = (float)now[MOE_ADAMW_CORRECT1],
+                   .correct2 = (float)now[MOE_ADAMW_CORRECT2],
+                   .lr = (float)now[MOE_ADAMW_LR],
                    .eps = (float)args.eps,
                    .decay = (float)args.weight_decay,
-                   .scale = scale};
+                   .scale = scale,
+                   .step = (int64_t)now[MOE_ADAMW_STEP]};
 }
 
 static void update(factors f, int64_t n, const float *restrict grad, float *restrict w,
@@ -62,28 +63,29 @@ static void store_rounded(int64_t n, const float *values, const uint32_t *random
 }
 
 /* The same for elements [at, at + n) of bf16 moments. */
-static void update_rounded(factors f, moe_adamw_args args, int64_t at, int64_t n, const float *grad,
-                           float *w, moe_tensor m, moe_tensor v) {
+static void update_rounded(factors f, int64_t first_number, int64_t at, int64_t n,
+                           const float *grad, float *w, moe_tensor m, moe_tensor v) {
   float first[PIECE], second[PIECE];
   uint32_t random[PIECE];
   moe_cpu_load(m, at, n, first);
   moe_cpu_load(v, at, n, second);
   update(f, n, grad, w, first, second);
   for (int64_t i = 0; i < n;) {
-    int64_t number = args.first + at + i;
-    moe_philox_block draw = moe_rounding_draw(args.step, number / 4);
+    int64_t number = first_number + at + i;
+    moe_philox_block draw = moe_rounding_draw(f.step, number / 4);
     for (int64_t k = number % 4; k < 4 && i < n; k++) random[i++] = draw.word[k];
   }
   store_rounded(n, first, random, 0, (uint16_t *)m.data + at);
   store_rounded(n, second, random, 16, (uint16_t *)v.data + at);
 }
 
-moe_status moe_cpu_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_tensor scale,
-                         moe_tensor master, moe_tensor m, moe_tensor v, moe_tensor weight) {
+moe_status moe_cpu_adamw(moe_device *dev, moe_adamw_args args, moe_tensor now, moe_tensor grad,
+                         moe_tensor scale, moe_tensor master, moe_tensor m, moe_tensor v,
+                         moe_tensor weight) {
   (void)dev;
   float factor = *(const float *)scale.data;
   if (factor < 0.0f) return MOE_OK;
-  factors f = make_factors(args, factor);
+  factors f = make_factors(args, now.data, factor);
   float *w = master.data;
   int64_t count = moe_tensor_count(master);
 #pragma omp parallel for if (count > PARALLEL)
@@ -94,7 +96,7 @@ moe_status moe_cpu_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, 
     if (m.dtype == MOE_F32)
       update(f, n, gradient, w + at, (float *)m.data + at, (float *)v.data + at);
     else
-      update_rounded(f, args, at, n, gradient, w + at, m, v);
+      update_rounded(f, args.first, at, n, gradient, w + at, m, v);
     if (moe_tensor_present(weight)) moe_cpu_store(weight, at, n, w + at);
   }
   return MOE_OK;

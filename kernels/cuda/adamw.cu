@@ -1,7 +1,5 @@
 /* AdamW, and the factor that clips gradients: one pass over all parameters, bound by memory (20 to
  * 30 bytes per parameter). The factor stays on the device, so no step waits for the host. */
-#include <cmath>
-
 #include "kernels/cuda/common.cuh"
 #include "kernels/rounding.h"
 
@@ -20,33 +18,39 @@ moe_status moe_cuda_clip_scale(moe_device *dev, moe_tensor sum_squares, double m
   return MOE_OK;
 }
 
-/* The update's factors, worked out in f64 once per call; rest = 1 - beta, correct = 1 / (1 -
- * beta^step). */
+/* The update's factors that are the same in every step; rest = 1 - beta. */
 struct adamw_factors {
-  float beta1, rest1, beta2, rest2, correct1, correct2, lr, eps, decay;
+  float beta1, rest1, beta2, rest2, eps, decay;
 };
 
 static adamw_factors factors_of(moe_adamw_args a) {
-  double steps = (double)a.step;
-  return {(float)a.beta1,
-          (float)(1.0 - a.beta1),
-          (float)a.beta2,
-          (float)(1.0 - a.beta2),
-          (float)(1.0 / (1.0 - std::pow(a.beta1, steps))),
-          (float)(1.0 / (1.0 - std::pow(a.beta2, steps))),
-          (float)a.lr,
-          (float)a.eps,
-          (float)a.weight_decay};
+  return {(float)a.beta1,         (float)(1.0 - a.beta1), (float)a.beta2,
+          (float)(1.0 - a.beta2), (float)a.eps,           (float)a.weight_decay};
 }
 
 struct adamw_args {
   adamw_factors f;
-  int64_t step, first; /* for the random bits of bf16 moments */
+  int64_t first; /* with the step: for the random bits of bf16 moments */
+  const double *now;
   const float *scale;
   const void *grad;
   float *master;
   void *m, *v, *weight; /* weight may be NULL */
   int64_t n;
+};
+
+/* Those of this step, which a recorded launch (device.h) must read from memory. */
+struct adamw_step {
+  float scale, correct1, correct2, lr;
+  int64_t number;
+
+  __device__ __forceinline__ explicit adamw_step(const adamw_args &p)
+      : scale(*p.scale), correct1((float)p.now[MOE_ADAMW_CORRECT1]),
+        correct2((float)p.now[MOE_ADAMW_CORRECT2]), lr((float)p.now[MOE_ADAMW_LR]),
+        number((int64_t)p.now[MOE_ADAMW_STEP]) {}
+  __device__ __forceinline__ bool is_skipped() const { /* a gradient was not finite */
+    return scale < 0.0f;
+  }
 };
 
 /* ---- N elements, read and written once: their lines need not stay in the caches ------------- */
@@ -103,16 +107,16 @@ template <typename G, typename S, int N> struct adamw_elements {
 
   /* With N = 4 the elements are one group of moe_rounding_draw. Fused operations are spelt out: the
    * compiler would choose for each N anew, and bits must not depend on where a call begins. */
-  __device__ __forceinline__ void update(const adamw_args &p, float scale, int64_t i) {
+  __device__ __forceinline__ void update(const adamw_args &p, const adamw_step &s, int64_t i) {
     moe_philox_block draw;
-    if constexpr (sizeof(S) == 2) draw = moe_rounding_draw(p.step, (p.first + i) / 4);
+    if constexpr (sizeof(S) == 2) draw = moe_rounding_draw(s.number, (p.first + i) / 4);
 #pragma unroll
     for (int j = 0; j < N; j++) {
-      float gradient = to_float(g.v[j]) * scale;
+      float gradient = to_float(g.v[j]) * s.scale;
       float first = fmaf(p.f.beta1, to_float(m.v[j]), p.f.rest1 * gradient);
       float second = fmaf(p.f.beta2, to_float(v.v[j]), p.f.rest2 * (gradient * gradient));
-      float step = __fdividef(first * p.f.correct1, root(second * p.f.correct2) + p.f.eps);
-      w.v[j] = fmaf(-p.f.lr, fmaf(p.f.decay, w.v[j], step), w.v[j]);
+      float step = __fdividef(first * s.correct1, root(second * s.correct2) + p.f.eps);
+      w.v[j] = fmaf(-s.lr, fmaf(p.f.decay, w.v[j], step), w.v[j]);
       uint32_t random = 0;
       if constexpr (sizeof(S) == 2) random = word_of(draw, N == 4 ? j : (int)((p.first + i) % 4));
       m.v[j] = store_moment<S>(first, random & 0xffffu);
@@ -148,25 +152,27 @@ template <typename S, int N> constexpr int adamw_tile = ADAMW_THREADS *N *adamw_
 template <typename G, typename S, typename W, int N>
 __global__ void __launch_bounds__(ADAMW_THREADS, ADAMW_BLOCKS) adamw_kernel(adamw_args p) {
   constexpr int places = adamw_places<S>, apart = ADAMW_THREADS * N;
-  float scale = *p.scale;
-  if (scale < 0.0f) return; /* a non-finite step is skipped */
   int64_t at = (int64_t)blockIdx.x * adamw_tile<S, N> + (int64_t)threadIdx.x * N;
   if (at + (places - 1) * apart + N <= p.n) {
     adamw_elements<G, S, N> x[places];
 #pragma unroll
     for (int i = 0; i < places; i++) x[i].read(p, at + i * apart);
+    const adamw_step step(p); /* asked for with the elements, not before them */
+    if (step.is_skipped()) return;
 #pragma unroll
     for (int i = 0; i < places; i++) {
-      x[i].update(p, scale, at + i * apart);
+      x[i].update(p, step, at + i * apart);
       x[i].template write<W>(p, at + i * apart);
     }
     return;
   }
+  const adamw_step step(p);
+  if (step.is_skipped()) return;
   for (int64_t part = at; part < p.n && part < at + adamw_tile<S, N>; part += apart) /* the last */
     for (int64_t i = part; i < part + N && i < p.n; i++) {
       adamw_elements<G, S, 1> one;
       one.read(p, i);
-      one.update(p, scale, i);
+      one.update(p, step, i);
       one.template write<W>(p, i);
     }
 }
@@ -175,14 +181,20 @@ template <typename F> static moe_status state_type(moe_dtype dtype, F f) {
   return dtype == MOE_F32 ? f(float{}) : f(__nv_bfloat16{});
 }
 
-moe_status moe_cuda_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_tensor scale,
-                          moe_tensor master, moe_tensor m, moe_tensor v, moe_tensor weight) {
+moe_status moe_cuda_adamw(moe_device *dev, moe_adamw_args args, moe_tensor now, moe_tensor grad,
+                          moe_tensor scale, moe_tensor master, moe_tensor m, moe_tensor v,
+                          moe_tensor weight) {
   int64_t n = moe_tensor_count(master);
-  adamw_args p = {factors_of(args), args.step,
-                  args.first,       cuda_data<float>(scale),
-                  grad.data,        cuda_data<float>(master),
-                  m.data,           v.data,
-                  weight.data,      n};
+  adamw_args p = {factors_of(args),
+                  args.first,
+                  cuda_data<double>(now),
+                  cuda_data<float>(scale),
+                  grad.data,
+                  cuda_data<float>(master),
+                  m.data,
+                  v.data,
+                  weight.data,
+                  n};
   if (n == 0) return MOE_OK;
   moe_dtype act = moe_tensor_present(weight) ? weight.dtype : MOE_F32;
   auto launch = [&](auto g, auto s, auto w, auto width) {

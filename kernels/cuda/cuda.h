@@ -95,8 +95,9 @@ moe_status moe_cuda_cross_entropy(moe_device *dev, moe_tensor logits, moe_tensor
                                   float scale, int with_grad, moe_tensor loss, moe_tensor row_loss);
 moe_status moe_cuda_clip_scale(moe_device *dev, moe_tensor sum_squares, double max_norm,
                                double unscale, moe_tensor scale);
-moe_status moe_cuda_adamw(moe_device *dev, moe_adamw_args args, moe_tensor grad, moe_tensor scale,
-                          moe_tensor master, moe_tensor m, moe_tensor v, moe_tensor weight);
+moe_status moe_cuda_adamw(moe_device *dev, moe_adamw_args args, moe_tensor now, moe_tensor grad,
+                          moe_tensor scale, moe_tensor master, moe_tensor m, moe_tensor v,
+                          moe_tensor weight);
 moe_status moe_cuda_sample(moe_device *dev, moe_tensor logits, moe_sample_args args,
                            moe_tensor streams, moe_tensor positions, moe_tensor token);
 moe_status moe_cuda_advance(moe_device *dev, moe_tensor counts, moe_tensor by);

@@ -139,7 +139,10 @@ static void mark(moe_device *dev, moe_mark *out) {
   cudaEvent_t event = static_cast<cudaEvent_t>(out->event);
   use(dev);
   if (event == nullptr && cudaEventCreate(&event) != cudaSuccess) return;
-  cudaEventRecord(event, cuda_of(dev)->stream);
+  if (dev->recording)
+    cudaEventRecordWithFlags(event, cuda_of(dev)->stream, cudaEventRecordExternal);
+  else
+    cudaEventRecord(event, cuda_of(dev)->stream);
   out->event = event;
 }
 

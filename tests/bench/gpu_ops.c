@@ -73,7 +73,7 @@ static rotating router_w, probs, lse, experts, gates, stats, dlogits, router_dw,
     slot;
 static rotating sorted, sorted_gates, w13, w2, gu, a, again, dgates, dw13, dw2, dhidden;
 static rotating logits, targets, loss, head, tokens, embedding, dembedding;
-static rotating grad, master, m, v, weight, scale, squares, sampled, next;
+static rotating grad, master, m, v, weight, scale, now, squares, sampled, next;
 static rotating half_grad, half_m, half_v, half_dw13, half_dw2; /* in bf16 */
 enum { PARAMETERS = 100 << 20 };
 
@@ -94,6 +94,7 @@ static void make_dense(void) {
   half_grad = VECTOR(MOE_BF16, PARAMETERS, 1);
   half_m = VECTOR(MOE_BF16, PARAMETERS, 0), half_v = VECTOR(MOE_BF16, PARAMETERS, 0);
   weight = VECTOR(act, PARAMETERS, 1), scale = VECTOR(MOE_F32, 1, 0);
+  now = VECTOR(MOE_F64, MOE_ADAMW_NUMBERS, 0); /* rate 0: weights stay */
   squares = VECTOR(MOE_F64, 1, 0);
 }
 
@@ -126,7 +127,7 @@ static void make_moe(void) {
  * X(name, bytes, products, call): products in multiplications and additions */
 
 #define SHAPE_S ((moe_attention_shape){T / S, S, H, G, HEAD})
-#define ADAMW ((moe_adamw_args){1e-4, 0.9, 0.95, 1e-8, 0.1, 100, 0})
+#define ADAMW ((moe_adamw_args){0.9, 0.95, 1e-8, 0.1, 0})
 #define NONE moe_tensor_none()
 #define PAIRS (H * (double)T * S / 2 * HEAD * 2) /* of one causal product */
 #define ROUTED ((double)T * K)
@@ -199,13 +200,15 @@ static void make_moe(void) {
   X("embed_backward", 10.0 * T * D, 0, moe_embed_backward(dev, at(tokens), at(x), at(dembedding))) \
   X("sum_squares, 105 M", 4.0 * PARAMETERS, 0, moe_sum_squares(dev, at(grad), at(squares)))        \
   X("adamw, 105 M", 30.0 * PARAMETERS, 0,                                                          \
-    moe_adamw(dev, ADAMW, at(grad), at(scale), at(master), at(m), at(v), at(weight)))              \
+    moe_adamw(dev, ADAMW, at(now), at(grad), at(scale), at(master), at(m), at(v), at(weight)))     \
   X("adamw, bf16 gradients", 28.0 * PARAMETERS, 0,                                                 \
-    moe_adamw(dev, ADAMW, at(half_grad), at(scale), at(master), at(m), at(v), at(weight)))         \
+    moe_adamw(dev, ADAMW, at(now), at(half_grad), at(scale), at(master), at(m), at(v),             \
+              at(weight)))                                                                         \
   X("adamw, bf16 moments", 22.0 * PARAMETERS, 0,                                                   \
-    moe_adamw(dev, ADAMW, at(grad), at(scale), at(master), at(half_m), at(half_v), at(weight)))    \
+    moe_adamw(dev, ADAMW, at(now), at(grad), at(scale), at(master), at(half_m), at(half_v),        \
+              at(weight)))                                                                         \
   X("adamw, both bf16", 20.0 * PARAMETERS, 0,                                                      \
-    moe_adamw(dev, ADAMW, at(half_grad), at(scale), at(master), at(half_m), at(half_v),            \
+    moe_adamw(dev, ADAMW, at(now), at(half_grad), at(scale), at(master), at(half_m), at(half_v),   \
               at(weight)))                                                                         \
   X("sample, 8 rows", 4.0 * 8 * V, 0,                                                              \
     moe_sample(dev, at(sampled), (moe_sample_args){0.8f, 50, 0.9f, 1}, at(next), at(next),         \

@@ -14,8 +14,8 @@
 #include <string.h>
 
 #include "core/base/log.h"
-#include "core/train/engine.h"
 #include "core/train/schedule.h"
+#include "core/train/step.h"
 
 /* attribute -> setting */
 static const char *const settings[][2] = {{"vocab_size", "model.vocab_size"},
@@ -316,16 +316,15 @@ static void train(check *c) {
   for (int64_t step = 0; step < c->steps; step++) {
     const int32_t *now = tokens + step * c->batch * (c->seq + 1);
     double lr = moe_schedule_lr(&schedule, step + 1), scale = e->loss_scale;
-    must(moe_model_step_begin(e->model));
+    must(moe_step_begin(e, lr, step + 1));
     for (int64_t i = 0; i < e->accumulation; i++) {
       moe_batch batch;
       int64_t first;
       make_batch(c, now, i, room, &batch, &first);
-      must(moe_model_forward(e->model, &batch, i, moe_engine_grad_scale(e)));
-      must(moe_model_backward(e->model));
+      must(moe_step_micro_batch(e, &batch));
     }
     moe_step_result r;
-    must(moe_engine_finish_step(e, lr, step + 1, &r));
+    must(moe_step_end(e, &r));
     if (step == 0) compare_load(c, r.losses.load);
     if (step == 0) compare_grads(c, scale);
     double got[6] = {r.losses.ce, r.losses.aux, r.losses.z, r.losses.loss, r.grad_norm, lr};

@@ -179,6 +179,12 @@ Test(gpu_loss, agrees_for_rows_kept_reread_and_odd, .init = both_open, .fini = b
     }
 }
 
+/* A step's numbers where moe_adamw reads them. */
+static void set_step(both now, moe_adamw_args args, double lr, int64_t step) {
+  both_ok(moe_adamw_numbers(args, lr, step, now.t[CPU_SIDE].data), "numbers", __FILE__, __LINE__);
+  both_align(now);
+}
+
 Test(gpu_adamw, agrees_over_steps_and_skips, .init = both_open, .fini = both_close) {
   const int64_t sizes[] = {1, 1000003, 1 << 20};
   for (int i = 0; i < 3; i++) EACH_TYPE(act) {
@@ -189,12 +195,15 @@ Test(gpu_adamw, agrees_over_steps_and_skips, .init = both_open, .fini = both_clo
       both weight = both_output("weight", act, SHAPE(sizes[i]));
       both squares = both_random("squares", MOE_F64, SHAPE(1), 0.0);
       both scale = both_output("scale", MOE_F32, SHAPE(1));
+      both now = both_output("now", MOE_F64, SHAPE(MOE_ADAMW_NUMBERS));
       BOTH(moe_sum_squares(dev, g.t[s], squares.t[s]));
       BOTH(moe_clip_scale(dev, squares.t[s], 1.0, 0.25, scale.t[s]));
       AGREE(scale, 1e-7);
       for (int step = 1; step <= 3; step++) {
-        moe_adamw_args args = {1e-2, 0.9, 0.95, 1e-8, 0.1, step, 0};
-        BOTH(moe_adamw(dev, args, g.t[s], scale.t[s], w.t[s], m.t[s], v.t[s], weight.t[s]));
+        moe_adamw_args args = {0.9, 0.95, 1e-8, 0.1, 0};
+        set_step(now, args, 1e-2, step);
+        BOTH(moe_adamw(dev, args, now.t[s], g.t[s], scale.t[s], w.t[s], m.t[s], v.t[s],
+                       weight.t[s]));
       }
       AGREE(m, 1e-6);
       AGREE(v, 1e-6);
@@ -215,11 +224,14 @@ Test(gpu_adamw, rounds_moments_by_the_same_bits, .init = both_open, .fini = both
       both v = both_random("v", MOE_BF16, SHAPE(n), 0.0);
       both weight = both_output("weight", act, SHAPE(n));
       both scale = both_output("scale", MOE_F32, SHAPE(1));
+      both now = both_output("now", MOE_F64, SHAPE(MOE_ADAMW_NUMBERS));
       *(float *)scale.t[CPU_SIDE].data = 0.125f;
       both_align(scale);
       for (int step = 1; step <= 3; step++) {
-        moe_adamw_args args = {1e-2, 0.9, 0.999, 1e-8, 0.1, step, cases[i][1]};
-        BOTH(moe_adamw(dev, args, g.t[s], scale.t[s], w.t[s], m.t[s], v.t[s], weight.t[s]));
+        moe_adamw_args args = {0.9, 0.999, 1e-8, 0.1, cases[i][1]};
+        set_step(now, args, 1e-2, step);
+        BOTH(moe_adamw(dev, args, now.t[s], g.t[s], scale.t[s], w.t[s], m.t[s], v.t[s],
+                       weight.t[s]));
       }
       AGREE(m, 1e-4);
       AGREE(v, 1e-4);

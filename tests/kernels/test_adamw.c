@@ -5,19 +5,33 @@
 
 #include "tests/support/op_check.h"
 
-static const moe_adamw_args usual = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 0};
+static const moe_adamw_args usual = {0.9, 0.95, 1e-8, 0.1, 0};
 
 /* One step of the formula in ops.h. */
-static void update(moe_adamw_args a, int64_t n, const double *grad, double scale, double *w,
-                   double *m, double *v) {
-  double correct1 = 1.0 - pow(a.beta1, (double)a.step);
-  double correct2 = 1.0 - pow(a.beta2, (double)a.step);
+static void update(moe_adamw_args a, double lr, int64_t step, int64_t n, const double *grad,
+                   double scale, double *w, double *m, double *v) {
+  double correct1 = 1.0 - pow(a.beta1, (double)step);
+  double correct2 = 1.0 - pow(a.beta2, (double)step);
   for (int64_t i = 0; i < n; i++) {
     double g = grad[i] * scale;
     m[i] = a.beta1 * m[i] + (1.0 - a.beta1) * g;
     v[i] = a.beta2 * v[i] + (1.0 - a.beta2) * g * g;
-    w[i] -= a.lr * (m[i] / correct1 / (sqrt(v[i] / correct2) + a.eps) + a.weight_decay * w[i]);
+    w[i] -= lr * (m[i] / correct1 / (sqrt(v[i] / correct2) + a.eps) + a.weight_decay * w[i]);
   }
+}
+
+/* The numbers of a step to where the update reads them. */
+static void set_step(moe_device *dev, op_tensor now, moe_adamw_args args, double lr, int64_t step) {
+  double numbers[MOE_ADAMW_NUMBERS];
+  op_ok(moe_adamw_numbers(args, lr, step, numbers));
+  op_ok(moe_device_upload(dev, now.t.data, numbers, (int64_t)sizeof numbers));
+  op_ok(moe_device_sync(dev));
+}
+
+static op_tensor at_step(moe_device *dev, moe_adamw_args args, double lr, int64_t step) {
+  op_tensor now = op_output(dev, "now", MOE_F64, OP_SHAPE(MOE_ADAMW_NUMBERS));
+  set_step(dev, now, args, lr, step);
+  return now;
 }
 
 typedef struct {
@@ -40,14 +54,14 @@ static state start(moe_device *dev, moe_dtype act, int64_t n) {
 
 static void many_steps(moe_device *dev, moe_dtype act, int64_t n) {
   state s = start(dev, act, n);
-  moe_adamw_args args = usual;
-  for (args.step = 1; args.step <= 20; args.step++) {
+  for (int step = 1; step <= 20; step++) {
     char name[16] = "grad ";
-    name[4] = (char)('a' + args.step);
+    name[4] = (char)('a' + step);
     op_tensor grad = op_random(dev, name, MOE_F32, OP_SHAPE(n), 0.01);
-    args.lr = 1e-3 * (double)args.step / 20.0;
-    update(args, n, grad.v, 0.25, s.w_reference, s.m_reference, s.v_reference);
-    op_ok(moe_adamw(dev, args, grad.t, s.scale.t, s.w.t, s.m.t, s.v.t, s.weight.t));
+    double lr = 1e-3 * (double)step / 20.0;
+    op_tensor now = at_step(dev, usual, lr, step);
+    update(usual, lr, step, n, grad.v, 0.25, s.w_reference, s.m_reference, s.v_reference);
+    op_ok(moe_adamw(dev, usual, now.t, grad.t, s.scale.t, s.w.t, s.m.t, s.v.t, s.weight.t));
   }
   op_close(s.w, s.w_reference, 5e-7);
   op_close(s.m, s.m_reference, 1e-6);
@@ -72,9 +86,11 @@ static void decays(moe_device *dev) {
   op_tensor zero = op_filled(dev, "zero", MOE_F32, OP_SHAPE(5), 0.0);
   op_tensor m = op_clone(dev, zero), v = op_clone(dev, zero);
   op_tensor scale = op_filled(dev, "scale", MOE_F32, OP_SHAPE(1), 1.0);
-  moe_adamw_args args = {1e-4, 0.9, 0.95, 1e-8, 0.1, 1, 0};
-  for (args.step = 1; args.step <= 1000; args.step++)
-    op_ok(moe_adamw(dev, args, zero.t, scale.t, w.t, m.t, v.t, moe_tensor_none()));
+  op_tensor now = at_step(dev, usual, 1e-4, 1);
+  for (int step = 1; step <= 1000; step++) {
+    set_step(dev, now, usual, 1e-4, step);
+    op_ok(moe_adamw(dev, usual, now.t, zero.t, scale.t, w.t, m.t, v.t, moe_tensor_none()));
+  }
   double lost = 3.0 - op_read(&w)[0], expected = 3.0 * (1.0 - pow(1.0 - 1e-5, 1000.0));
   op_require(fabs(lost - expected) <= 5e-3 * expected, "decayed by %.6g, not %.6g", lost, expected);
 }
@@ -88,7 +104,8 @@ static void skips(moe_device *dev, moe_dtype act) {
   op_tensor grad = op_random(dev, "grad", MOE_F32, OP_SHAPE(129), 1.0);
   op_tensor minus = op_filled(dev, "scale", MOE_F32, OP_SHAPE(1), -1.0);
   op_tensor weight = op_filled(dev, "weight", act, OP_SHAPE(129), 0.5);
-  op_ok(moe_adamw(dev, usual, grad.t, minus.t, s.w.t, s.m.t, s.v.t, weight.t));
+  op_tensor now = at_step(dev, usual, 1e-3, 1);
+  op_ok(moe_adamw(dev, usual, now.t, grad.t, minus.t, s.w.t, s.m.t, s.v.t, weight.t));
   op_equal(s.w, s.w_reference);
   op_equal(s.m, s.m_reference);
   op_equal(s.v, s.v_reference);
@@ -108,8 +125,9 @@ static void takes_rounded_gradients(moe_device *dev, moe_dtype act) {
   state a = start(dev, act, n), b = start(dev, act, n);
   op_tensor half = op_random(dev, "grad", MOE_BF16, OP_SHAPE(n), 0.01);
   op_tensor full = op_values(dev, "grad", MOE_F32, OP_SHAPE(n), half.v);
-  op_ok(moe_adamw(dev, usual, half.t, a.scale.t, a.w.t, a.m.t, a.v.t, a.weight.t));
-  op_ok(moe_adamw(dev, usual, full.t, b.scale.t, b.w.t, b.m.t, b.v.t, b.weight.t));
+  op_tensor now = at_step(dev, usual, 1e-3, 1);
+  op_ok(moe_adamw(dev, usual, now.t, half.t, a.scale.t, a.w.t, a.m.t, a.v.t, a.weight.t));
+  op_ok(moe_adamw(dev, usual, now.t, full.t, b.scale.t, b.w.t, b.m.t, b.v.t, b.weight.t));
   op_equal(a.w, op_read(&b.w));
   op_equal(a.m, op_read(&b.m));
   op_equal(a.v, op_read(&b.v));
@@ -135,9 +153,12 @@ static void forgets(moe_device *dev) {
   op_tensor zero = op_filled(dev, "zero", MOE_BF16, OP_SHAPE(N), 0.0), m = op_clone(dev, zero);
   op_tensor v = op_filled(dev, "v", MOE_BF16, OP_SHAPE(N), 1.0);
   op_tensor scale = op_filled(dev, "scale", MOE_F32, OP_SHAPE(1), 1.0);
-  moe_adamw_args args = {0.0, 0.9, 0.999, 1e-8, 0.0, 1, 0};
-  for (args.step = 1; args.step <= AGES; args.step++)
-    op_ok(moe_adamw(dev, args, zero.t, scale.t, w.t, m.t, v.t, moe_tensor_none()));
+  moe_adamw_args args = {0.9, 0.999, 1e-8, 0.0, 0};
+  op_tensor now = at_step(dev, args, 0.0, 1);
+  for (int step = 1; step <= AGES; step++) {
+    set_step(dev, now, args, 0.0, step);
+    op_ok(moe_adamw(dev, args, now.t, zero.t, scale.t, w.t, m.t, v.t, moe_tensor_none()));
+  }
   double mean = 0.0, expected = pow(0.999, AGES);
   op_read(&v);
   for (int i = 0; i < N; i++) mean += v.v[i] / N;
@@ -156,7 +177,8 @@ static void rounds_to_neighbours(moe_device *dev) {
   op_tensor m = op_filled(dev, "m", MOE_BF16, OP_SHAPE(N), 0.0), v = op_clone(dev, m);
   op_tensor grad = op_filled(dev, "grad", MOE_F32, OP_SHAPE(N), 0.7);
   op_tensor scale = op_filled(dev, "scale", MOE_F32, OP_SHAPE(1), 1.0);
-  op_ok(moe_adamw(dev, usual, grad.t, scale.t, w.t, m.t, v.t, moe_tensor_none()));
+  op_tensor now = at_step(dev, usual, 1e-3, 1);
+  op_ok(moe_adamw(dev, usual, now.t, grad.t, scale.t, w.t, m.t, v.t, moe_tensor_none()));
   op_tensor *moments[] = {&m, &v};
   double exact[] = {0.1 * 0.7, 0.05 * 0.49};
   for (int k = 0; k < 2; k++) {
@@ -184,13 +206,15 @@ static void numbers_count(moe_device *dev, moe_dtype act) {
   op_tensor grad = op_random(dev, "grad", MOE_BF16, OP_SHAPE(N), 0.01);
   op_tensor m[2] = {op_filled(dev, "m", MOE_BF16, OP_SHAPE(N), 0.0)}, v[2];
   m[1] = op_clone(dev, m[0]), v[0] = op_clone(dev, m[0]), v[1] = op_clone(dev, m[0]);
-  moe_adamw_args args = {1e-3, 0.9, 0.95, 1e-8, 0.1, 7, 0};
-  op_ok(moe_adamw(dev, args, grad.t, whole.scale.t, whole.w.t, m[0].t, v[0].t, whole.weight.t));
+  moe_adamw_args args = usual;
+  op_tensor now = at_step(dev, args, 1e-3, 7);
+  op_ok(moe_adamw(dev, args, now.t, grad.t, whole.scale.t, whole.w.t, m[0].t, v[0].t,
+                  whole.weight.t));
   for (int i = 0; i < 4; i++) {
     int64_t at = args.first = parts[i][0], n = parts[i][1];
 #define PART(x) moe_tensor_rows((x).t, at, n)
-    op_ok(moe_adamw(dev, args, PART(grad), split.scale.t, PART(split.w), PART(m[1]), PART(v[1]),
-                    PART(split.weight)));
+    op_ok(moe_adamw(dev, args, now.t, PART(grad), split.scale.t, PART(split.w), PART(m[1]),
+                    PART(v[1]), PART(split.weight)));
 #undef PART
   }
   op_equal(split.w, op_read(&whole.w));
@@ -200,6 +224,38 @@ static void numbers_count(moe_device *dev, moe_dtype act) {
 
 Test(adamw, random_bits_belong_to_the_number_of_an_element) {
   op_each(numbers_count);
+}
+
+/* ---- recorded ------------------------------------------------------------------------------- */
+
+/* An update recorded at another step gives the bits of one queued at this step. */
+static void reads_its_step(moe_device *dev, moe_dtype act) {
+  enum { N = 3001 };
+  if (!moe_device_has_graphs(dev)) return;
+  state queued = start(dev, act, N), recorded = start(dev, act, N);
+  op_tensor grad = op_random(dev, "grad", MOE_F32, OP_SHAPE(N), 0.01);
+  op_tensor m[2] = {op_filled(dev, "m", MOE_BF16, OP_SHAPE(N), 0.0)}, v[2];
+  m[1] = op_clone(dev, m[0]), v[0] = op_clone(dev, m[0]), v[1] = op_clone(dev, m[0]);
+  op_tensor now = at_step(dev, usual, 1.0, 99);
+  moe_graph *graph;
+  op_ok(moe_device_graph_begin(dev));
+  op_ok(moe_adamw(dev, usual, now.t, grad.t, recorded.scale.t, recorded.w.t, m[1].t, v[1].t,
+                  recorded.weight.t));
+  op_ok(moe_device_graph_end(dev, &graph));
+  for (int step = 1; step <= 5; step++) {
+    set_step(dev, now, usual, 1e-3 * step, step);
+    op_ok(moe_adamw(dev, usual, now.t, grad.t, queued.scale.t, queued.w.t, m[0].t, v[0].t,
+                    queued.weight.t));
+    op_ok(moe_device_graph_launch(dev, graph));
+    op_equal(recorded.w, op_read(&queued.w));
+    op_equal(m[1], op_read(&m[0]));
+    op_equal(v[1], op_read(&v[0]));
+  }
+  moe_graph_destroy(dev, graph);
+}
+
+Test(adamw, recorded_reads_the_numbers_of_its_step) {
+  op_each(reads_its_step);
 }
 
 /* ---- the clipping factor --------------------------------------------------------------- */

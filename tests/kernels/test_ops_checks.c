@@ -142,15 +142,19 @@ static void ending(moe_device *dev) {
           moe_cross_entropy(dev, logits, i32_1d(2), 1.0f, 0, f64_1d(1), none()));
   REFUSES("clip_scale: unscale must be above 0",
           moe_clip_scale(dev, f64_1d(1), 1.0, 0.0, f32_1d(1)));
-  moe_adamw_args args = {1e-3, 0.9, 0.95, 1e-8, 0.1, 0, 0};
-  REFUSES("adamw: steps count from 1", moe_adamw(dev, args, x, f32_1d(1), x, x, x, none()));
-  args.step = 1;
+  moe_adamw_args args = {0.9, 0.95, 1e-8, 0.1, 0};
+  moe_tensor now = f64_1d(MOE_ADAMW_NUMBERS);
+  double numbers[MOE_ADAMW_NUMBERS];
+  REFUSES("adamw: steps count from 1", moe_adamw_numbers(args, 1e-3, 0, numbers));
+  REFUSES("adamw: now is fp32 [4]: it must be fp64 [4]",
+          moe_adamw(dev, args, x, x, f32_1d(1), x, x, x, none()));
   REFUSES("adamw: v is fp32 [4]: it must be bf16",
-          moe_adamw(dev, args, x, f32_1d(1), x, moe_tensor_1d(block, MOE_BF16, 4), x, none()));
+          moe_adamw(dev, args, now, x, f32_1d(1), x, moe_tensor_1d(block, MOE_BF16, 4), x, none()));
   REFUSES("adamw: grad, m, v and weight must have as many",
-          moe_adamw(dev, args, f32_1d(3), f32_1d(1), x, x, x, none()));
+          moe_adamw(dev, args, now, f32_1d(3), f32_1d(1), x, x, x, none()));
   args.beta2 = 1.0;
-  REFUSES("adamw: beta1 and beta2 must be in", moe_adamw(dev, args, x, f32_1d(1), x, x, x, none()));
+  REFUSES("adamw: beta1 and beta2 must be in",
+          moe_adamw(dev, args, now, x, f32_1d(1), x, x, x, none()));
   REFUSES("sample: top_p must be in", moe_sample(dev, logits, (moe_sample_args){1.0f, 0, 0.0f, 1},
                                                  i32_1d(2), i32_1d(2), i32_1d(2)));
   REFUSES("sample: temperature must be", moe_sample(dev, logits, (moe_sample_args){NAN, 0, 1.0f, 1},

@@ -1,0 +1,104 @@
+/* One training step: what it queues, recorded where that is always the same.
+ *
+ * Whatever differs from step to step lies in memory when a graph is launched: the batch
+ * (moe_model_load), the learning rate and the step's number (moe_optimizer_set), selection biases.
+ * What a graph holds as numbers, the loss scale alone changes, and then it is recorded anew. */
+#include "core/train/step.h"
+
+#include <math.h>
+
+#include "core/base/log.h"
+#include "kernels/profile.h"
+
+moe_status moe_step_begin(moe_engine *e, double lr, int64_t step) {
+  moe_step_clock_start(&e->clock);
+  e->micro = 0;
+  return moe_optimizer_set(e->optimizer, lr, step);
+}
+
+static bool is_last(const moe_engine *e) {
+  return e->micro + 1 == e->accumulation;
+}
+
+static moe_status queue_update(moe_engine *e) {
+  MOE_TRY(moe_optimizer_reduce(e->optimizer));
+  moe_step_clock_lap(&e->clock, MOE_PART_GRAD_SYNC);
+  MOE_TRY(moe_optimizer_step(e->optimizer, 1.0 / e->loss_scale));
+  moe_step_clock_lap(&e->clock, MOE_PART_OPTIMIZER);
+  return moe_model_step_end(e->model);
+}
+
+static moe_status queue(moe_engine *e) {
+  moe_step_clock_lap(&e->clock, MOE_PART_DATA);
+  if (e->micro == 0) MOE_TRY(moe_model_step_begin(e->model));
+  MOE_TRY(moe_model_forward(e->model, e->micro, e->loss_scale / (double)e->accumulation));
+  moe_step_clock_lap(&e->clock, MOE_PART_FORWARD);
+  MOE_TRY(moe_model_backward(e->model));
+  moe_step_clock_lap(&e->clock, MOE_PART_BACKWARD);
+  return is_last(e) ? queue_update(e) : MOE_OK;
+}
+
+/* ---- recorded -----------------------------------------------------------------------------------
+ */
+
+/* A graph saves the host's launches: a thousand and more per pass. It needs no other rank: an
+ * exchange's sizes are known to the host alone. */
+static bool can_record(const moe_engine *e) {
+  return e->records && e->warm && moe_comm_size(e->world) == 1 && moe_device_has_graphs(e->dev) &&
+         !moe_profile_is_on(e->dev);
+}
+
+/* Expert products by cuBLAS and the like read sizes back and cannot be recorded: never mind. */
+static moe_status record(moe_engine *e, moe_recorded *r) {
+  moe_graph_destroy(e->dev, r->graph);
+  *r = (moe_recorded){.loss_scale = e->loss_scale, .first_lap = e->clock.count};
+  MOE_TRY(moe_device_graph_begin(e->dev));
+  moe_status recorded = queue(e), ended = moe_device_graph_end(e->dev, &r->graph);
+  r->laps = moe_step_clock_rewind(&e->clock, r->first_lap);
+  if (recorded == MOE_OK && ended == MOE_OK) return MOE_OK;
+  moe_info("steps are not recorded as device graphs: %s", moe_error_message());
+  moe_error_clear();
+  e->records = false;
+  return MOE_OK;
+}
+
+static moe_status launch(moe_engine *e) {
+  moe_recorded *r = &e->recorded[e->micro > 0][is_last(e)];
+  if (!r->graph || r->loss_scale != e->loss_scale) MOE_TRY(record(e, r));
+  if (!e->records) return queue(e);
+  moe_device_label(e->dev, "the recorded step", -1);
+  moe_step_clock_repeat(&e->clock, r->first_lap, r->laps);
+  return moe_device_graph_launch(e->dev, r->graph);
+}
+
+moe_status moe_step_micro_batch(moe_engine *e, const moe_batch *batch) {
+  MOE_TRY(moe_model_load(e->model, batch));
+  MOE_TRY(can_record(e) ? launch(e) : queue(e));
+  MOE_TRY(moe_model_keep_stats(e->model, e->micro));
+  e->micro++;
+  return MOE_OK;
+}
+
+/* ---- the end ------------------------------------------------------------------------------------
+ */
+
+/* Dynamic loss scaling: halve after a non-finite step, double after a window of finite ones. */
+static void adapt_loss_scale(moe_engine *e, bool finite) {
+  const moe_config *c = &e->config;
+  if (c->precision.dtype != MOE_PRECISION_FP16) return;
+  e->good_steps = finite ? e->good_steps + 1 : 0;
+  if (!finite && e->loss_scale > 1.0) e->loss_scale *= 0.5;
+  if (e->good_steps >= c->precision.loss_scale_window) {
+    e->loss_scale *= 2.0;
+    e->good_steps = 0;
+  }
+}
+
+moe_status moe_step_end(moe_engine *e, moe_step_result *out) {
+  MOE_TRY(moe_device_sync(e->dev));
+  e->warm = true; /* libraries have chosen their algorithms */
+  out->grad_norm = moe_optimizer_norm(e->optimizer, 1.0 / e->loss_scale);
+  out->finite = isfinite(out->grad_norm);
+  adapt_loss_scale(e, out->finite);
+  return moe_model_step_losses(e->model, &out->losses);
+}
