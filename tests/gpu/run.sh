@@ -30,8 +30,8 @@ check() {
 
 if [ -n "${SANITIZE:-}" ]; then
   export MOE_GEMM=own MOE_ATTENTION="${MOE_ATTENTION:-own}" # our kernels, not the libraries'
-  for suite in $suites; do # sizes of the gpu_ suites are too much for it; those of the others do
-    case $suite in gpu_*) [ -n "${ONLY:-}" ] || continue ;; esac
+  for suite in $suites; do # the gpu_ suites and whole steps are too much for it; the others do
+    case $suite in gpu_* | step) [ -n "${ONLY:-}" ] || continue ;; esac
     check "$SANITIZE $suite" "$@" compute-sanitizer --tool "$SANITIZE" --target-processes all \
       --error-exitcode 9 "$program" -j1 --filter "$suite/*" --timeout 900
   done
