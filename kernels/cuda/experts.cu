@@ -97,7 +97,7 @@ void cuda_offsets_changed(moe_device *dev, const void *data, int64_t bytes) {
 }
 
 /* The e + 1 offsets, checked against the C rows of the buffer. Waits for the stream unless they are
- * known. */
+ * known. A graph would repeat the sizes of its recording: refused. */
 static moe_status cuda_offsets_to_host(moe_device *dev, moe_tensor offsets, int64_t rows,
                                        const int32_t **out) {
   cuda_state *s = cuda_of(dev);
@@ -106,6 +106,9 @@ static moe_status cuda_offsets_to_host(moe_device *dev, moe_tensor offsets, int6
   if (count > OFFSETS_MOST)
     return moe_fail(MOE_INVALID, "cuda: %lld experts on one rank are more than %d",
                     (long long)count - 1, OFFSETS_MOST - 1);
+  if (dev->recording)
+    return moe_fail(MOE_INVALID, "cuda: expert products by cuBLAS, which want each expert's rows "
+                                 "on the host, cannot be recorded");
   int at = 0;
   while (at < OFFSETS_KEPT && (o->known[at].data != offsets.data || o->known[at].count != count))
     at++;

@@ -45,6 +45,31 @@ Test(graph, runs_when_launched_and_reads_memory_anew) {
   op_each(repeats);
 }
 
+/* Products of f32 go by cuBLAS, whose sizes the host must know: a graph would repeat them. */
+static void sizes(moe_device *dev) {
+  enum { ROWS = 4, D = 8, F = 8 };
+  if (!moe_device_has_graphs(dev)) return;
+  op_tensor x = op_random(dev, "x", MOE_F32, OP_SHAPE(ROWS, D), 1.0);
+  op_tensor offsets = op_ints(dev, "offsets", OP_SHAPE(2), (int32_t[]){0, ROWS});
+  op_tensor w13 = op_random(dev, "w13", MOE_F32, OP_SHAPE(1, 2 * F, D), 1.0);
+  op_tensor gates = op_filled(dev, "gates", MOE_F32, OP_SHAPE(ROWS), 1.0);
+  op_tensor gu = op_output(dev, "gu", MOE_F32, OP_SHAPE(ROWS, 2 * F));
+  op_tensor a = op_output(dev, "a", MOE_F32, OP_SHAPE(ROWS, F));
+  op_scratch(dev, moe_expert_scratch(dev, ROWS, D, F, MOE_F32));
+  moe_graph *graph;
+  for (int known = 0; known <= 1; known++) { /* a call that is not recorded makes them known */
+    op_ok(moe_device_graph_begin(dev));
+    op_refuses(MOE_INVALID, "cannot be recorded",
+               moe_expert_up(dev, x.t, offsets.t, w13.t, gates.t, gu.t, a.t));
+    op_ok(moe_device_graph_end(dev, &graph));
+    moe_graph_destroy(dev, graph);
+    op_ok(moe_expert_up(dev, x.t, offsets.t, w13.t, gates.t, gu.t, a.t));
+  }
+}
+Test(graph, refuses_sizes_that_the_host_must_know) {
+  op_each_device(sizes);
+}
+
 static void faults(moe_device *dev) {
   if (!moe_device_has_graphs(dev)) return;
   op_tensor x = op_filled(dev, "x", MOE_F32, OP_SHAPE(10), 1.0);
