@@ -92,6 +92,8 @@ static hid_t file_type(moe_dtype dtype) {
     return H5Tcopy(H5T_STD_I32LE);
   case MOE_F64:
     return H5Tcopy(H5T_IEEE_F64LE);
+  case MOE_LOW16: /* files have the whole float */
+    break;
   }
   return -1;
 }

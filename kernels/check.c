@@ -24,7 +24,7 @@ static const char *shape_text(char text[SHAPE_TEXT], int dims, const int64_t *sh
 static const char *types_text(char text[SHAPE_TEXT], int types) {
   int used = 0;
   text[0] = '\0';
-  for (moe_dtype type = MOE_F32; type <= MOE_F64; type++)
+  for (moe_dtype type = MOE_F32; type <= MOE_LOW16; type++)
     if (types & 1 << type && used < SHAPE_TEXT)
       used += snprintf(text + used, (size_t)(SHAPE_TEXT - used), "%s%s", used > 0 ? " or " : "",
                        moe_dtype_name(type));
@@ -89,6 +89,7 @@ static double value_at(const void *data, moe_dtype dtype, int64_t i) {
   case MOE_F64:
     return ((const double *)data)[i];
   case MOE_I32:
+  case MOE_LOW16:
     break;
   }
   return 0.0;

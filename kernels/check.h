@@ -14,6 +14,7 @@ enum {
   MOE_IS_F32 = 1 << MOE_F32,
   MOE_IS_I32 = 1 << MOE_I32,
   MOE_IS_F64 = 1 << MOE_F64,
+  MOE_IS_LOW16 = 1 << MOE_LOW16,
   MOE_IS_STATE = 1 << MOE_F32 | 1 << MOE_BF16, /* of gradients and moments */
   MOE_IS_ACT = 1 << MOE_F32 | 1 << MOE_BF16 | 1 << MOE_F16
 };

@@ -6,6 +6,8 @@
 
 #include <string.h>
 
+#include "core/base/halves.h"
+
 int64_t moe_dtype_size(moe_dtype dtype) {
   switch (dtype) {
 #define X(name, size, text) \
@@ -95,6 +97,11 @@ void moe_convert(const void *from, moe_dtype from_type, void *to, moe_dtype to_t
   uint16_t *to_narrow = to;
   if (from_type == to_type)
     memcpy(to, from, (size_t)(n * moe_dtype_size(to_type)));
+  else if (from_type == MOE_F32 && to_type == MOE_LOW16)
+    for (int64_t i = 0; i < n; i++) to_narrow[i] = moe_halves_low(bits_of(wide[i]));
+  else if (to_type == MOE_LOW16)
+    for (int64_t i = 0; i < n; i++)
+      to_narrow[i] = from_type == MOE_BF16 ? 0 : moe_halves_low(bits_of(moe_f16_to_f32(narrow[i])));
   else if (from_type == MOE_F32 && to_type == MOE_BF16)
     for (int64_t i = 0; i < n; i++) to_narrow[i] = moe_f32_to_bf16(wide[i]);
   else if (from_type == MOE_F32)
@@ -107,6 +114,10 @@ void moe_convert(const void *from, moe_dtype from_type, void *to, moe_dtype to_t
     for (int64_t i = 0; i < n; i++) to_narrow[i] = moe_f32_to_f16(moe_bf16_to_f32(narrow[i]));
   else
     for (int64_t i = 0; i < n; i++) to_narrow[i] = moe_f32_to_bf16(moe_f16_to_f32(narrow[i]));
+}
+
+void moe_join_halves(const uint16_t *w, const uint16_t *low, float *out, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] = float_of(moe_halves_join(w[i], low[i]));
 }
 
 bool moe_all_finite(const void *data, moe_dtype type, int64_t n) {

@@ -16,7 +16,8 @@ extern "C" {
   X(BF16, 2, "bf16")     \
   X(F16, 2, "fp16")      \
   X(I32, 4, "int32")     \
-  X(F64, 8, "fp64")
+  X(F64, 8, "fp64")      \
+  X(LOW16, 2, "low16") /* the lower half of an f32 beside its bf16 rounding: halves.h */
 
 typedef enum {
 #define X(name, size, text) MOE_##name,
@@ -78,8 +79,10 @@ float moe_f16_to_f32(uint16_t bits);
 uint16_t moe_f32_to_f16(float value);
 /* No NaN and no infinity among n elements of f32, bf16 or f16? */
 bool moe_all_finite(const void *data, moe_dtype type, int64_t n);
-/* n elements of f32, bf16 or f16 to another (or the same) of these types. */
+/* n elements of f32, bf16 or f16 to another (or the same) of these types, or to low16. */
 void moe_convert(const void *from, moe_dtype from_type, void *to, moe_dtype to_type, int64_t n);
+/* out[i] = the f32 whose halves are w[i], bf16, and low[i]. */
+void moe_join_halves(const uint16_t *w, const uint16_t *low, float *out, int64_t n);
 
 #ifdef __cplusplus
 }

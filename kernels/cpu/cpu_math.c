@@ -56,6 +56,7 @@ void moe_cpu_load(moe_tensor t, int64_t at, int64_t n, float *out) {
     break;
   case MOE_I32:
   case MOE_F64:
+  case MOE_LOW16:
     break; /* not act types: ops.c lets none through */
   }
 }
@@ -70,6 +71,9 @@ void moe_cpu_store(moe_tensor t, int64_t at, int64_t n, const float *values) {
     break;
   case MOE_F16:
     store_f16((uint16_t *)t.data + at, n, values);
+    break;
+  case MOE_LOW16:
+    moe_convert(values, MOE_F32, (uint16_t *)t.data + at, MOE_LOW16, n);
     break;
   case MOE_I32:
   case MOE_F64:

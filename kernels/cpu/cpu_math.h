@@ -8,7 +8,7 @@
 #include "core/base/integers.h"
 #include "core/base/tensor.h"
 
-/* n elements of an act tensor, starting at element `at`, to or from float. */
+/* n elements of an act tensor, starting at element `at`, to or from float; low16 is only stored. */
 void moe_cpu_load(moe_tensor t, int64_t at, int64_t n, float *out);
 void moe_cpu_store(moe_tensor t, int64_t at, int64_t n, const float *values);
 /* As load, but an f32 tensor is not copied: returns its own memory, else `buffer` filled. */

@@ -159,3 +159,42 @@ Test(tensor, one_value_that_is_not_finite_is_found_anywhere) {
     cr_assert(!moe_all_finite(narrow, MOE_BF16, 1000));
   }
 }
+
+/* ---- halves --------------------------------------------------------------------------------- */
+
+/* A master [upper, low] parted and joined: itself, but for the tie that goes down to an even
+ * weight, which gives up one unit of its last place. The weight stays its rounding. */
+static void expect_halves(uint32_t upper, uint32_t low) {
+  uint32_t bits = upper << 16 | low;
+  bool tie_down = low == 0x8000 && upper % 2 == 0;
+  float value, joined;
+  memcpy(&value, &bits, sizeof bits);
+  uint16_t w = moe_f32_to_bf16(value), kept;
+  moe_convert(&value, MOE_F32, &kept, MOE_LOW16, 1);
+  moe_join_halves(&w, &kept, &joined, 1);
+  uint32_t got;
+  memcpy(&got, &joined, sizeof got);
+  if (got == (tie_down ? bits - 1 : bits) && moe_f32_to_bf16(joined) == w) return;
+  cr_assert(false, "%08x came back as %08x", bits, got);
+}
+
+Test(tensor, a_float_in_halves_is_itself_but_for_ties) {
+  for (uint32_t upper = 0; upper <= 0x7f7f; upper += 127) /* zero to the largest */
+    for (uint32_t low = 0; low < 65536; low++) {
+      expect_halves(upper, low);
+      expect_halves(upper | 0x8000, low);
+    }
+}
+
+Test(tensor, values_of_half_precision_have_their_own_lower_halves) {
+  const uint16_t bf16[] = {0x3f80, 0x0001, 0xff7f}, f16[] = {0x3c01, 0x0001, 0xfbff};
+  uint16_t low[3], w[3];
+  float joined[3];
+  moe_convert(bf16, MOE_BF16, low, MOE_LOW16, 3);
+  moe_join_halves(bf16, low, joined, 3);
+  for (int i = 0; i < 3; i++) cr_assert_eq(joined[i], moe_bf16_to_f32(bf16[i]));
+  moe_convert(f16, MOE_F16, low, MOE_LOW16, 3);
+  moe_convert(f16, MOE_F16, w, MOE_BF16, 3);
+  moe_join_halves(w, low, joined, 3);
+  for (int i = 0; i < 3; i++) cr_assert_eq(joined[i], moe_f16_to_f32(f16[i]));
+}

@@ -111,6 +111,8 @@ static double value(const char *data, moe_dtype dtype, int64_t i) {
     return (double)((const int32_t *)(const void *)data)[i];
   case MOE_F64:
     return ((const double *)(const void *)data)[i];
+  case MOE_LOW16:
+    return (double)((const uint16_t *)(const void *)data)[i];
   }
   return 0.0;
 }

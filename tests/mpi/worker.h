@@ -76,6 +76,8 @@ static inline double get(moe_tensor t, int64_t i) {
     return (double)moe_bf16_to_f32(((uint16_t *)t.data)[i]);
   case MOE_F16:
     return (double)moe_f16_to_f32(((uint16_t *)t.data)[i]);
+  case MOE_LOW16:
+    break;
   }
   return 0.0;
 }
@@ -96,6 +98,8 @@ static inline void set(moe_tensor t, int64_t i, double value) {
     break;
   case MOE_F16:
     ((uint16_t *)t.data)[i] = moe_f32_to_f16((float)value);
+    break;
+  case MOE_LOW16:
     break;
   }
 }

@@ -179,6 +179,10 @@ static void encode(moe_dtype dtype, double value, char *to) {
   case MOE_F64:
     memcpy(to, &value, sizeof value);
     break;
+  case MOE_LOW16:
+    half = isnan(value) ? 0xffff : (uint16_t)value;
+    memcpy(to, &half, sizeof half);
+    break;
   }
 }
 
@@ -203,6 +207,9 @@ static double decode(moe_dtype dtype, const char *from) {
   case MOE_F64:
     memcpy(&value, from, sizeof value);
     break;
+  case MOE_LOW16:
+    memcpy(&half, from, sizeof half);
+    return (double)half;
   }
   return value;
 }

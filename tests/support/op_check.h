@@ -41,14 +41,14 @@ typedef struct {
 
 /* Normal draws of deviation `std` (a different stream for each name), rounded to the type. */
 op_tensor op_random(moe_device *dev, const char *name, moe_dtype dtype, op_shape shape, double std);
-/* These values, rounded to the type; integers for MOE_I32. */
+/* These values, rounded to the type; integers for MOE_I32, bits for MOE_LOW16. */
 op_tensor op_values(moe_device *dev, const char *name, moe_dtype dtype, op_shape shape,
                     const double *values);
 op_tensor op_ints(moe_device *dev, const char *name, op_shape shape, const int32_t *values);
 /* One value everywhere. */
 op_tensor op_filled(moe_device *dev, const char *name, moe_dtype dtype, op_shape shape,
                     double value);
-/* An output: NaN everywhere (INT32_MIN for MOE_I32). */
+/* An output: NaN everywhere (INT32_MIN for MOE_I32, all ones for MOE_LOW16). */
 op_tensor op_output(moe_device *dev, const char *name, moe_dtype dtype, op_shape shape);
 /* A second tensor with the same contents. */
 op_tensor op_clone(moe_device *dev, op_tensor x);
