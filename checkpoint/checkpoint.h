@@ -27,7 +27,11 @@ typedef enum {
 
 /* Elements [begin, begin + count) of the row-major global tensor `name`. data is device memory of
  * the device passed along. To save what was never in memory at once, `fetch` may be set instead: it
- * is asked for elements [begin + at, begin + at + n) in ascending order, to host memory. */
+ * is asked for elements [begin + at, begin + at + n) in ascending order, to host memory.
+ *
+ * Where `low` is set, an f32 tensor is kept in halves (core/base/halves.h): data is bf16, low is
+ * low16. They are joined when they are saved and filled both when they are loaded; `fetch` then
+ * gives the n halves of the first kind and, after them, those of the second. */
 typedef struct moe_piece {
   char name[96];
   moe_role role;
@@ -35,7 +39,7 @@ typedef struct moe_piece {
   int dims;
   int64_t shape[2]; /* of the whole tensor */
   int64_t begin, count;
-  void *data;
+  void *data, *low;
   moe_status (*fetch)(void *context, const struct moe_piece *p, int64_t at, int64_t n, void *out);
   void *context;
 } moe_piece;
@@ -86,7 +90,8 @@ moe_status moe_checkpoint_read_state(moe_comm *world, const char *path, moe_run_
 /* Collective. Fill each piece's data from the files; what is not there whole is MOE_DAMAGED. Types
  * are converted between f32, bf16 and f16 when they differ. `verify` checks the hash of every
  * dataset read. A piece of role MASTER falls back to PARAM when the checkpoint has no masters, and
- * PARAM prefers MASTER when it asks for f32. */
+ * PARAM prefers MASTER when it asks for f32, or for another type than was saved: so what it gets is
+ * the master rounded once. */
 moe_status moe_checkpoint_load(moe_comm *world, moe_device *dev, const char *path,
                                const moe_piece *pieces, int n, bool verify);
 /* Does the checkpoint hold any dataset of this role? Local. */

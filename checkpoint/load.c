@@ -26,18 +26,22 @@ typedef struct {
 /* ---- plan
  * ---------------------------------------------------------------------------------------- */
 
-/* The tensor to read for a piece: first slice's index, or -1. */
-static int64_t choose_tensor(const moe_manifest *m, const moe_piece *p) {
-  bool prefer_master = p->role == MOE_ROLE_PARAM && p->dtype == MOE_F32;
-  int64_t master = moe_manifest_find(m, MOE_ROLE_MASTER, p->name);
-  if (prefer_master && master >= 0) return master;
-  int64_t own = moe_manifest_find(m, p->role, p->name);
-  if (own < 0 && p->role == MOE_ROLE_MASTER) return moe_manifest_find(m, MOE_ROLE_PARAM, p->name);
-  return own;
-}
-
 static bool is_float(moe_dtype t) {
   return t == MOE_F32 || t == MOE_BF16 || t == MOE_F16;
+}
+
+/* Is the master nearer to what `p` asks for than the weight of type `own`? */
+static bool prefers_master(const moe_piece *p, moe_dtype own) {
+  return p->role == MOE_ROLE_PARAM && (p->dtype == MOE_F32 || (is_float(own) && own != p->dtype));
+}
+
+/* The tensor to read for a piece: first slice's index, or -1. */
+static int64_t choose_tensor(const moe_manifest *m, const moe_piece *p) {
+  int64_t master = moe_manifest_find(m, MOE_ROLE_MASTER, p->name);
+  int64_t own = moe_manifest_find(m, p->role, p->name);
+  if (master >= 0 && prefers_master(p, own < 0 ? p->dtype : m->slice[own].dtype)) return master;
+  if (own < 0 && p->role == MOE_ROLE_MASTER) return moe_manifest_find(m, MOE_ROLE_PARAM, p->name);
+  return own;
 }
 
 static moe_status check_fits(const moe_slice *s, const moe_piece *p, const char *dir) {
@@ -120,18 +124,28 @@ static moe_status upload(loading *l, void *target, const void *data, int64_t byt
   return status;
 }
 
+/* Elements of type `from` to their place, which begins at element `at` of `target`. */
+static moe_status place(loading *l, reader *r, const void *data, moe_dtype from, void *target,
+                        moe_dtype to, int64_t at, int64_t n) {
+  if (from != to) {
+    moe_convert(data, from, r->converted, to, n);
+    data = r->converted;
+  }
+  int64_t size = moe_dtype_size(to);
+  return upload(l, (char *)target + at * size, data, n * size);
+}
+
 /* raw holds elements [begin, end) of the tensor: bring what o wants of them to its piece. */
 static moe_status deliver(loading *l, reader *r, const overlap *o, int64_t begin, int64_t end) {
-  moe_dtype from = o->slice->dtype, to = o->piece->dtype;
+  const moe_piece *p = o->piece;
+  moe_dtype from = o->slice->dtype;
   int64_t first = o->begin > begin ? o->begin : begin, last = o->end < end ? o->end : end;
   if (first >= last) return MOE_OK;
   const char *data = r->raw + (first - begin) * moe_dtype_size(from);
-  if (from != to) {
-    moe_convert(data, from, r->converted, to, last - first);
-    data = r->converted;
-  }
-  char *target = (char *)o->piece->data + (first - o->piece->begin) * moe_dtype_size(to);
-  return upload(l, target, data, (last - first) * moe_dtype_size(to));
+  int64_t at = first - p->begin, n = last - first;
+  if (!p->low) return place(l, r, data, from, p->data, p->dtype, at, n);
+  MOE_TRY(place(l, r, data, from, p->data, MOE_BF16, at, n));
+  return place(l, r, data, from, p->low, MOE_LOW16, at, n);
 }
 
 /* Read one slice for the n overlaps that want some of it: all of it to verify its hash, else only

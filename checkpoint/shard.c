@@ -14,10 +14,6 @@
 #include "checkpoint/crew.h"
 #include "checkpoint/files.h"
 
-/* Bytes fetched, hashed and written at a time: what is copied in stays in the processor's cache
- * until it is copied out. */
-enum { PART = 1 << 20 };
-
 /* ---- hashing the bytes between datasets
  * ---------------------------------------------------------- */
 
@@ -56,28 +52,40 @@ static moe_status hash_metadata(const moe_hdf5 *f, int64_t size, const moe_slice
 typedef struct {
   moe_hdf5 file;
   moe_device *dev; /* NULL: pieces are in host memory */
-  void *staging;   /* PART bytes of host memory, with dev or for pieces that fetch */
+  void *staging;   /* a part in host memory, with dev or for pieces that fetch */
+  float *joined;   /* a part, for pieces in halves */
   XXH3_state_t *hash;
   int64_t begun; /* bytes of the file that are on their way to the disk */
 } writer;
 
+/* Memory of the device as the host sees it: copied to `room`, if need be. */
+static moe_status look(writer *w, const void *data, int64_t bytes, void *room, const void **out) {
+  *out = w->dev ? room : data;
+  if (!w->dev) return MOE_OK;
+  MOE_TRY(moe_device_download(w->dev, room, data, bytes));
+  return moe_device_sync(w->dev);
+}
+
 /* Elements [at, at + n) of a piece, on the host. */
 static moe_status fetch(writer *w, const moe_piece *p, int64_t at, int64_t n, const void **out) {
-  int64_t size = moe_dtype_size(p->dtype);
-  *out = w->staging;
-  if (p->fetch) return p->fetch(p->context, p, at, n, w->staging);
-  const char *data = (const char *)p->data + at * size;
-  if (w->dev) {
-    MOE_TRY(moe_device_download(w->dev, w->staging, data, n * size));
-    return moe_device_sync(w->dev);
-  }
-  *out = data;
+  int64_t size = moe_dtype_size(p->low ? MOE_BF16 : p->dtype), bytes = n * size;
+  char *staging = w->staging;
+  const void *low = staging + bytes;
+  *out = staging;
+  if (p->fetch)
+    MOE_TRY(p->fetch(p->context, p, at, n, staging));
+  else
+    MOE_TRY(look(w, (const char *)p->data + at * size, bytes, staging, out));
+  if (!p->low) return MOE_OK;
+  if (!p->fetch) MOE_TRY(look(w, (const char *)p->low + at * size, bytes, staging + bytes, &low));
+  moe_join_halves(*out, low, w->joined, n);
+  *out = w->joined;
   return MOE_OK;
 }
 
 static moe_status write_data(writer *w, const moe_piece *p, const moe_dataset *d,
                              XXH128_hash_t *hash) {
-  int64_t size = moe_dtype_size(p->dtype), step = PART / size;
+  int64_t size = moe_dtype_size(p->dtype), step = moe_shard_step(p);
   XXH3_128bits_reset(w->hash);
   for (int64_t at = 0; at < p->count; at += step) {
     int64_t n = p->count - at < step ? p->count - at : step;
@@ -136,14 +144,17 @@ moe_status moe_shard_write(const char *path, moe_device *dev, const moe_piece *p
   int64_t room = 0;
   *written = 0;
   if (dev && !moe_device_is_host(dev)) w.dev = dev;
-  bool staged = w.dev != NULL;
+  bool staged = w.dev != NULL, halves = false;
   for (int i = 0; i < n; i++) {
     room += pieces[i].count * moe_dtype_size(pieces[i].dtype);
     staged = staged || pieces[i].fetch;
+    halves = halves || pieces[i].low;
   }
   w.hash = XXH3_createState();
-  if (staged) w.staging = w.dev ? moe_device_alloc_host(dev, PART) : malloc(PART);
-  if (!w.hash || (staged && !w.staging)) {
+  if (staged)
+    w.staging = w.dev ? moe_device_alloc_host(dev, MOE_SHARD_PART) : malloc(MOE_SHARD_PART);
+  if (halves) w.joined = malloc(MOE_SHARD_PART);
+  if (!w.hash || (staged && !w.staging) || (halves && !w.joined)) {
     status = moe_fail(MOE_NO_MEMORY, "%s: no memory to write it", path);
     goto done;
   }
@@ -160,6 +171,7 @@ done:
     moe_device_free_host(dev, w.staging);
   else
     free(w.staging);
+  free(w.joined);
   XXH3_freeState(w.hash);
   return status;
 }
@@ -201,13 +213,14 @@ moe_status moe_shard_compare_hash(const moe_hdf5 *f, const moe_slice *s, XXH128_
 /* ---- all of a file
  * --------------------------------------------------------------------------------------- */
 
-/* Read one slice of an open file and check its hash. buffer: PART bytes; both are work space. */
+/* Read one slice of an open file and check its hash. buffer: MOE_SHARD_PART bytes; both are work
+ * space. */
 static moe_status check_data(const moe_hdf5 *f, const moe_slice *s, void *buffer,
                              XXH3_state_t *hash) {
   int64_t end = s->offset + moe_slice_bytes(s);
   XXH3_128bits_reset(hash);
-  for (int64_t at = s->offset; at < end; at += PART) {
-    int64_t n = end - at < PART ? end - at : PART;
+  for (int64_t at = s->offset; at < end; at += MOE_SHARD_PART) {
+    int64_t n = end - at < MOE_SHARD_PART ? end - at : MOE_SHARD_PART;
     MOE_TRY(moe_files_read_at(f->fd, f->path, at, n, buffer));
     XXH3_128bits_update(hash, buffer, (size_t)n);
   }
@@ -217,13 +230,13 @@ static moe_status check_data(const moe_hdf5 *f, const moe_slice *s, void *buffer
 typedef struct {
   const moe_hdf5 *file;
   const moe_slice *const *slice;
-  void *buffer[MOE_CREW]; /* PART bytes each, from a worker's first slice on */
+  void *buffer[MOE_CREW]; /* MOE_SHARD_PART bytes each, from a worker's first slice on */
   XXH3_state_t *hash[MOE_CREW];
 } checking;
 
 static moe_status check_slice(void *context, int worker, int64_t i) {
   checking *c = context;
-  if (!c->buffer[worker]) c->buffer[worker] = malloc(PART);
+  if (!c->buffer[worker]) c->buffer[worker] = malloc(MOE_SHARD_PART);
   if (!c->hash[worker]) c->hash[worker] = XXH3_createState();
   if (!c->buffer[worker] || !c->hash[worker])
     return moe_fail(MOE_NO_MEMORY, "%s: no memory to verify it", c->file->path);

@@ -11,6 +11,13 @@
 extern "C" {
 #endif
 
+/* Bytes fetched, hashed and written at a time: what is copied in stays in the processor's cache
+ * until it is copied out. All fetches of a piece but the last are for as many elements. */
+enum { MOE_SHARD_PART = 1 << 20 };
+static inline int64_t moe_shard_step(const moe_piece *p) {
+  return MOE_SHARD_PART / moe_dtype_size(p->dtype);
+}
+
 /* Write pieces[0..n) (those with elements) to the new file `path`, fsynced. slices[0..n) receive
  * one entry per written piece, *written how many, *file the size and metadata hash (the names and
  * numbers of files are the caller's). Piece data is memory of `dev`; NULL: host memory.

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "checkpoint/shard.h"
 #include "core/base/log.h"
 #include "kernels/ops.h"
 
@@ -168,12 +169,24 @@ static moe_status put(moe_snapshot *s, const char *data, int64_t bytes, bool *le
   return MOE_OK;
 }
 
+/* Halves go in the turns in which the writer asks for them. */
+static moe_status put_piece(moe_snapshot *s, const moe_piece *p, bool *left) {
+  int64_t size = moe_dtype_size(p->low ? MOE_BF16 : p->dtype), step = moe_shard_step(p);
+  const char *data = p->data, *low = p->low;
+  if (!low) return put(s, data, p->count * size, left);
+  for (int64_t at = 0; at < p->count; at += step) {
+    int64_t bytes = least(step, p->count - at) * size;
+    MOE_TRY(put(s, data + at * size, bytes, left));
+    MOE_TRY(put(s, low + at * size, bytes, left));
+  }
+  return MOE_OK;
+}
+
 moe_status moe_snapshot_fill(moe_snapshot *s) {
   moe_status status = MOE_OK;
   bool left = false;
   for (int i = 0; i < s->n && status == MOE_OK && !left; i++)
-    status =
-        put(s, s->pieces[i].data, s->pieces[i].count * moe_dtype_size(s->pieces[i].dtype), &left);
+    status = put_piece(s, &s->pieces[i], &left);
   if (status == MOE_OK) return arrive(s);
   pthread_mutex_lock(&s->lock);
   s->broken = true;
