@@ -24,7 +24,7 @@ moe_status moe_fill(moe_device *dev, moe_tensor x, float value) {
 
 moe_status moe_draw_normal(moe_device *dev, uint64_t seed, uint64_t stream, int64_t begin,
                            float std, moe_tensor out) {
-  MOE_TRY(moe_check_any("draw_normal", "out", out, MOE_IS_ACT));
+  MOE_TRY(moe_check_any("draw_normal", "out", out, MOE_IS_ACT | MOE_IS_LOW16));
   MOE_TRY(moe_check_rule("draw_normal", begin >= 0, "draws count from 0"));
   MOE_TRY(moe_check_rule("draw_normal", std >= 0.0f && isfinite(std),
                          "the deviation must be 0 or above"));
@@ -334,7 +334,8 @@ moe_status moe_adamw_numbers(moe_adamw_args args, double lr, int64_t step, doubl
 moe_status moe_adamw(moe_device *dev, moe_adamw_args args, moe_tensor now, moe_tensor grad,
                      moe_tensor scale, moe_tensor master, moe_tensor m, moe_tensor v,
                      moe_tensor weight) {
-  MOE_TRY(moe_check_any("adamw", "master", master, MOE_IS_F32));
+  bool halves = moe_tensor_present(weight) && weight.dtype == MOE_BF16;
+  MOE_TRY(moe_check_any("adamw", "master", master, halves ? MOE_IS_LOW16 : MOE_IS_F32));
   int64_t n = moe_tensor_count(master);
   MOE_TRY(moe_check_any("adamw", "grad", grad, MOE_IS_STATE));
   MOE_TRY(moe_check_any("adamw", "m", m, MOE_IS_STATE));
@@ -355,7 +356,8 @@ moe_status moe_adamw(moe_device *dev, moe_adamw_args args, moe_tensor now, moe_t
                          "beta1 and beta2 must be in [0, 1) and eps above 0"));
   MOE_TRY(dev->backend->adamw(dev, args, now, grad, scale, master, m, v, weight));
   MOE_TRY(moe_check_finite(dev, "adamw", "v", v));
-  return moe_check_finite(dev, "adamw", "master", master);
+  return halves ? moe_check_finite(dev, "adamw", "weight", weight)
+                : moe_check_finite(dev, "adamw", "master", master);
 }
 
 /* ---- decode ------------------------------------------------------------------------------ */

@@ -22,7 +22,8 @@ moe_status moe_zero(moe_device *dev, moe_tensor x);
 /* x = value everywhere. x act. */
 moe_status moe_fill(moe_device *dev, moe_tensor x, float value);
 /* out[i] = normal draw number begin + i of (seed, stream), mean 0, deviation `std`, rounded from
- * f32 (core/base/rng.h): the same bits on any backend. out act. */
+ * f32 (core/base/rng.h): the same bits on any backend. out act, or low16: the halves that go with
+ * the draws in bf16. */
 moe_status moe_draw_normal(moe_device *dev, uint64_t seed, uint64_t stream, int64_t begin,
                            float std, moe_tensor out);
 /* dst = src, converting between f32, bf16 and f16. Same count. */
@@ -272,8 +273,9 @@ moe_status moe_clip_scale(moe_device *dev, moe_tensor sum_squares, double max_no
  *     w = w - lr (m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps) + weight_decay w)
  * with g = grad * scale[0]; a negative scale changes nothing (moe_clip_scale's non-finite step).
  * now f64 [MOE_ADAMW_NUMBERS] on the device; grad f32 or bf16; scale f32 [1] on the device; master
- * f32 inout; m, v inout, both f32 or both bf16; weight act out = master rounded, or absent when
- * master is the weight.
+ * inout; m, v inout, both f32 or both bf16; weight act out = master rounded, or absent when master
+ * is the weight. master is f32, but low16 where weight is bf16: then both together are the f32 that
+ * is updated (core/base/halves.h), and weight is inout.
  *
  * The update uses this step's m and v in f32. bf16 m and v are stored by stochastic rounding: up
  * with the probability of the part that is cut off (rounding.h), because with b2 close to 1

@@ -36,11 +36,11 @@ typedef struct {
 moe_status moe_model_create(const moe_model_options *options, moe_memory *memory, moe_model **out);
 void moe_model_destroy(moe_model *m);
 
-/* Set elements [begin, begin + count) of a parameter from host values, rounded to the pool's type;
- * `values` is used as work space. `master` f32 [n] or absent: elements [master_begin,
- * master_begin + n) of the pool, which receives its part unrounded. Local; waits for the device. */
+/* Set elements [begin, begin + count) of a parameter from host values, rounded to the pool's type.
+ * `master` [n] or absent: elements [master_begin, master_begin + n) of the pool, which receives its
+ * part: the values in f32, or in low16 what goes with bf16 weights. Local; waits for the device. */
 moe_status moe_model_write_param(moe_model *m, const moe_param *p, int64_t begin, int64_t count,
-                                 float *values, moe_tensor master, int64_t master_begin);
+                                 const float *values, moe_tensor master, int64_t master_begin);
 /* Draw a pool's initial weights, whatever the ranks (params.h); master as above. Local; queued on
  * the device's stream. */
 moe_status moe_model_init_pool(moe_model *m, moe_pool_kind pool, uint64_t seed, moe_tensor master,

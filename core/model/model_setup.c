@@ -300,16 +300,15 @@ void moe_model_recompute(const moe_model *m, int64_t *experts, int64_t *blocks) 
   }
 }
 
-/* Values [begin, begin + count) of a tensor, to its place in the pool, rounded if it is not f32. */
-static moe_status store_weights(moe_model *m, const moe_param *p, int64_t begin, int64_t count,
-                                float *values) {
-  moe_tensor to = moe_tensor_rows(m->weights[p->row->pool], p->offset + begin, count);
-  for (int64_t i = 0; i < count && to.dtype != MOE_F32; i++) { /* narrowed in place */
-    uint16_t bits = to.dtype == MOE_BF16 ? moe_f32_to_bf16(values[i]) : moe_f32_to_f16(values[i]);
-    memcpy((char *)values + i * (int64_t)sizeof bits, &bits, sizeof bits);
-  }
-  MOE_TRY(moe_device_upload(m->env.dev, to.data, values, moe_tensor_bytes(to)));
-  return moe_device_sync(m->env.dev);
+/* Values to the device, in the type they have there. Waits. */
+static moe_status store(moe_device *dev, moe_tensor to, const float *values) {
+  void *converted = malloc((size_t)moe_tensor_bytes(to));
+  if (!converted) return moe_fail(MOE_NO_MEMORY, "out of memory: values of a parameter");
+  moe_convert(values, MOE_F32, converted, to.dtype, moe_tensor_count(to));
+  moe_status status = moe_device_upload(dev, to.data, converted, moe_tensor_bytes(to));
+  if (status == MOE_OK) status = moe_device_sync(dev);
+  free(converted);
+  return status;
 }
 
 /* The part of a pool's elements [at, at + count) that lies in `master`, which begins at the pool's
@@ -325,14 +324,11 @@ static moe_tensor master_part(moe_tensor master, int64_t master_begin, int64_t a
 }
 
 moe_status moe_model_write_param(moe_model *m, const moe_param *p, int64_t begin, int64_t count,
-                                 float *values, moe_tensor master, int64_t master_begin) {
-  int64_t skip = 0;
-  moe_tensor part = master_part(master, master_begin, p->offset + begin, count, &skip);
-  if (moe_tensor_present(part)) {
-    MOE_TRY(moe_device_upload(m->env.dev, part.data, values + skip, moe_tensor_bytes(part)));
-    MOE_TRY(moe_device_sync(m->env.dev)); /* `values` is narrowed next */
-  }
-  return store_weights(m, p, begin, count, values);
+                                 const float *values, moe_tensor master, int64_t master_begin) {
+  int64_t skip = 0, at = p->offset + begin;
+  moe_tensor part = master_part(master, master_begin, at, count, &skip);
+  if (moe_tensor_present(part)) MOE_TRY(store(m->env.dev, part, values + skip));
+  return store(m->env.dev, moe_tensor_rows(m->weights[p->row->pool], at, count), values);
 }
 
 /* A draw costs less than reading it back would: the master's are made again. */

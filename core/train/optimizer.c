@@ -50,8 +50,10 @@ moe_status moe_optimizer_create(const moe_config *config, moe_device *dev, const
     moe_optimizer_pool *p = &o->pool[i];
     p->owned = owned_range(o, kind);
     int64_t n = moe_range_size(p->owned);
-    bool master = moe_model_weights(model, kind).dtype != MOE_F32;
-    if (master) p->master = moe_arena_tensor_1d(&memory->arena[MOE_MEM_MASTER], MOE_F32, n);
+    moe_dtype weight = moe_model_weights(model, kind).dtype;
+    moe_dtype master = weight == MOE_BF16 ? MOE_LOW16 : MOE_F32;
+    if (weight != MOE_F32)
+      p->master = moe_arena_tensor_1d(&memory->arena[MOE_MEM_MASTER], master, n);
     moe_dtype type = kind == MOE_POOL_EXPERT ? moments : MOE_F32;
     p->m = moe_arena_tensor_1d(&memory->arena[MOE_MEM_MOMENTS], type, n);
     p->v = moe_arena_tensor_1d(&memory->arena[MOE_MEM_MOMENTS], type, n);

@@ -1,7 +1,7 @@
 /* The optimizer: AdamW over the model's pools, with the gradients' norm clipped globally.
  *
- * A pool's state (f32 master when the weights are not f32, moments m and v) covers the whole pool,
- * or with zero1 only this rank's chunk of it; then the updated weights are gathered.
+ * A pool's state (masters when the weights are not f32, moments m and v) covers the whole pool, or
+ * with zero1 only this rank's chunk of it; then the updated weights are gathered.
  *
  * bf16 moments are rounded by random bits (kernels/ops.h, moe_adamw). An element's number there is
  * its place in the whole model's pool, so how experts are shared out does not change its bits. */
@@ -19,7 +19,7 @@ typedef struct moe_optimizer moe_optimizer;
 /* One pool's optimizer state: elements [owned.begin, owned.end) of the pool. */
 typedef struct {
   moe_range owned;
-  moe_tensor master; /* f32 [owned]; absent when the weights are f32 */
+  moe_tensor master; /* [owned]; as moe_adamw wants it: low16 beside bf16 weights, f32 beside f16 */
   moe_tensor m, v;   /* [owned]; f32, the experts' by precision.moment_dtype */
 } moe_optimizer_pool;
 

@@ -17,7 +17,7 @@ typedef struct {
 int64_t moe_run_state_parameter_bytes(const moe_config *config, moe_pool_kind pool) {
   moe_dtype weight = moe_pool_dtype(pool, moe_config_compute_dtype(config));
   moe_dtype moment = pool == MOE_POOL_EXPERT ? moe_config_moment_dtype(config) : MOE_F32;
-  int64_t master = weight == MOE_F32 ? 0 : moe_dtype_size(MOE_F32);
+  int64_t master = weight == MOE_F32 ? 0 : moe_dtype_size(MOE_F32); /* in files it is whole */
   return moe_dtype_size(weight) + master + 2 * moe_dtype_size(moment);
 }
 
@@ -30,12 +30,12 @@ int64_t moe_run_state_bytes(const moe_config *config) {
 }
 
 /* The part of parameter p within elements `range` of its pool, as a piece of `values`, which holds
- * the pool's elements from values_begin on. */
-static void add_piece(piece_list *out, const moe_param *p, moe_role role, moe_range range,
-                      moe_tensor values, int64_t values_begin) {
+ * the pool's elements from values_begin on. NULL if there is none. */
+static moe_piece *add_piece(piece_list *out, const moe_param *p, moe_role role, moe_range range,
+                            moe_tensor values, int64_t values_begin) {
   int64_t begin = p->offset > range.begin ? p->offset : range.begin;
   int64_t end = p->offset + p->count < range.end ? p->offset + p->count : range.end;
-  if (begin >= end) return;
+  if (begin >= end) return NULL;
   moe_piece *piece = &out->list[out->count++];
   memset(piece, 0, sizeof *piece);
   snprintf(piece->name, sizeof piece->name, "%s", p->name);
@@ -47,26 +47,39 @@ static void add_piece(piece_list *out, const moe_param *p, moe_role role, moe_ra
   piece->begin = begin - p->offset;
   piece->count = end - begin;
   piece->data = (char *)values.data + (begin - values_begin) * moe_dtype_size(values.dtype);
+  return piece;
 }
 
-/* Weights of one parameter, cut to `range` of its pool; in a training engine the master too, and
- * with `moments` those. */
-static void add_parameter(moe_engine *e, piece_list *out, const moe_param *p, moe_range range,
-                          bool moments) {
-  moe_pool_kind pool = p->row->pool;
-  add_piece(out, p, MOE_ROLE_PARAM, range, moe_model_weights(e->model, pool), 0);
-  if (!e->optimizer) return;
-  const moe_optimizer_pool *o = moe_optimizer_pool_state(e->optimizer, pool);
+/* Weights of one parameter, cut to `range` of its pool. */
+static void add_weights(moe_engine *e, piece_list *out, const moe_param *p, moe_range range) {
+  add_piece(out, p, MOE_ROLE_PARAM, range, moe_model_weights(e->model, p->row->pool), 0);
+}
+
+/* Masters of one parameter, as the optimizer keeps them. */
+static void add_masters(moe_engine *e, piece_list *out, const moe_param *p, moe_range range) {
+  const moe_optimizer_pool *o = moe_optimizer_pool_state(e->optimizer, p->row->pool);
+  moe_piece *piece = add_piece(out, p, MOE_ROLE_MASTER, range, o->master, o->owned.begin);
+  if (!piece || piece->dtype != MOE_LOW16) return;
+  piece->dtype = MOE_F32;
+  piece->low = piece->data;
+  int64_t at = p->offset + piece->begin;
+  piece->data = moe_tensor_rows(moe_model_weights(e->model, p->row->pool), at, 1).data;
+}
+
+/* A parameter's state that the optimizer has, cut to `range`: masters, and with `moments` those. */
+static void add_state(moe_engine *e, piece_list *out, const moe_param *p, moe_range range,
+                      bool moments) {
+  const moe_optimizer_pool *o = moe_optimizer_pool_state(e->optimizer, p->row->pool);
   moe_range owned = moe_range_intersect(range, o->owned);
   int64_t at = o->owned.begin;
-  if (moe_tensor_present(o->master)) add_piece(out, p, MOE_ROLE_MASTER, owned, o->master, at);
+  if (moe_tensor_present(o->master)) add_masters(e, out, p, owned);
   if (!moments) return;
   add_piece(out, p, MOE_ROLE_ADAM_M, owned, o->m, at);
   add_piece(out, p, MOE_ROLE_ADAM_V, owned, o->v, at);
 }
 
 static moe_status list_create(moe_engine *e, piece_list *out) {
-  size_t room = (size_t)moe_model_params(e->model)->count * MOE_ROLES;
+  size_t room = (size_t)moe_model_params(e->model)->count * (MOE_ROLES + 1); /* weights: in two */
   out->count = 0;
   out->list = calloc(room, sizeof *out->list);
   if (out->list) return MOE_OK;
@@ -82,9 +95,17 @@ static moe_status pieces_to_save(moe_engine *e, piece_list *out) {
     moe_comm *group = moe_model_pool_group(e->model, pool);
     moe_range chunk = moe_pool_chunk(moe_model_weights(e->model, pool).shape[0],
                                      moe_comm_size(group), moe_comm_rank(group));
-    add_parameter(e, out, &params->list[i], chunk, true);
+    add_weights(e, out, &params->list[i], chunk);
+    if (e->optimizer) add_state(e, out, &params->list[i], chunk, true);
   }
   return MOE_OK;
+}
+
+/* The part of a pool whose weights are loaded with their masters, being halves of them. */
+static moe_range weights_of_masters(const moe_engine *e, moe_pool_kind pool) {
+  if (!e->optimizer) return (moe_range){0, 0};
+  const moe_optimizer_pool *o = moe_optimizer_pool_state(e->optimizer, pool);
+  return o->master.dtype == MOE_LOW16 ? o->owned : (moe_range){0, 0};
 }
 
 /* What this rank needs: all its weights, and the optimizer state it keeps, moments if asked. */
@@ -92,8 +113,12 @@ static moe_status pieces_to_load(moe_engine *e, bool moments, piece_list *out) {
   MOE_TRY(list_create(e, out));
   const moe_params *params = moe_model_params(e->model);
   for (int i = 0; i < params->count; i++) {
-    moe_range all = {0, moe_model_weights(e->model, params->list[i].row->pool).shape[0]};
-    add_parameter(e, out, &params->list[i], all, moments);
+    const moe_param *p = &params->list[i];
+    int64_t n = moe_model_weights(e->model, p->row->pool).shape[0];
+    moe_range with_master = weights_of_masters(e, p->row->pool);
+    add_weights(e, out, p, (moe_range){0, with_master.begin});
+    add_weights(e, out, p, (moe_range){with_master.end, n});
+    if (e->optimizer) add_state(e, out, p, (moe_range){0, n}, moments);
   }
   return MOE_OK;
 }

@@ -79,6 +79,15 @@ static void update_rounded(factors f, int64_t first_number, int64_t at, int64_t 
   store_rounded(n, second, random, 16, (uint16_t *)v.data + at);
 }
 
+/* Masters [at, at + n) where they are updated: their own memory, or `joined` of their halves. */
+static float *masters_at(moe_tensor master, moe_tensor weight, int64_t at, int64_t n,
+                         float *joined) {
+  if (master.dtype == MOE_F32) return (float *)master.data + at;
+  moe_join_halves((const uint16_t *)weight.data + at, (const uint16_t *)master.data + at, joined,
+                  n);
+  return joined;
+}
+
 moe_status moe_cpu_adamw(moe_device *dev, moe_adamw_args args, moe_tensor now, moe_tensor grad,
                          moe_tensor scale, moe_tensor master, moe_tensor m, moe_tensor v,
                          moe_tensor weight) {
@@ -86,18 +95,19 @@ moe_status moe_cpu_adamw(moe_device *dev, moe_adamw_args args, moe_tensor now, m
   float factor = *(const float *)scale.data;
   if (factor < 0.0f) return MOE_OK;
   factors f = make_factors(args, now.data, factor);
-  float *w = master.data;
   int64_t count = moe_tensor_count(master);
 #pragma omp parallel for if (count > PARALLEL)
   for (int64_t at = 0; at < count; at += PIECE) {
     int64_t n = moe_min64(PIECE, count - at);
-    float g[PIECE];
+    float g[PIECE], joined[PIECE];
     const float *gradient = moe_cpu_view(grad, at, n, g);
+    float *w = masters_at(master, weight, at, n, joined);
     if (m.dtype == MOE_F32)
-      update(f, n, gradient, w + at, (float *)m.data + at, (float *)v.data + at);
+      update(f, n, gradient, w, (float *)m.data + at, (float *)v.data + at);
     else
-      update_rounded(f, args.first, at, n, gradient, w + at, m, v);
-    if (moe_tensor_present(weight)) moe_cpu_store(weight, at, n, w + at);
+      update_rounded(f, args.first, at, n, gradient, w, m, v);
+    if (w == joined) moe_cpu_store(master, at, n, w);
+    if (moe_tensor_present(weight)) moe_cpu_store(weight, at, n, w);
   }
   return MOE_OK;
 }

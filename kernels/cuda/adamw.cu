@@ -1,4 +1,4 @@
-/* AdamW, and the factor that clips gradients: one pass over all parameters, bound by memory (20 to
+/* AdamW, and the factor that clips gradients: one pass over all parameters, bound by memory (18 to
  * 30 bytes per parameter). The factor stays on the device, so no step waits for the host. */
 #include "kernels/cuda/common.cuh"
 #include "kernels/rounding.h"
@@ -34,8 +34,7 @@ struct adamw_args {
   const double *now;
   const float *scale;
   const void *grad;
-  float *master;
-  void *m, *v, *weight; /* weight may be NULL */
+  void *master, *m, *v, *weight; /* weight may be NULL */
   int64_t n;
 };
 
@@ -77,6 +76,45 @@ template <typename T, int N> struct adamw_pack {
   }
 };
 
+/* N masters beside weights of type W, if there are any: whole, and with bf16 weights in halves. */
+template <typename W, int N> struct adamw_masters {
+  adamw_pack<float, N> x;
+  adamw_pack<W, N> rounded;
+  __device__ __forceinline__ void read(const adamw_args &p, int64_t i) {
+    x.read(p.master, i);
+  }
+  __device__ __forceinline__ float get(int j) const {
+    return x.v[j];
+  }
+  __device__ __forceinline__ void set(int j, float value) {
+    x.v[j] = value;
+    rounded.v[j] = from_float<W>(value);
+  }
+  __device__ __forceinline__ void write(const adamw_args &p, int64_t i) const {
+    x.write(p.master, i);
+    if (p.weight != nullptr) rounded.write(p.weight, i);
+  }
+};
+
+template <int N> struct adamw_masters<__nv_bfloat16, N> {
+  adamw_pack<unsigned short, N> w, low;
+  __device__ __forceinline__ void read(const adamw_args &p, int64_t i) {
+    w.read(p.weight, i);
+    low.read(p.master, i);
+  }
+  __device__ __forceinline__ float get(int j) const {
+    return __uint_as_float(moe_halves_join(w.v[j], low.v[j]));
+  }
+  __device__ __forceinline__ void set(int j, float value) {
+    w.v[j] = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+    low.v[j] = moe_halves_low(__float_as_uint(value));
+  }
+  __device__ __forceinline__ void write(const adamw_args &p, int64_t i) const {
+    w.write(p.weight, i);
+    low.write(p.master, i);
+  }
+};
+
 template <typename S> __device__ __forceinline__ S store_moment(float value, uint32_t random) {
   if constexpr (sizeof(S) == 4)
     return value;
@@ -92,15 +130,15 @@ __device__ __forceinline__ float root(float x) {
   return y;
 }
 
-/* N consecutive elements: gradient, master and moments of types G, float and S. */
-template <typename G, typename S, int N> struct adamw_elements {
+/* N consecutive elements: gradients of type G, moments of type S, weights of type W. */
+template <typename G, typename S, typename W, int N> struct adamw_elements {
   adamw_pack<G, N> g;
-  adamw_pack<float, N> w;
+  adamw_masters<W, N> w;
   adamw_pack<S, N> m, v;
 
   __device__ __forceinline__ void read(const adamw_args &p, int64_t i) {
     g.read(p.grad, i);
-    w.read(p.master, i);
+    w.read(p, i);
     m.read(p.m, i);
     v.read(p.v, i);
   }
@@ -116,7 +154,8 @@ template <typename G, typename S, int N> struct adamw_elements {
       float first = fmaf(p.f.beta1, to_float(m.v[j]), p.f.rest1 * gradient);
       float second = fmaf(p.f.beta2, to_float(v.v[j]), p.f.rest2 * (gradient * gradient));
       float step = __fdividef(first * s.correct1, root(second * s.correct2) + p.f.eps);
-      w.v[j] = fmaf(-s.lr, fmaf(p.f.decay, w.v[j], step), w.v[j]);
+      float x = w.get(j);
+      w.set(j, fmaf(-s.lr, fmaf(p.f.decay, x, step), x));
       uint32_t random = 0;
       if constexpr (sizeof(S) == 2) random = word_of(draw, N == 4 ? j : (int)((p.first + i) % 4));
       m.v[j] = store_moment<S>(first, random & 0xffffu);
@@ -124,16 +163,10 @@ template <typename G, typename S, int N> struct adamw_elements {
     }
   }
 
-  template <typename W>
   __device__ __forceinline__ void write(const adamw_args &p, int64_t i) const {
-    w.write(p.master, i);
+    w.write(p, i);
     m.write(p.m, i);
     v.write(p.v, i);
-    if (p.weight == nullptr) return;
-    adamw_pack<W, N> rounded;
-#pragma unroll
-    for (int j = 0; j < N; j++) rounded.v[j] = from_float<W>(w.v[j]);
-    rounded.write(p.weight, i);
   }
 
   static __device__ __forceinline__ uint32_t word_of(const moe_philox_block &b, int k) {
@@ -154,7 +187,7 @@ __global__ void __launch_bounds__(ADAMW_THREADS, ADAMW_BLOCKS) adamw_kernel(adam
   constexpr int places = adamw_places<S>, apart = ADAMW_THREADS * N;
   int64_t at = (int64_t)blockIdx.x * adamw_tile<S, N> + (int64_t)threadIdx.x * N;
   if (at + (places - 1) * apart + N <= p.n) {
-    adamw_elements<G, S, N> x[places];
+    adamw_elements<G, S, W, N> x[places];
 #pragma unroll
     for (int i = 0; i < places; i++) x[i].read(p, at + i * apart);
     const adamw_step step(p); /* asked for with the elements, not before them */
@@ -162,7 +195,7 @@ __global__ void __launch_bounds__(ADAMW_THREADS, ADAMW_BLOCKS) adamw_kernel(adam
 #pragma unroll
     for (int i = 0; i < places; i++) {
       x[i].update(p, step, at + i * apart);
-      x[i].template write<W>(p, at + i * apart);
+      x[i].write(p, at + i * apart);
     }
     return;
   }
@@ -170,10 +203,10 @@ __global__ void __launch_bounds__(ADAMW_THREADS, ADAMW_BLOCKS) adamw_kernel(adam
   if (step.is_skipped()) return;
   for (int64_t part = at; part < p.n && part < at + adamw_tile<S, N>; part += apart) /* the last */
     for (int64_t i = part; i < part + N && i < p.n; i++) {
-      adamw_elements<G, S, 1> one;
+      adamw_elements<G, S, W, 1> one;
       one.read(p, i);
       one.update(p, step, i);
-      one.template write<W>(p, i);
+      one.write(p, i);
     }
 }
 
@@ -190,7 +223,7 @@ moe_status moe_cuda_adamw(moe_device *dev, moe_adamw_args args, moe_tensor now, 
                   cuda_data<double>(now),
                   cuda_data<float>(scale),
                   grad.data,
-                  cuda_data<float>(master),
+                  master.data,
                   m.data,
                   v.data,
                   weight.data,

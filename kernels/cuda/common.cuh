@@ -10,6 +10,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "core/base/halves.h"
 #include "kernels/cuda/state.h"
 
 /* ---- errors -------------------------------------------------------------------------------- */
@@ -109,6 +110,14 @@ template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(f
 }
 template <> __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
+}
+
+/* An element of MOE_LOW16 (core/base/halves.h). */
+struct low16 {
+  unsigned short bits;
+};
+template <> __device__ __forceinline__ low16 from_float<low16>(float x) {
+  return {moe_halves_low(__float_as_uint(x))};
 }
 
 /* ---- hardware approximations ---------------------------------------------------------------- */

@@ -42,7 +42,7 @@ moe_status moe_cuda_draw_normal(moe_device *dev, uint64_t seed, uint64_t stream,
   int64_t n = moe_tensor_count(out);
   normal_stream s = {seed, stream, (double)std};
   if (n == 0) return MOE_OK;
-  return cuda_act(out.dtype, [&](auto act) {
+  auto launch = [&](auto act) {
     using T = decltype(act);
     return cuda_width(
         begin,
@@ -54,5 +54,6 @@ moe_status moe_cuda_draw_normal(moe_device *dev, uint64_t seed, uint64_t stream,
           return MOE_OK;
         },
         (char *)out.data);
-  });
+  };
+  return out.dtype == MOE_LOW16 ? launch(low16{}) : cuda_act(out.dtype, launch);
 }

@@ -206,17 +206,24 @@ static bool flipped_from(const check *c, const moe_param *p) {
   return any;
 }
 
-/* Compare elements of p (of a pool's values from `begin` on, f32) with the file's GROUP/NAME. */
-static void compare(check *c, const moe_param *p, const char *group, moe_tensor values,
-                    moe_range have, int quantity, float scale) {
-  if (p->offset < have.begin || p->offset + p->count > have.end) return;
+/* Parameter p's elements of a pool of which `values` holds elements `have`: host memory in the type
+ * of the pool. NULL if they are not all there. */
+static void *bring(const check *c, const moe_param *p, moe_tensor values, moe_range have) {
+  if (p->offset < have.begin || p->offset + p->count > have.end) return NULL;
+  moe_tensor part = moe_tensor_rows(values, p->offset - have.begin, p->count);
+  void *out = malloc((size_t)moe_tensor_bytes(part));
+  must(moe_device_download(c->engine.dev, out, part.data, moe_tensor_bytes(part)));
+  must(moe_device_sync(c->engine.dev));
+  return out;
+}
+
+/* Compare p's values with the file's GROUP/NAME; frees them. */
+static void compare(check *c, const moe_param *p, const char *group, float *got, int quantity,
+                    float scale) {
+  if (!got) return;
   char path[128];
   snprintf(path, sizeof path, "%s/%s", group, p->name);
   float *expected = read_all(c->file, path, H5T_NATIVE_FLOAT, 4, p->count);
-  float *got = malloc((size_t)p->count * sizeof *got);
-  moe_tensor part = moe_tensor_rows(values, p->offset - have.begin, p->count);
-  must(moe_device_download(c->engine.dev, got, part.data, p->count * 4));
-  must(moe_device_sync(c->engine.dev));
   for (int64_t i = 0; i < p->count; i++) got[i] *= scale;
   double cosine;
   note(c, quantity, relative(got, expected, p->count, &cosine), p->name);
@@ -233,20 +240,30 @@ static void compare_grads(check *c, double loss_scale) {
     moe_range have = moe_optimizer_pool_state(c->engine.optimizer, p->row->pool)->owned;
     moe_tensor grads = moe_tensor_rows(moe_model_grads(c->engine.model, p->row->pool), have.begin,
                                        moe_range_size(have));
-    compare(c, p, "grads", grads, have, GRADS, (float)(1.0 / loss_scale));
+    compare(c, p, "grads", bring(c, p, grads, have), GRADS, (float)(1.0 / loss_scale));
   }
+}
+
+/* The f32 weights of p, wherever they are kept. */
+static float *final_weights(const check *c, const moe_param *p) {
+  const moe_optimizer_pool *o = moe_optimizer_pool_state(c->engine.optimizer, p->row->pool);
+  moe_tensor weights = moe_model_weights(c->engine.model, p->row->pool);
+  moe_range all = {0, weights.shape[0]};
+  if (!moe_tensor_present(o->master)) return bring(c, p, weights, all);
+  void *master = bring(c, p, o->master, o->owned);
+  if (!master || o->master.dtype == MOE_F32) return master;
+  uint16_t *high = bring(c, p, weights, all);
+  float *joined = malloc((size_t)p->count * sizeof *joined);
+  moe_join_halves(high, master, joined, p->count);
+  free(high);
+  free(master);
+  return joined;
 }
 
 static void compare_final(check *c) {
   const moe_params *params = moe_model_params(c->engine.model);
-  for (int i = 0; i < params->count; i++) {
-    const moe_param *p = &params->list[i];
-    const moe_optimizer_pool *o = moe_optimizer_pool_state(c->engine.optimizer, p->row->pool);
-    moe_tensor weights = moe_model_weights(c->engine.model, p->row->pool);
-    moe_range all = {0, weights.shape[0]};
-    bool master = moe_tensor_present(o->master);
-    compare(c, p, "final", master ? o->master : weights, master ? o->owned : all, FINAL, 1.0f);
-  }
+  for (int i = 0; i < params->count; i++)
+    compare(c, &params->list[i], "final", final_weights(c, &params->list[i]), FINAL, 1.0f);
 }
 
 /* Rows of tokens [B, S+1] of this rank's micro-batch i, from sequence `first` of the step on. */

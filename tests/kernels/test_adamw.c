@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/base/halves.h"
 #include "tests/support/op_check.h"
 
 static const moe_adamw_args usual = {0.9, 0.95, 1e-8, 0.1, 0};
@@ -35,20 +36,55 @@ static op_tensor at_step(moe_device *dev, moe_adamw_args args, double lr, int64_
 }
 
 typedef struct {
-  op_tensor w, m, v, weight, scale;
+  op_tensor w; /* the masters: f32, or beside bf16 weights low16 */
+  op_tensor m, v, weight, scale;
   double *w_reference, *m_reference, *v_reference;
 } state;
 
+/* Masters with these values: with bf16 weights in halves, else whole and the weights not yet
+ * written. */
+static void set_masters(moe_device *dev, moe_dtype act, op_tensor whole, op_tensor *w,
+                        op_tensor *weight) {
+  int64_t n = whole.count;
+  double *low = op_doubles(n);
+  *w = whole;
+  *weight = op_output(dev, "weight", act, OP_SHAPE(n));
+  if (act != MOE_BF16) return;
+  for (int64_t i = 0; i < n; i++) {
+    float value = (float)whole.v[i];
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    low[i] = (double)moe_halves_low(bits);
+  }
+  *w = op_values(dev, "w", MOE_LOW16, OP_SHAPE(n), low);
+  *weight = op_values(dev, "weight", MOE_BF16, OP_SHAPE(n), whole.v);
+}
+
+/* The masters as they are now, in f32. */
+static op_tensor masters(moe_device *dev, op_tensor w, op_tensor weight) {
+  if (w.t.dtype == MOE_F32) return w;
+  double *whole = op_doubles(w.count);
+  op_read(&w);
+  op_read(&weight);
+  for (int64_t i = 0; i < w.count; i++) {
+    uint16_t low = (uint16_t)w.v[i], high = moe_f32_to_bf16((float)weight.v[i]);
+    float value;
+    moe_join_halves(&high, &low, &value, 1);
+    whole[i] = (double)value;
+  }
+  return op_values(dev, "masters", MOE_F32, OP_SHAPE(w.count), whole);
+}
+
 static state start(moe_device *dev, moe_dtype act, int64_t n) {
-  state s = {.w = op_random(dev, "w", MOE_F32, OP_SHAPE(n), 0.02),
-             .m = op_filled(dev, "m", MOE_F32, OP_SHAPE(n), 0.0),
+  state s = {.m = op_filled(dev, "m", MOE_F32, OP_SHAPE(n), 0.0),
              .v = op_filled(dev, "v", MOE_F32, OP_SHAPE(n), 0.0),
-             .weight = op_output(dev, "weight", act, OP_SHAPE(n)),
              .scale = op_filled(dev, "scale", MOE_F32, OP_SHAPE(1), 0.25),
              .w_reference = op_doubles(n),
              .m_reference = op_doubles(n),
              .v_reference = op_doubles(n)};
-  memcpy(s.w_reference, s.w.v, (size_t)n * sizeof *s.w.v);
+  op_tensor whole = op_random(dev, "w", MOE_F32, OP_SHAPE(n), 0.02);
+  set_masters(dev, act, whole, &s.w, &s.weight);
+  memcpy(s.w_reference, masters(dev, s.w, s.weight).v, (size_t)n * sizeof *whole.v);
   return s;
 }
 
@@ -63,11 +99,12 @@ static void many_steps(moe_device *dev, moe_dtype act, int64_t n) {
     update(usual, lr, step, n, grad.v, 0.25, s.w_reference, s.m_reference, s.v_reference);
     op_ok(moe_adamw(dev, usual, now.t, grad.t, s.scale.t, s.w.t, s.m.t, s.v.t, s.weight.t));
   }
-  op_close(s.w, s.w_reference, 5e-7);
+  op_tensor w = masters(dev, s.w, s.weight);
+  op_close(w, s.w_reference, 5e-7);
   op_close(s.m, s.m_reference, 1e-6);
   op_close(s.v, s.v_reference, 1e-6);
   double *rounded = op_doubles(n);
-  for (int64_t i = 0; i < n; i++) rounded[i] = op_round(act, s.w.v[i]);
+  for (int64_t i = 0; i < n; i++) rounded[i] = op_round(act, w.v[i]);
   op_equal(s.weight, rounded);
 }
 
@@ -103,10 +140,10 @@ static void skips(moe_device *dev, moe_dtype act) {
   state s = start(dev, act, 129);
   op_tensor grad = op_random(dev, "grad", MOE_F32, OP_SHAPE(129), 1.0);
   op_tensor minus = op_filled(dev, "scale", MOE_F32, OP_SHAPE(1), -1.0);
-  op_tensor weight = op_filled(dev, "weight", act, OP_SHAPE(129), 0.5);
+  op_tensor weight = op_filled(dev, "weight", act, OP_SHAPE(129), 0.5), w = op_clone(dev, s.w);
   op_tensor now = at_step(dev, usual, 1e-3, 1);
   op_ok(moe_adamw(dev, usual, now.t, grad.t, minus.t, s.w.t, s.m.t, s.v.t, weight.t));
-  op_equal(s.w, s.w_reference);
+  op_equal(s.w, w.v);
   op_equal(s.m, s.m_reference);
   op_equal(s.v, s.v_reference);
   for (int i = 0; i < 129; i++) s.w_reference[i] = 0.5;
@@ -129,6 +166,7 @@ static void takes_rounded_gradients(moe_device *dev, moe_dtype act) {
   op_ok(moe_adamw(dev, usual, now.t, half.t, a.scale.t, a.w.t, a.m.t, a.v.t, a.weight.t));
   op_ok(moe_adamw(dev, usual, now.t, full.t, b.scale.t, b.w.t, b.m.t, b.v.t, b.weight.t));
   op_equal(a.w, op_read(&b.w));
+  op_equal(a.weight, op_read(&b.weight));
   op_equal(a.m, op_read(&b.m));
   op_equal(a.v, op_read(&b.v));
 }
@@ -218,12 +256,65 @@ static void numbers_count(moe_device *dev, moe_dtype act) {
 #undef PART
   }
   op_equal(split.w, op_read(&whole.w));
+  op_equal(split.weight, op_read(&whole.weight));
   op_equal(m[1], op_read(&m[0]));
   op_equal(v[1], op_read(&v[0]));
 }
 
 Test(adamw, random_bits_belong_to_the_number_of_an_element) {
   op_each(numbers_count);
+}
+
+/* ---- masters in halves ---------------------------------------------------------------------- */
+
+/* Without rate and gradient an update joins the halves and parts them again: no bit may change,
+ * whatever a finite master is. */
+static void keeps_masters(moe_device *dev) {
+  static const uint32_t upper[] = {0x0000, 0x0001, 0x007f, 0x0080, 0x3c23, 0x3f7f,
+                                   0x3f80, 0x4048, 0x7f7e, 0x7f7f, 0x8000, 0x8001,
+                                   0x807f, 0x8080, 0xbc22, 0xbf80, 0xff7e, 0xff7f};
+  enum { UPPER = sizeof upper / sizeof upper[0], LOW = 1 << 16, N = UPPER * LOW };
+  op_tensor grad = op_filled(dev, "grad", MOE_BF16, OP_SHAPE(N), 0.0);
+  op_tensor m = op_filled(dev, "m", MOE_BF16, OP_SHAPE(N), 0.0), v = op_clone(dev, m);
+  op_tensor scale = op_filled(dev, "scale", MOE_F32, OP_SHAPE(1), 1.0), w, weight;
+  op_tensor whole = op_output(dev, "whole", MOE_F32, OP_SHAPE(N));
+  for (uint32_t i = 0; i < N; i++) {
+    float value;
+    uint32_t bits = upper[i / LOW] << 16 | i % LOW;
+    memcpy(&value, &bits, sizeof bits);
+    whole.v[i] = (double)value;
+  }
+  set_masters(dev, MOE_BF16, whole, &w, &weight);
+  op_tensor now = at_step(dev, usual, 0.0, 1), low = op_clone(dev, w), high = op_clone(dev, weight);
+  op_ok(moe_adamw(dev, usual, now.t, grad.t, scale.t, w.t, m.t, v.t, weight.t));
+  op_equal(w, low.v);
+  op_equal(weight, high.v);
+}
+
+Test(adamw, a_master_in_halves_stays_what_it_is) {
+  op_each_device(keeps_masters);
+}
+
+/* Steps far smaller than a bf16 weight's last place add up all the same. */
+static void creeps(moe_device *dev) {
+  enum { N = 1000, STEPS = 500 };
+  op_tensor whole = op_filled(dev, "w", MOE_F32, OP_SHAPE(N), 1.0), w, weight;
+  op_tensor grad = op_filled(dev, "grad", MOE_F32, OP_SHAPE(N), 0.5);
+  op_tensor m = op_filled(dev, "m", MOE_F32, OP_SHAPE(N), 0.0), v = op_clone(dev, m);
+  op_tensor scale = op_filled(dev, "scale", MOE_F32, OP_SHAPE(1), 1.0);
+  moe_adamw_args args = {0.9, 0.95, 1e-8, 0.0, 0};
+  op_tensor now = at_step(dev, args, 1e-5, 1);
+  set_masters(dev, MOE_BF16, whole, &w, &weight);
+  for (int step = 1; step <= STEPS; step++) {
+    set_step(dev, now, args, 1e-5, step);
+    op_ok(moe_adamw(dev, args, now.t, grad.t, scale.t, w.t, m.t, v.t, weight.t));
+  }
+  double lost = 1.0 - masters(dev, w, weight).v[0];
+  op_require(fabs(lost - STEPS * 1e-5) < 1e-5, "moved by %.7g", lost);
+}
+
+Test(adamw, small_steps_add_up_in_halves) {
+  op_each_device(creeps);
 }
 
 /* ---- recorded ------------------------------------------------------------------------------- */
@@ -248,6 +339,7 @@ static void reads_its_step(moe_device *dev, moe_dtype act) {
                     queued.weight.t));
     op_ok(moe_device_graph_launch(dev, graph));
     op_equal(recorded.w, op_read(&queued.w));
+    op_equal(recorded.weight, op_read(&queued.weight));
     op_equal(m[1], op_read(&m[0]));
     op_equal(v[1], op_read(&v[0]));
   }

@@ -54,6 +54,17 @@ Test(draw, has_the_bits_of_the_host_wherever_a_stretch_begins_and_ends) {
   op_each(draws_anywhere);
 }
 
+/* What goes with the draws in bf16. */
+static void draws_lower_halves(moe_device *dev) {
+  const int64_t begins[] = {0, 3, 8, 12345677}, counts[] = {1, 8, 257, 300003};
+  for (int b = 0; b < 4; b++)
+    for (int c = 0; c < 4; c++) draws_like_the_host(dev, MOE_LOW16, 1234, begins[b], counts[c], 0);
+}
+
+Test(draw, gives_the_halves_that_go_with_bf16_weights) {
+  op_each_device(draws_lower_halves);
+}
+
 static void draws_many(moe_device *dev, moe_dtype act) {
   const uint64_t seeds[] = {0, 7, ~0ull};
   for (int i = 0; i < 3; i++) {

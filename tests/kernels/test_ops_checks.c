@@ -148,6 +148,8 @@ static void ending(moe_device *dev) {
   REFUSES("adamw: steps count from 1", moe_adamw_numbers(args, 1e-3, 0, numbers));
   REFUSES("adamw: now is fp32 [4]: it must be fp64 [4]",
           moe_adamw(dev, args, x, x, f32_1d(1), x, x, x, none()));
+  REFUSES("adamw: master is fp32 [4]: it must be low16",
+          moe_adamw(dev, args, now, x, f32_1d(1), x, x, x, moe_tensor_1d(block, MOE_BF16, 4)));
   REFUSES("adamw: v is fp32 [4]: it must be bf16",
           moe_adamw(dev, args, now, x, f32_1d(1), x, moe_tensor_1d(block, MOE_BF16, 4), x, none()));
   REFUSES("adamw: grad, m, v and weight must have as many",
