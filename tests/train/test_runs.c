@@ -239,8 +239,8 @@ Test(runs, auto_rounds_state_only_when_nothing_else_fits) {
   const struct {
     const char *gib, *says;
   } plans[] = {{"8", "gradients fp32, moments fp32"},
-               {"2.41", "gradients bf16, moments fp32"},
-               {"2", "gradients bf16, moments bf16"}};
+               {"2.15", "gradients bf16, moments fp32"},
+               {"1.75", "gradients bf16, moments bf16"}};
   for (int i = 0; i < 3; i++) {
     char all[512];
     snprintf(all, sizeof all, "%s%s", more, plans[i].gib);
