@@ -102,7 +102,8 @@ END_SECTION(parallel)
 
 SECTION(precision, "Number formats.")
 ENUM(precision, dtype, 0, "fp32|bf16|fp16",
-     "compute type; master weights, moments, gradient sums, router and loss stay fp32")
+     "compute type; master weights (beside bf16 as the 2 bytes that it lacks), moments, gradient "
+     "sums, router and loss stay fp32")
 ENUM(precision, grad_dtype, 0, "fp32|bf16|auto",
      "gradients of the experts' weights: bf16 takes 2 bytes less per parameter, and needs "
      "dtype = bf16 and one micro-batch per step; auto: bf16 only if nothing else fits in memory")
