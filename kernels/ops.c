@@ -49,6 +49,13 @@ moe_status moe_add(moe_device *dev, moe_tensor y, moe_tensor x) {
   return moe_check_finite(dev, "add", "y", y);
 }
 
+/* Not looked at in debug mode, as sum_squares below. */
+moe_status moe_sum_rows(moe_device *dev, moe_tensor x, moe_tensor out) {
+  MOE_TRY(moe_check_2d("sum_rows", "x", x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
+  MOE_TRY(moe_check_1d("sum_rows", "out", out, moe_same_type(x), x.shape[1]));
+  return dev->backend->sum_rows(dev, x, out);
+}
+
 moe_status moe_scale(moe_device *dev, moe_tensor x, float s) {
   MOE_TRY(moe_check_any("scale", "x", x, MOE_IS_ACT));
   MOE_TRY(dev->backend->scale(dev, x, s));

@@ -69,6 +69,9 @@ static moe_status timed_copy(moe_device *dev, moe_tensor dst, moe_tensor src) {
 static moe_status timed_add(moe_device *dev, moe_tensor y, moe_tensor x) {
   TIMED(add, 0.0, (dev, y, x));
 }
+static moe_status timed_sum_rows(moe_device *dev, moe_tensor x, moe_tensor out) {
+  TIMED(sum_rows, 0.0, (dev, x, out));
+}
 static moe_status timed_scale(moe_device *dev, moe_tensor x, float s) {
   TIMED(scale, 0.0, (dev, x, s));
 }
@@ -224,6 +227,7 @@ static void wrap(moe_backend *table) {
   table->zero = timed_zero;
   table->copy = timed_copy;
   table->add = timed_add;
+  table->sum_rows = timed_sum_rows;
   table->scale = timed_scale;
   table->sum_squares = timed_sum_squares;
   table->embed = timed_embed;

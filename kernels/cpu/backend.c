@@ -130,6 +130,7 @@ static const moe_backend cpu_backend = {
     .draw_normal = moe_cpu_draw_normal,
     .copy = moe_cpu_copy,
     .add = moe_cpu_add,
+    .sum_rows = moe_cpu_sum_rows,
     .scale = moe_cpu_scale,
     .sum_squares = moe_cpu_sum_squares,
     .embed = moe_cpu_embed,

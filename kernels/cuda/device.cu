@@ -296,7 +296,8 @@ static const moe_backend *table(void) {
   t.graph_launch = cuda_graph_launch;
   t.graph_destroy = cuda_graph_destroy;
 #define SLOT(name) t.name = moe_cuda_##name
-  SLOT(zero), SLOT(fill), SLOT(draw_normal), SLOT(copy), SLOT(add), SLOT(scale), SLOT(sum_squares);
+  SLOT(zero), SLOT(fill), SLOT(draw_normal), SLOT(copy), SLOT(add), SLOT(sum_rows), SLOT(scale);
+  SLOT(sum_squares);
   SLOT(embed), SLOT(embed_backward);
   SLOT(rms_norm), SLOT(rms_norm_backward);
   SLOT(gemm), SLOT(norm_gemm), SLOT(norm_router);

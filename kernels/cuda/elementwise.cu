@@ -39,6 +39,26 @@ template <typename Y, typename X, int N> __global__ void add_kernel(Y *y, const 
       [=](int64_t i) { add<Y, X, 1>(y + i, x + i); });
 }
 
+/* N elements of the sum of `rows` rows, each `width` after the one before. */
+template <typename X, int N>
+__device__ __forceinline__ void sum_rows(X *out, const X *x, int64_t rows, int64_t width) {
+  float sum[N] = {}, v[N];
+#pragma unroll 4
+  for (int64_t r = 0; r < rows; r++) {
+    load<X, N>(v, x + r * width);
+#pragma unroll
+    for (int i = 0; i < N; i++) sum[i] += v[i];
+  }
+  store<X, N>(out, sum);
+}
+
+template <typename X, int N>
+__global__ void sum_rows_kernel(X *out, const X *x, int64_t rows, int64_t width) {
+  stride<N>(
+      width, [=](int64_t i) { sum_rows<X, N>(out + i, x + i, rows, width); },
+      [=](int64_t i) { sum_rows<X, 1>(out + i, x + i, rows, width); });
+}
+
 template <typename X, int N> __device__ __forceinline__ void scale(X *x, float s) {
   float v[N];
   load<X, N>(v, x);
@@ -102,6 +122,25 @@ moe_status moe_cuda_add(moe_device *dev, moe_tensor y, moe_tensor x) {
         cuda_data<Y>(y), cuda_data<X>(x), n);
     CUDA_LAUNCHED(dev);
     return MOE_OK;
+  });
+}
+
+moe_status moe_cuda_sum_rows(moe_device *dev, moe_tensor x, moe_tensor out) {
+  int64_t rows = x.shape[0], width = x.shape[1];
+  if (width == 0) return MOE_OK;
+  return cuda_act(x.dtype, [&](auto act) {
+    using X = decltype(act);
+    return cuda_width(
+        width,
+        [&](auto w) {
+          constexpr int N = decltype(w)::value;
+          sum_rows_kernel<X, N>
+              <<<cuda_blocks(dev, div_up(width, N), 256), 256, 0, cuda_of(dev)->stream>>>(
+                  cuda_data<X>(out), cuda_data<X>(x), rows, width);
+          CUDA_LAUNCHED(dev);
+          return MOE_OK;
+        },
+        (char *)out.data, (char *)x.data);
   });
 }
 

@@ -1,5 +1,6 @@
-/* Lanes: one stream each. The exchange goes first where both could run, since others wait for it;
- * sums of gradients go last, in the gaps. MOE_LANES=off in the environment makes all lanes MAIN's
+/* Lanes: one stream each. The exchange goes first where several could run, since others wait for
+ * it; sums of gradients go next: they are short, and the kernels of MAIN that fill the chip would
+ * leave them no place between two of them. MOE_LANES=off in the environment makes all lanes MAIN's
  * stream, to see what they are worth. */
 #include <cstdlib>
 #include <cstring>
@@ -19,7 +20,7 @@ moe_status cuda_lanes_create(moe_device *dev) {
   MOE_TRY(are_one(&one));
   int least = 0, greatest = 0;
   CUDA_TRY(dev, cudaDeviceGetStreamPriorityRange(&least, &greatest));
-  const int priority[MOE_LANES] = {(least + greatest) / 2, greatest, least};
+  const int priority[MOE_LANES] = {least, greatest, (least + greatest) / 2};
   for (int i = 0; i < MOE_LANES; i++) {
     if (one && i != MOE_LANE_MAIN)
       s->lane[i] = s->lane[MOE_LANE_MAIN];

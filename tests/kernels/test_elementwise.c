@@ -1,4 +1,4 @@
-/* zero, fill, copy, add, scale, sum_squares, embed and its gradient. */
+/* zero, fill, copy, add, sum_rows, scale, sum_squares, embed and its gradient. */
 #include <criterion/criterion.h>
 #include <math.h>
 #include <string.h>
@@ -104,6 +104,28 @@ static void adds(moe_device *dev, moe_dtype act) {
 
 Test(elementwise, add_rounds_the_float_sum_once) {
   op_each(adds);
+}
+
+static void sums_rows(moe_device *dev, moe_dtype act) {
+  const int64_t counts[] = {1, 2, 5, 9};
+  for (int i = 0; i < LENGTHS; i++)
+    for (int c = 0; c < 4; c++) {
+      int64_t n = lengths[i];
+      op_tensor x = op_random(dev, "x", act, OP_SHAPE(counts[c], n), 1000.0);
+      op_tensor out = op_output(dev, "out", act, OP_SHAPE(n));
+      double *reference = op_doubles(n);
+      for (int64_t j = 0; j < n; j++) {
+        float sum = 0.0f;
+        for (int64_t r = 0; r < counts[c]; r++) sum += (float)x.v[r * n + j];
+        reference[j] = op_round(act, (double)sum);
+      }
+      op_ok(moe_sum_rows(dev, x.t, out.t));
+      op_equal(out, reference);
+    }
+}
+
+Test(elementwise, sum_rows_adds_in_float_in_the_order_of_rows_and_rounds_once) {
+  op_each(sums_rows);
 }
 
 static void scales(moe_device *dev, moe_dtype act) {
