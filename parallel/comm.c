@@ -95,7 +95,7 @@ static moe_status make_group(moe_device *dev, MPI_Comm mpi, bool beside, moe_com
   }
   c->mpi = mpi;
   c->dev = dev;
-  c->beside = beside;
+  c->beside = c->by_copies = beside;
   MOE_TRY_OR(status, failed, moe_mpi_check(MPI_Comm_rank(mpi, &c->rank), "MPI_Comm_rank"));
   MOE_TRY_OR(status, failed, moe_mpi_check(MPI_Comm_size(mpi, &c->size), "MPI_Comm_size"));
   MOE_TRY_OR(status, failed, choose_backend(c, &c->backend));
@@ -153,6 +153,10 @@ int moe_comm_rank(const moe_comm *c) {
 
 int moe_comm_size(const moe_comm *c) {
   return c->size;
+}
+
+bool moe_comm_by_copies(const moe_comm *c) {
+  return c->by_copies;
 }
 
 static moe_status check_device(const moe_comm *c) {
@@ -252,6 +256,19 @@ moe_status moe_comm_all_gather_to(moe_comm *c, moe_tensor x, moe_tensor out) {
   TRANSPORT(c, all_gather, (c, x, out));
 }
 
+static moe_status check_root(const moe_comm *c, const char *call, int root) {
+  if (root >= 0 && root < c->size) return MOE_OK;
+  return moe_fail(MOE_INVALID, "%s: root %d of %d ranks", call, root, c->size);
+}
+
+moe_status moe_comm_gather(moe_comm *c, moe_tensor x, moe_tensor out, int root) {
+  MOE_TRY(check_root(c, "moe_comm_gather", root));
+  MOE_TRY(check_chunks(c, "moe_comm_gather", out, x));
+  if (c->size == 1) return copy_bits(c, out, x);
+  if (moe_tensor_count(x) == 0) return MOE_OK;
+  TRANSPORT(c, gather, (c, x, out, root));
+}
+
 static int64_t row_width(moe_tensor t) {
   int64_t n = 1;
   for (int i = 1; i < t.dims; i++) n *= t.shape[i];
@@ -304,8 +321,7 @@ moe_status moe_comm_exchange_chunks(moe_comm *c, moe_tensor x, moe_tensor out) {
 }
 
 moe_status moe_comm_broadcast(moe_comm *c, moe_tensor x, int root) {
-  if (root < 0 || root >= c->size)
-    return moe_fail(MOE_INVALID, "moe_comm_broadcast: root %d of %d ranks", root, c->size);
+  MOE_TRY(check_root(c, "moe_comm_broadcast", root));
   if (c->size == 1 || moe_tensor_count(x) == 0) return MOE_OK;
   TRANSPORT(c, broadcast, (c, x, root));
 }

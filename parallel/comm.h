@@ -28,6 +28,10 @@ moe_status moe_comm_split(moe_comm *parent, int color, int key, moe_comm **out);
  * what a link carries, few enough for moe_device_lend. */
 enum { MOE_COMM_BESIDE = 8 };
 moe_status moe_comm_beside(moe_comm *c, moe_comm **out);
+/* For a group from moe_comm_beside: copies alone carry all-gathers and gathers between shared
+ * memory (moe_comm_share), so they take no multiprocessor from the kernels beside them: NCCL 2.28
+ * and later within one node, with lanes; MPI always. The same on every rank of the group. */
+bool moe_comm_by_copies(const moe_comm *c);
 void moe_comm_destroy(moe_comm *c);
 
 int moe_comm_rank(const moe_comm *c);
@@ -37,9 +41,11 @@ int moe_comm_local_rank(void);
 int moe_comm_local_size(void);
 
 /* Memory for tensors that travel between the ranks of a group, zeroed; NULL when there is not
- * enough. Local. Then, once, collective: make it known to the others. Where NCCL can (one node,
- * NVLink, the same size on every rank) the copy engines then carry what moves between such tensors,
- * at equal offsets on all ranks, and no multiprocessor is taken from the kernels beside. */
+ * enough. Local. Then, once for each, collective: make it known to the others. Where NCCL can (one
+ * node, NVLink, the same size on every rank) the copy engines then carry what moves between such
+ * tensors, at equal offsets on all ranks, and no multiprocessor is taken from the kernels beside. A
+ * group shares at most MOE_COMM_SHARED pieces of memory. */
+enum { MOE_COMM_SHARED = 4 };
 void *moe_comm_alloc(moe_comm *c, int64_t bytes);
 moe_status moe_comm_share(moe_comm *c, void *data, int64_t bytes);
 void moe_comm_free(moe_comm *c, void *data);
@@ -54,6 +60,9 @@ moe_status moe_comm_reduce_scatter(moe_comm *c, moe_tensor x);
 moe_status moe_comm_all_gather(moe_comm *c, moe_tensor x);
 /* The same from a separate tensor: out holds size copies of x's shape. */
 moe_status moe_comm_all_gather_to(moe_comm *c, moe_tensor x, moe_tensor out);
+/* Everyone's x to rank root, where out holds size copies of its shape, by rank. Elsewhere out is a
+ * place like root's, at the same offset of shared memory, and stays as it is. */
+moe_status moe_comm_gather(moe_comm *c, moe_tensor x, moe_tensor out, int root);
 /* out [rows, ...] = the sum over ranks of chunk `rank` of x (size * rows rows). x is kept. */
 moe_status moe_comm_reduce_scatter_to(moe_comm *c, moe_tensor x, moe_tensor out);
 /* Rows of `send` to rank r: [send_at[r], + send_rows[r]); received into recv likewise. Host arrays

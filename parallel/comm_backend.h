@@ -28,6 +28,7 @@ typedef struct {
   moe_status (*reduce_scatter)(moe_comm *c, moe_tensor x, moe_tensor out);
   /* x may be chunk `rank` of out itself. */
   moe_status (*all_gather)(moe_comm *c, moe_tensor x, moe_tensor out);
+  moe_status (*gather)(moe_comm *c, moe_tensor x, moe_tensor out, int root);
   moe_status (*all_to_all)(moe_comm *c, moe_tensor send, const int64_t *send_rows,
                            const int64_t *send_at, moe_tensor recv, const int64_t *recv_rows,
                            const int64_t *recv_at);
@@ -44,8 +45,9 @@ struct moe_comm {
   moe_device *dev; /* whose memory the tensors are in; borrowed */
   MPI_Comm mpi;
   int rank, size;
-  bool beside; /* moe_comm_beside */
-  void *state; /* the transport's own; NULL for a group of one */
+  bool beside;    /* moe_comm_beside */
+  bool by_copies; /* moe_comm_by_copies; for open to clear */
+  void *state;    /* the transport's own; NULL for a group of one */
 };
 
 extern const moe_comm_backend moe_comm_mpi_backend;

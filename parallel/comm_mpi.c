@@ -187,6 +187,20 @@ static moe_status mpi_all_gather(moe_comm *c, moe_tensor x, moe_tensor out) {
   return moe_mpi_all_gather(c, in_place ? MPI_IN_PLACE : x.data, bytes, out.data);
 }
 
+static moe_status mpi_gather(moe_comm *c, moe_tensor x, moe_tensor out, int root) {
+  int64_t bytes = moe_tensor_bytes(x);
+  for (int64_t at = 0; at < bytes; at += moe_mpi_limit) {
+    int64_t n = moe_min64(moe_mpi_limit, bytes - at);
+    MPI_Datatype block;
+    MOE_TRY(block_type(n, bytes, &block));
+    int code = MPI_Gather((const char *)x.data + at, (int)n, MPI_BYTE, (char *)out.data + at, 1,
+                          block, root, c->mpi);
+    MPI_Type_free(&block);
+    MOE_TRY(moe_mpi_check(code, "MPI_Gather"));
+  }
+  return MOE_OK;
+}
+
 /* Counts and places are in rows, so int is enough for any number of bytes. */
 static moe_status mpi_all_to_all(moe_comm *c, moe_tensor send, const int64_t *send_rows,
                                  const int64_t *send_at, moe_tensor recv, const int64_t *recv_rows,
@@ -227,6 +241,7 @@ const moe_comm_backend moe_comm_mpi_backend = {
     .all_reduce = mpi_all_reduce,
     .reduce_scatter = mpi_reduce_scatter,
     .all_gather = mpi_all_gather,
+    .gather = mpi_gather,
     .all_to_all = mpi_all_to_all,
     .exchange_chunks = mpi_exchange_chunks,
     .broadcast = mpi_broadcast,

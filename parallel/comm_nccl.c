@@ -5,8 +5,8 @@
  * the watchdog's thread when there is none because the caller waits for the device.
  *
  * Memory that moe_comm_share announced is a symmetric window. Between windows NCCL 2.28 and later
- * lets the copy engines carry all-gathers and equal all-to-alls (CTA policy "zero"), so that the
- * persistent expert kernels beside them keep every multiprocessor. */
+ * lets the copy engines carry all-gathers, gathers and equal all-to-alls (CTA policy "zero"), so
+ * that the persistent expert kernels beside them keep every multiprocessor. */
 #ifdef MOE_WITH_NCCL
 #include <cuda_runtime_api.h>
 #include <nccl.h>
@@ -28,7 +28,10 @@ static moe_status nccl_check(ncclResult_t result, const char *call) {
 typedef struct {
   ncclComm_t comm;
 #if BY_COPY_ENGINES
-  ncclWindow_t window; /* of the shared memory; NULL without */
+  struct {
+    void *data;
+    ncclWindow_t window; /* NULL: free */
+  } shared[MOE_COMM_SHARED];
 #endif
 } nccl_state;
 
@@ -51,10 +54,25 @@ static moe_status check_guarded(void *comm) {
   return check_async(comm);
 }
 
+/* Copy engines reach the GPUs of one node, and copies beside arithmetic need lanes. */
+static moe_status find_by_copies(moe_comm *c) {
+  MPI_Comm node;
+  int size = 0;
+  MPI_TRY(MPI_Comm_split_type(c->mpi, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node));
+  int code = MPI_Comm_size(node, &size);
+  MPI_Comm_free(&node);
+  MPI_TRY(code);
+  int64_t all = BY_COPY_ENGINES && size == c->size && moe_cuda_has_lanes(c->dev);
+  MOE_TRY(moe_comm_host_all_reduce_i64(c, &all, 1, MOE_MIN));
+  c->by_copies = all == 1;
+  return MOE_OK;
+}
+
 static moe_status nccl_open(moe_comm *c) {
   ncclUniqueId id;
   moe_status status = MOE_OK;
   setenv("NCCL_NVLS_ENABLE", "0", 0); /* NVLink multicast: forbidden on some hosts */
+  if (c->beside) MOE_TRY(find_by_copies(c));
   if (c->rank == 0) status = nccl_check(ncclGetUniqueId(&id), "ncclGetUniqueId");
   MOE_TRY(moe_agree(c, status));
   MOE_TRY(moe_comm_host_broadcast(c, &id, (int64_t)sizeof id, 0));
@@ -86,17 +104,21 @@ static void *nccl_alloc(moe_comm *c, int64_t bytes) {
   return NULL;
 }
 
-static void withdraw(nccl_state *s) {
+/* Collective. The window over data; NULL: all. */
+static void withdraw(nccl_state *s, const void *data) {
 #if BY_COPY_ENGINES
-  if (s->window) ncclCommWindowDeregister(s->comm, s->window);
-  s->window = NULL;
+  for (int i = 0; i < MOE_COMM_SHARED; i++) {
+    if (!s->shared[i].window || (data && s->shared[i].data != data)) continue;
+    ncclCommWindowDeregister(s->comm, s->shared[i].window);
+    s->shared[i].window = NULL;
+  }
 #else
-  (void)s;
+  (void)s, (void)data;
 #endif
 }
 
 static void nccl_free(moe_comm *c, void *data) {
-  withdraw(c->state);
+  withdraw(c->state, data);
   ncclMemFree(data);
 }
 
@@ -104,7 +126,7 @@ static void nccl_close(moe_comm *c) {
   nccl_state *s = c->state;
   if (!s) return;
   moe_guard_remove(c);
-  withdraw(s);
+  withdraw(s, NULL);
   if (s->comm) ncclCommDestroy(s->comm);
   free(s);
   c->state = NULL;
@@ -116,8 +138,14 @@ static moe_status nccl_share(moe_comm *c, void *data, int64_t bytes) {
   int64_t range[2] = {bytes, -bytes}; /* windows must be of one size: smallest and largest */
   MOE_TRY(moe_comm_host_all_reduce_i64(c, range, 2, MOE_MIN));
   if (range[0] != -range[1]) return MOE_OK;
-  NCCL_TRY(
-      ncclCommWindowRegister(s->comm, data, (size_t)bytes, &s->window, NCCL_WIN_COLL_SYMMETRIC));
+  int i = 0;
+  while (i < MOE_COMM_SHARED && s->shared[i].window) i++;
+  if (i == MOE_COMM_SHARED)
+    return moe_fail(MOE_INVALID, "moe_comm_share: a group shares at most %d pieces of memory",
+                    MOE_COMM_SHARED);
+  s->shared[i].data = data;
+  NCCL_TRY(ncclCommWindowRegister(s->comm, data, (size_t)bytes, &s->shared[i].window,
+                                  NCCL_WIN_COLL_SYMMETRIC));
 #else
   (void)c, (void)data, (void)bytes;
 #endif
@@ -162,6 +190,25 @@ static moe_status nccl_all_gather(moe_comm *c, moe_tensor x, moe_tensor out) {
   NCCL_TRY(ncclAllGather(x.data, out.data, (size_t)moe_tensor_count(x), type_of(x.dtype),
                          comm_of(c), stream_of(c)));
   return MOE_OK;
+}
+
+static moe_status nccl_gather(moe_comm *c, moe_tensor x, moe_tensor out, int root) {
+  size_t bytes = (size_t)moe_tensor_bytes(x);
+  MOE_TRY(check_async(c));
+#if BY_COPY_ENGINES
+  NCCL_TRY(ncclGather(x.data, out.data, bytes, ncclInt8, root, comm_of(c), stream_of(c)));
+  return MOE_OK;
+#else
+  NCCL_TRY(ncclGroupStart());
+  moe_status status =
+      nccl_check(ncclSend(x.data, bytes, ncclInt8, root, comm_of(c), stream_of(c)), "ncclSend");
+  for (int r = 0; r < c->size && c->rank == root && status == MOE_OK; r++)
+    status = nccl_check(ncclRecv((char *)out.data + (size_t)r * bytes, bytes, ncclInt8, r,
+                                 comm_of(c), stream_of(c)),
+                        "ncclRecv");
+  moe_status ended = nccl_check(ncclGroupEnd(), "ncclGroupEnd");
+  return status != MOE_OK ? status : ended;
+#endif
 }
 
 static moe_status nccl_all_to_all(moe_comm *c, moe_tensor send, const int64_t *send_rows,
@@ -226,6 +273,7 @@ const moe_comm_backend moe_comm_nccl_backend = {
     .all_reduce = nccl_all_reduce,
     .reduce_scatter = nccl_reduce_scatter,
     .all_gather = nccl_all_gather,
+    .gather = nccl_gather,
     .all_to_all = nccl_all_to_all,
     .exchange_chunks = nccl_exchange_chunks,
     .broadcast = nccl_broadcast,

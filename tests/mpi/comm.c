@@ -95,6 +95,22 @@ static void check_all_gather(moe_comm *c, moe_dtype dtype, int64_t n) {
   free(in_place.data);
 }
 
+static void check_gather(moe_comm *c, moe_dtype dtype, int64_t n) {
+  int size = moe_comm_size(c), rank = moe_comm_rank(c);
+  moe_tensor x = worker_tensor(dtype, 1, n), out = worker_tensor(dtype, size, n);
+  fill(x, rank);
+  for (int root = 0; root < size; root++) {
+    for (int64_t i = 0; i < size * n; i++) set(out, i, 77.0);
+    OK(moe_comm_gather(c, x, out, root));
+    for (int64_t i = 0; i < size * n; i++)
+      REQUIRE(get(out, i) == (rank == root ? value((int)(i / n), i % n) : 77.0));
+  }
+  REQUIRE(moe_comm_gather(c, x, out, size) == MOE_INVALID);
+  REQUIRE(size == 1 || moe_comm_gather(c, x, x, 0) == MOE_INVALID);
+  free(x.data);
+  free(out.data);
+}
+
 /* Rows from `from` to `to`: none for some pairs. */
 static int64_t rows_between(int from, int to) {
   return (from * 2 + to) % 4;
@@ -192,6 +208,7 @@ static void check_group(moe_comm *c) {
     check_all_reduce(c, all[i], 0, MOE_SUM);
     check_reduce_scatter(c, all[i], 130);
     check_all_gather(c, all[i], 97);
+    check_gather(c, all[i], 89);
     check_all_to_all(c, all[i], 5);
     check_broadcast(c, all[i], 321);
   }
