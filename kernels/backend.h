@@ -28,6 +28,7 @@ typedef struct moe_backend {
   /* Lanes (lanes.h); NULL where work is done when its call returns. */
   void (*use_lane)(moe_device *dev, moe_lane lane);
   moe_status (*wait_lane)(moe_device *dev, moe_lane other);
+  moe_status (*follow)(moe_device *dev, const moe_mark *mark);
   void (*lend)(moe_device *dev, int multiprocessors);
   /* Remember when the stream gets here (device.h); seconds between two marks, after a sync. */
   void (*mark)(moe_device *dev, moe_mark *out);

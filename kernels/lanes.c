@@ -15,6 +15,14 @@ void moe_device_lend(moe_device *dev, int multiprocessors) {
   if (dev->backend->lend) dev->backend->lend(dev, multiprocessors);
 }
 
+moe_status moe_device_follow(moe_device *dev, const moe_mark *mark) {
+  if (!dev->backend->follow) return MOE_OK;
+  moe_profile_begin(dev, "exchange", 0.0);
+  moe_status status = dev->backend->follow(dev, mark);
+  moe_profile_end(dev);
+  return status;
+}
+
 /* What a profile calls the time a lane spends waiting for another. */
 static const char *const waits[MOE_LANES] = {"wait", "exchange", "reduce"};
 

@@ -1,7 +1,8 @@
 /* Lanes: queues of one device that run beside each other, so that what travels between ranks hides
- * behind arithmetic: EXCHANGE carries tokens, which someone waits for, REDUCE sums gradients, which
- * have time. Operations go to the current lane, which is MAIN unless someone changed it for a few
- * calls. On a CPU all lanes are one: work is done when its call returns.
+ * behind arithmetic: EXCHANGE carries tokens, which someone waits for, REDUCE sums gradients and
+ * carries updated weights, which have time. Operations go to the current lane, which is MAIN unless
+ * someone changed it for a few calls. On a CPU all lanes are one: work is done when its call
+ * returns.
  *
  *   moe_lane before = moe_device_use_lane(dev, MOE_LANE_EXCHANGE);
  *   MOE_TRY(moe_device_wait_lane(dev, MOE_LANE_MAIN));       what it needs is there
@@ -27,6 +28,8 @@ typedef enum { MOE_LANE_MAIN, MOE_LANE_EXCHANGE, MOE_LANE_REDUCE, MOE_LANES } mo
 moe_lane moe_device_use_lane(moe_device *dev, moe_lane lane);
 /* What is queued on the current lane from now on starts after what is on `other` by now. */
 moe_status moe_device_wait_lane(moe_device *dev, moe_lane other);
+/* The same after `mark`, which was made on another lane (device.h). */
+moe_status moe_device_follow(moe_device *dev, const moe_mark *mark);
 /* From now on kernels that would keep every multiprocessor to their end leave this many to REDUCE,
  * whose own would else wait for that end and then hold them up. 0, as at first: none. */
 void moe_device_lend(moe_device *dev, int multiprocessors);

@@ -1,10 +1,20 @@
 /* Gradient reduction: each pool in one collective, or in buckets while backward goes on; then the
  * global norm from everyone's own chunks.
  *
+ * Sums beside backward are NCCL's kernels where every rank needs them. Where only a bucket's owner
+ * does (zero1) copies bring it everyone's part, and a short kernel of ours adds them in the order
+ * of ranks, in f32, rounded once: the bits of MPI's reduce-scatter. The kernels of backward keep
+ * every multiprocessor meanwhile. What a bucket cost before it began, a wait for all ranks and one
+ * for a multiprocessor, is why buckets are large.
+ *
+ * Groups of `beside` are used on MOE_LANE_REDUCE alone, all others on MAIN or on EXCHANGE: a lane
+ * has one order, the same on all ranks, so no two of them wait for each other crosswise.
+ *
  * After the sums, the chunk of a pool that a rank is responsible for is complete on that rank and
  * is nobody else's, so adding the chunks' squares over the world counts each parameter once. */
 #include "parallel/grad_sync.h"
 
+#include "core/base/integers.h"
 #include "kernels/lanes.h"
 #include "kernels/ops.h"
 
@@ -21,18 +31,54 @@ moe_range moe_pool_chunk(int64_t padded, int size, int rank) {
   return r;
 }
 
+int64_t moe_pool_staging(int64_t padded, int size, moe_dtype dtype) {
+  int64_t most = MOE_STAGING / 2 / size / moe_dtype_size(dtype) / MOE_POOL_ALIGN * MOE_POOL_ALIGN;
+  int64_t quarter = moe_round_up64((padded / size + 3) / 4, MOE_POOL_ALIGN);
+  return 2 * size * moe_min64(moe_max64(most, MOE_POOL_ALIGN), quarter);
+}
+
+/* Elements [begin, end), of one chunk: every rank's to the chunk's owner, who adds them. */
+static moe_status sum_at_owner(moe_device *dev, moe_grad_pool *pool, int64_t begin, int64_t end) {
+  int size = moe_comm_size(pool->beside);
+  int owner = (int)(begin / (moe_tensor_count(pool->grads) / size));
+  moe_tensor part = moe_tensor_rows(pool->grads, begin, end - begin);
+  moe_tensor parts = moe_tensor_2d(pool->staging.data, part.dtype, size, end - begin);
+  MOE_TRY(moe_comm_gather(pool->beside, part, parts, owner));
+  return owner == moe_comm_rank(pool->beside) ? moe_sum_rows(dev, parts, part) : MOE_OK;
+}
+
+/* Buckets of what is not summed yet, from the end, as long as they begin at `begin` or after. The
+ * owner's next bucket arrives where this one lies, but no rank sends it before all are there, the
+ * owner with its sum behind it. */
+static moe_status sum_at_owners(moe_device *dev, moe_grad_pool *pool, int64_t begin) {
+  int size = moe_comm_size(pool->beside);
+  int64_t count = moe_tensor_count(pool->grads), chunk = count / size;
+  int64_t most = moe_tensor_count(pool->staging) / size;
+  while (pool->summed < count) {
+    int64_t end = count - pool->summed;
+    int64_t first = moe_max64(end - most, (end - 1) / chunk * chunk);
+    if (first < begin) break;
+    MOE_TRY(sum_at_owner(dev, pool, first, end));
+    pool->summed += end - first;
+  }
+  return MOE_OK;
+}
+
+static moe_status sum_everywhere(moe_grad_pool *pool, int64_t begin) {
+  int64_t n = moe_tensor_count(pool->grads) - pool->summed - begin;
+  if (n * moe_dtype_size(pool->grads.dtype) < moe_grad_bucket && begin > 0) return MOE_OK;
+  pool->summed += n;
+  return moe_comm_all_reduce(pool->beside, moe_tensor_rows(pool->grads, begin, n), MOE_SUM);
+}
+
 moe_status moe_grad_sum_from(moe_device *dev, moe_grad_pool *pool, int64_t begin) {
-  int64_t end = moe_tensor_count(pool->grads) - pool->summed;
-  int64_t bytes = (end - begin) * moe_dtype_size(pool->grads.dtype);
-  if (!pool->beside || pool->shard || bytes <= 0) return MOE_OK;
-  if (bytes < moe_grad_bucket && begin > 0) return MOE_OK;
+  if (!pool->beside || begin >= moe_tensor_count(pool->grads) - pool->summed) return MOE_OK;
+  if (pool->shard && !moe_tensor_present(pool->staging)) return MOE_OK;
   moe_lane before = moe_device_use_lane(dev, MOE_LANE_REDUCE);
   moe_status status = moe_device_wait_lane(dev, before);
   if (status == MOE_OK)
-    status = moe_comm_all_reduce(pool->beside, moe_tensor_rows(pool->grads, begin, end - begin),
-                                 MOE_SUM);
+    status = pool->shard ? sum_at_owners(dev, pool, begin) : sum_everywhere(pool, begin);
   moe_device_use_lane(dev, before);
-  pool->summed += end - begin;
   return status;
 }
 
@@ -53,10 +99,10 @@ static moe_status sync_pool(moe_device *dev, moe_grad_pool *pool, moe_tensor sum
                     size);
   if (count == 0 || pool->counted) return MOE_OK;
   moe_tensor left = moe_tensor_rows(pool->grads, 0, count - pool->summed);
-  if (pool->shard)
-    MOE_TRY(moe_comm_reduce_scatter(pool->group, pool->grads));
-  else
+  if (!pool->shard)
     MOE_TRY(moe_comm_all_reduce(pool->group, left, MOE_SUM));
+  else if (pool->summed < count)
+    MOE_TRY(moe_comm_reduce_scatter(pool->group, pool->grads));
   pool->summed = 0;
   moe_range own = moe_pool_chunk(count, size, rank);
   return moe_sum_squares(dev, moe_tensor_rows(pool->grads, own.begin, moe_range_size(own)),
@@ -69,6 +115,7 @@ moe_status moe_grad_sync(moe_device *dev, moe_comm *world, moe_grad_pool *pools,
   for (int i = 0; i < n; i++) {
     begun = begun || pools[i].counted;
     beside = beside || pools[i].beside;
+    if (pools[i].shard) MOE_TRY(moe_grad_sum_from(dev, &pools[i], 0));
   }
   if (beside) MOE_TRY(moe_device_wait_lane(dev, MOE_LANE_REDUCE));
   if (!begun) MOE_TRY(moe_zero(dev, sum_squares));

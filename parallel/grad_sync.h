@@ -24,16 +24,24 @@ moe_range moe_pool_chunk(int64_t padded, int size, int rank);
 typedef struct {
   moe_tensor grads;
   moe_comm *group;
-  bool shard;   /* zero1: reduce-scatter, so only the own chunk is complete afterwards */
+  bool shard;   /* zero1: only the own chunk is complete afterwards */
   bool counted; /* sum_squares has this pool's squares already; only where the group is one rank */
   moe_comm *beside; /* the group once more, for moe_grad_sum_from; NULL: all is summed at the end */
-  int64_t summed;   /* so many elements, the last ones, are summed or on their way; 0 at first */
+  moe_tensor staging; /* sharded, with beside: where parts of all ranks meet; else absent */
+  int64_t summed;     /* so many elements, the last ones, are summed or on their way; 0 at first */
 } moe_grad_pool;
 
+/* Staging for a pool of this size and type: elements, two slots of a piece from each rank. A piece
+ * is at most a quarter of a chunk, so that while one travels another can be worked on, and large
+ * enough to hide what it costs to begin: MOE_STAGING bytes in all. */
+enum { MOE_STAGING = 256 << 20 };
+int64_t moe_pool_staging(int64_t padded, int size, moe_dtype dtype);
+
 /* Elements [begin, ...) of the pool are final: they may be summed beside what is queued from now on
- * (MOE_LANE_REDUCE), and are as soon as they make a bucket of this many bytes or begin is 0.
- * Backward fills pools from their ends, so `begin` falls from call to call. A sharded pool stays
- * whole: its chunks do not end where buckets do. Collective over the pool's group. */
+ * (MOE_LANE_REDUCE), and are as soon as they make a bucket or begin is 0. Backward fills pools from
+ * their ends, so `begin` falls from call to call. Without shard a bucket has at least
+ * moe_grad_bucket bytes. A sharded pool's fill its staging or end where a chunk does; without
+ * staging such a pool waits for the end. Collective over the pool's group. */
 extern int64_t moe_grad_bucket; /* for tests to lower */
 moe_status moe_grad_sum_from(moe_device *dev, moe_grad_pool *pool, int64_t begin);
 

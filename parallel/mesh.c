@@ -65,9 +65,13 @@ failed:
   return status;
 }
 
-moe_status moe_mesh_create_beside(moe_mesh *m) {
-  MOE_TRY(moe_comm_beside(m->world, &m->world_beside));
-  return moe_comm_beside(m->replicas, &m->replicas_beside);
+moe_status moe_mesh_create_beside(moe_mesh *m, bool sharded) {
+  if (!sharded) MOE_TRY(moe_comm_beside(m->world, &m->world_beside));
+  MOE_TRY(moe_comm_beside(m->replicas, &m->replicas_beside));
+  if (!sharded || moe_comm_by_copies(m->replicas_beside)) return MOE_OK;
+  moe_comm_destroy(m->replicas_beside);
+  m->replicas_beside = NULL;
+  return MOE_OK;
 }
 
 void moe_mesh_destroy(moe_mesh *m) {

@@ -33,6 +33,17 @@ moe_status moe_model_load(moe_model *m, const moe_batch *batch) {
   return MOE_OK;
 }
 
+/* The experts of layer l are there for what is queued next: after an update they arrive while the
+ * layers before them are at work. */
+static moe_status experts_are_there(moe_model *m, int64_t l) {
+  const char *pool = m->weights[MOE_POOL_EXPERT].data;
+  int64_t size = moe_dtype_size(m->env.dtype);
+  int64_t begin = ((const char *)m->blocks[l].w.w13.data - pool) / size;
+  int64_t end = moe_tensor_count(m->weights[MOE_POOL_EXPERT]);
+  if (l + 1 < m->env.dims.layers) end = ((const char *)m->blocks[l + 1].w.w13.data - pool) / size;
+  return moe_pool_gather_need(&m->gather, (moe_range){begin, end});
+}
+
 /* Embedding and blocks; leaves the residual stream in the last block's mid and work.delta. */
 static moe_status forward_blocks(moe_model *m) {
   moe_block_env *env = &m->env;
@@ -41,6 +52,7 @@ static moe_status forward_blocks(moe_model *m) {
   MOE_TRY(moe_embed(env->dev, env->tokens_in, m->embed, m->blocks[0].x));
   moe_tensor x = m->blocks[0].x, delta = moe_tensor_none();
   for (int64_t l = 0; l < env->dims.layers; l++) {
+    MOE_TRY(experts_are_there(m, l));
     MOE_TRY(moe_block_forward(env, &m->blocks[l], x, delta));
     x = m->blocks[l].stash->mid;
     delta = env->work.delta;

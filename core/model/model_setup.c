@@ -14,6 +14,22 @@ moe_comm *moe_model_pool_group(const moe_model *m, moe_pool_kind pool) {
   return pool == MOE_POOL_EXPERT ? m->options.mesh->replicas : m->options.mesh->world;
 }
 
+/* The sums of a pool's gradients over its ranks. Staging lies with the gradients, because what
+ * travels together shares one piece of memory with the other ranks (engine.c). */
+static moe_grad_pool sums_of(const moe_model *m, moe_pool_kind pool, moe_arena *arena) {
+  const moe_mesh *mesh = m->options.mesh;
+  moe_grad_pool sums = {.grads = m->grads[pool],
+                        .group = moe_model_pool_group(m, pool),
+                        .shard = m->config.parallel.zero1,
+                        .beside =
+                            pool == MOE_POOL_EXPERT ? mesh->replicas_beside : mesh->world_beside};
+  if (!sums.shard || !sums.beside) return sums;
+  moe_dtype dtype = sums.grads.dtype;
+  int64_t n = moe_pool_staging(sums.grads.shape[0], moe_comm_size(sums.beside), dtype);
+  sums.staging = moe_arena_tensor_1d(arena, dtype, n);
+  return sums;
+}
+
 static void create_pools(moe_model *m, moe_memory *memory) {
   for (int i = 0; i < MOE_POOLS; i++) {
     moe_pool_kind pool = (moe_pool_kind)i;
@@ -24,13 +40,11 @@ static void create_pools(moe_model *m, moe_memory *memory) {
     if (!m->options.training) continue;
     moe_dtype sums = pool == MOE_POOL_EXPERT ? moe_config_grad_dtype(&m->config) : MOE_F32;
     m->grads[i] = moe_arena_tensor_1d(&memory->arena[MOE_MEM_GRADIENTS], sums, n);
-    const moe_mesh *mesh = m->options.mesh;
-    m->sums[i] = (moe_grad_pool){.grads = m->grads[i],
-                                 .group = moe_model_pool_group(m, pool),
-                                 .shard = m->config.parallel.zero1,
-                                 .beside = pool == MOE_POOL_EXPERT ? mesh->replicas_beside
-                                                                   : mesh->world_beside};
+    m->sums[i] = sums_of(m, pool, &memory->arena[MOE_MEM_GRADIENTS]);
   }
+  const moe_grad_pool *experts = &m->sums[MOE_POOL_EXPERT];
+  if (moe_tensor_present(experts->staging))
+    m->gather = moe_pool_gather_of(m->env.dev, experts, m->weights[MOE_POOL_EXPERT]);
   bool alone = moe_comm_size(moe_model_pool_group(m, MOE_POOL_EXPERT)) == 1;
   if (m->options.training && m->options.micro_batches == 1 && alone)
     m->env.grad_squares = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F64, 1);
@@ -218,6 +232,7 @@ moe_status moe_model_create(const moe_model_options *options, moe_memory *memory
 
 void moe_model_destroy(moe_model *m) {
   if (!m) return;
+  moe_pool_gather_release(&m->gather);
   moe_device_free_host(m->env.dev, m->stats_host);
   moe_device_free_host(m->env.dev, m->loss_host);
   moe_device_free_host(m->env.dev, m->staged);
@@ -256,6 +271,10 @@ moe_tensor moe_model_grad_squares(const moe_model *m) {
 
 moe_grad_pool *moe_model_grad_pools(moe_model *m) {
   return m->sums;
+}
+
+moe_pool_gather *moe_model_gather(moe_model *m, moe_pool_kind pool) {
+  return pool == MOE_POOL_EXPERT && m->gather.dev ? &m->gather : NULL;
 }
 
 float *moe_model_router_bias(moe_model *m) {

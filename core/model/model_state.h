@@ -15,6 +15,7 @@ struct moe_model {
   moe_head head;
   moe_tensor weights[MOE_POOLS], grads[MOE_POOLS];
   moe_grad_pool sums[MOE_POOLS]; /* of grads over ranks */
+  moe_pool_gather gather;        /* of the experts' weights, when they are sharded with staging */
   moe_tensor embed, dembed;      /* [V, D] */
   moe_block *blocks;             /* [L] */
   moe_stash *stashes;            /* [stash_count], at most L: layers may share one */

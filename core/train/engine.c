@@ -146,15 +146,26 @@ static moe_status measure_program(moe_engine *e) {
   return MOE_OK;
 }
 
+/* The group between whose ranks an arena's tensors travel; NULL: what travels, if anything, need
+ * not be where the others can reach it. */
+static moe_comm *travels_in(const moe_engine *e, int purpose) {
+  bool sharded = purpose == MOE_MEM_WEIGHTS || purpose == MOE_MEM_GRADIENTS;
+  if (sharded && e->config.parallel.zero1) return e->mesh.replicas_beside;
+  return purpose == MOE_MEM_EXCHANGE ? e->mesh.experts : NULL;
+}
+
 /* The arenas, and what travels between ranks where the others can reach it. Collective. */
 static moe_status take_memory(moe_engine *e) {
-  moe_arena *travelling = &e->memory.arena[MOE_MEM_EXCHANGE];
-  int64_t bytes = travelling->used;
-  if (bytes > 0) travelling->base = moe_comm_alloc(e->mesh.experts, bytes);
-  moe_status status = moe_memory_commit(&e->memory, moe_device_alloc, e->dev);
-  MOE_TRY(moe_agree(e->world, status));
-  if (bytes == 0) return MOE_OK;
-  return moe_agree(e->world, moe_comm_share(e->mesh.experts, travelling->base, bytes));
+  moe_arena *arena = e->memory.arena;
+  for (int i = 0; i < MOE_MEM_PURPOSES; i++)
+    if (travels_in(e, i) && arena[i].used > 0)
+      arena[i].base = moe_comm_alloc(travels_in(e, i), arena[i].used);
+  MOE_TRY(moe_agree(e->world, moe_memory_commit(&e->memory, moe_device_alloc, e->dev)));
+  moe_status status = MOE_OK;
+  for (int i = 0; i < MOE_MEM_PURPOSES && status == MOE_OK; i++)
+    if (travels_in(e, i) && arena[i].size > 0)
+      status = moe_comm_share(travels_in(e, i), arena[i].base, arena[i].size);
+  return moe_agree(e->world, status);
 }
 
 /* Host memory is only promised until it is written: have it now, not in the middle of a step. */
@@ -170,8 +181,7 @@ static moe_status create(moe_engine *e, bool training, bool plan_only) {
   const moe_config *c = &e->config;
   MOE_TRY(moe_comm_world(e->dev, &e->world));
   MOE_TRY(moe_mesh_create(e->world, (int)c->parallel.ep, c->model.num_experts, &e->mesh));
-  if (training && e->mesh.edp > 1 && !c->parallel.zero1) /* not worth it for a few small pools */
-    MOE_TRY(moe_mesh_create_beside(&e->mesh));
+  if (training && e->mesh.edp > 1) MOE_TRY(moe_mesh_create_beside(&e->mesh, c->parallel.zero1));
   int64_t per_pass = c->train.micro_batch * moe_comm_size(e->world);
   e->accumulation = training && c->train.global_batch > 0 ? c->train.global_batch / per_pass : 1;
   e->loss_scale = c->precision.dtype == MOE_PRECISION_FP16 ? c->precision.loss_scale : 1.0;
@@ -207,8 +217,8 @@ void moe_engine_destroy(moe_engine *e) {
   for (int i = 0; i < 4; i++) moe_graph_destroy(e->dev, e->recorded[i / 2][i % 2].graph);
   tear_down(e);
   for (int i = 0; i < MOE_MEM_PURPOSES; i++) {
-    if (i == MOE_MEM_EXCHANGE)
-      moe_comm_free(e->mesh.experts, e->memory.arena[i].base);
+    if (travels_in(e, i))
+      moe_comm_free(travels_in(e, i), e->memory.arena[i].base);
     else
       moe_device_free(e->dev, e->memory.arena[i].base);
   }

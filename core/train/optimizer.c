@@ -123,9 +123,10 @@ static const moe_param *next_param(const moe_optimizer *o, moe_pool_kind kind, i
   return p;
 }
 
-/* bf16 moments: one update for each stretch of the pool whose elements' numbers follow each other;
+/* bf16 moments: one update for each stretch of `whole` whose elements' numbers follow each other;
  * on one rank that is the whole pool. The padding after the last parameter stays zero. */
-static moe_status update_numbered(moe_optimizer *o, moe_pool_kind kind, moe_adamw_args args) {
+static moe_status update_numbered(moe_optimizer *o, moe_pool_kind kind, moe_range whole,
+                                  moe_adamw_args args) {
   int at = 0, at_whole = 0;
   int64_t next_shift = 0;
   const moe_param *p = next_param(o, kind, &at, &at_whole, &next_shift);
@@ -136,20 +137,35 @@ static moe_status update_numbered(moe_optimizer *o, moe_pool_kind kind, moe_adam
       part.end = p->offset + p->count;
       p = next_param(o, kind, &at, &at_whole, &next_shift);
     } while (p && next_shift == shift);
-    part = moe_range_intersect(part, o->pool[kind].owned);
+    part = moe_range_intersect(part, whole);
     args.first = part.begin + shift;
     if (part.begin < part.end) MOE_TRY(update_range(o, kind, part, args));
   }
   return MOE_OK;
 }
 
+static moe_status update_part(moe_optimizer *o, moe_pool_kind kind, moe_range part,
+                              moe_adamw_args args) {
+  if (o->pool[kind].m.dtype == MOE_F32) return update_range(o, kind, part, args);
+  return update_numbered(o, kind, part, args);
+}
+
+/* Update what is owned of a pool piece by piece; each travels while the next is updated. */
+static moe_status update_pieces(moe_optimizer *o, moe_pool_kind kind, moe_pool_gather *gather,
+                                moe_adamw_args args) {
+  moe_range piece;
+  while (moe_pool_gather_next(gather, &piece)) {
+    MOE_TRY(update_part(o, kind, piece, args));
+    MOE_TRY(moe_pool_gather_send(gather, piece));
+  }
+  return moe_pool_gather_end(gather);
+}
+
 static moe_status update_pool(moe_optimizer *o, moe_pool_kind kind, moe_adamw_args args) {
-  const moe_optimizer_pool *p = &o->pool[kind];
+  moe_pool_gather *gather = moe_model_gather(o->model, kind);
   if (!moe_pool_decays(kind)) args.weight_decay = 0.0;
-  if (p->m.dtype == MOE_F32)
-    MOE_TRY(update_range(o, kind, p->owned, args));
-  else
-    MOE_TRY(update_numbered(o, kind, args));
+  if (gather) return update_pieces(o, kind, gather, args);
+  MOE_TRY(update_part(o, kind, o->pool[kind].owned, args));
   if (!o->config.parallel.zero1) return MOE_OK;
   return moe_comm_all_gather(moe_model_pool_group(o->model, kind),
                              moe_model_weights(o->model, kind));
@@ -171,7 +187,8 @@ moe_status moe_optimizer_step(moe_optimizer *o, double unscale) {
   moe_device_label(o->dev, "optimizer", -1);
   MOE_TRY(moe_device_upload(o->dev, o->now.data, o->host->now, moe_tensor_bytes(o->now)));
   MOE_TRY(moe_clip_scale(o->dev, o->sum_squares, o->config.optim.clip, unscale, o->scale));
-  for (int i = 0; i < MOE_POOLS; i++) MOE_TRY(update_pool(o, (moe_pool_kind)i, args));
+  /* From the last, the experts: what is left of their journey goes on beside the others. */
+  for (int i = MOE_POOLS - 1; i >= 0; i--) MOE_TRY(update_pool(o, (moe_pool_kind)i, args));
   return moe_device_download(o->dev, &o->host->sum_squares, o->sum_squares.data,
                              moe_tensor_bytes(o->sum_squares));
 }

@@ -35,8 +35,10 @@ moe_status moe_optimizer_init_weights(moe_optimizer *o, uint64_t seed);
 moe_status moe_optimizer_set(moe_optimizer *o, double lr, int64_t step);
 /* Collective: sum the gradients over the ranks that share them. */
 moe_status moe_optimizer_reduce(moe_optimizer *o);
-/* Collective with zero1. One update; unscale undoes the loss scale. Does nothing when a gradient
- * was not finite. Only queues, and the same every time: it can be recorded (kernels/device.h). */
+/* Collective with zero1, where the experts' weights of other ranks may arrive later: when a forward
+ * pass needs them (moe_model_gather). One update; unscale undoes the loss scale. Does nothing when
+ * a gradient was not finite. Only queues, and the same every time: it can be recorded
+ * (kernels/device.h). */
 moe_status moe_optimizer_step(moe_optimizer *o, double unscale);
 /* After moe_optimizer_step, once the device was waited for: the gradients' norm before clipping;
  * not finite when a gradient was not. Local. */

@@ -283,6 +283,7 @@ void cuda_lanes_wait(cuda_state *s);
 void cuda_lanes_destroy(cuda_state *s);
 void cuda_use_lane(moe_device *dev, moe_lane lane);
 moe_status cuda_wait_lane(moe_device *dev, moe_lane other);
+moe_status cuda_follow(moe_device *dev, const moe_mark *mark);
 void cuda_lend(moe_device *dev, int multiprocessors);
 
 /* graph.cu */

@@ -286,6 +286,7 @@ static const moe_backend *table(void) {
   t.sync = sync;
   t.use_lane = cuda_use_lane;
   t.wait_lane = cuda_wait_lane;
+  t.follow = cuda_follow;
   t.lend = cuda_lend;
   t.mark = mark;
   t.wait = wait_for;

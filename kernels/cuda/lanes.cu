@@ -63,3 +63,13 @@ moe_status cuda_wait_lane(moe_device *dev, moe_lane other) {
   CUDA_TRY(dev, cudaStreamWaitEvent(s->stream, s->passed[other], 0));
   return MOE_OK;
 }
+
+moe_status cuda_follow(moe_device *dev, const moe_mark *mark) {
+  if (mark->event != nullptr) {
+    CUDA_TRY(dev, cudaStreamWaitEvent(cuda_of(dev)->stream, (cudaEvent_t)mark->event, 0));
+    return MOE_OK;
+  }
+  for (int i = 0; i < MOE_LANES; i++) /* no event was to be had */
+    MOE_TRY(cuda_wait_lane(dev, (moe_lane)i));
+  return MOE_OK;
+}

@@ -23,6 +23,7 @@ foreach(ranks 3 16) # experts and batch that the ranks do not divide; more ranks
 endforeach()
 golden(tiny16-16-ep4 tiny16-2 --ranks 16 --set parallel.ep=4 --set parallel.zero1=true)
 golden(tiny16-8-zero1 tiny16-2 --ranks 8 --set parallel.zero1=true)
+golden(tiny16-2-ep1-zero1 tiny16-2 --ranks 2 --set parallel.ep=1 --set parallel.zero1=true)
 golden(tiny16-8-ep4 tiny16-2 --ranks 8 --set parallel.ep=4)
 golden(tiny16-8-ep2 tiny16-2 --ranks 8 --set parallel.ep=2)
 golden(tiny16-8-ep1 tiny16-2 --ranks 8 --set parallel.ep=1)

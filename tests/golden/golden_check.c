@@ -262,6 +262,9 @@ static float *final_weights(const check *c, const moe_param *p) {
 
 static void compare_final(check *c) {
   const moe_params *params = moe_model_params(c->engine.model);
+  moe_pool_gather *gather = moe_model_gather(c->engine.model, MOE_POOL_EXPERT);
+  moe_range all = {0, moe_model_weights(c->engine.model, MOE_POOL_EXPERT).shape[0]};
+  if (gather) must(moe_pool_gather_need(gather, all));
   for (int i = 0; i < params->count; i++)
     compare(c, &params->list[i], "final", final_weights(c, &params->list[i]), FINAL, 1.0f);
 }

@@ -1,4 +1,4 @@
-/* Worker: gradient sums and the global norm.
+/* Worker: gradient sums, the global norm, and updated weights on their way to all replicas.
  *
  *     mpi_grad_sync EP      groups of EP ranks; pools of dense and of experts' parameters
  *
@@ -6,7 +6,7 @@
  */
 #include <math.h>
 
-#include "parallel/grad_sync.h"
+#include "parallel/pool_gather.h"
 #include "tests/mpi/worker.h"
 
 enum { DENSE = 1000, EXPERT = 130 };
@@ -95,6 +95,89 @@ static void check_buckets(const worker *w, moe_mesh *m, int64_t bucket, bool sha
   for (int i = 0; i < 2; i++) free(pools[i].grads.data);
 }
 
+/* A pool whose buckets are summed by their owners: two slots of `piece` elements a rank. The sums,
+ * of numbers that round, have the bits of a reduce-scatter; twice, as step follows step. */
+static void check_owners(const worker *w, const moe_mesh *m, moe_dtype type, int64_t piece,
+                         int64_t stride) {
+  moe_grad_pool pool = make_pool(w, type, m->replicas, EXPERT, true);
+  moe_tensor whole = worker_tensor(type, 1, moe_tensor_count(pool.grads));
+  int size = moe_comm_size(pool.group);
+  int64_t count = moe_tensor_count(pool.grads), begin;
+  moe_range own = moe_pool_chunk(count, size, moe_comm_rank(pool.group));
+  moe_tensor staging = worker_tensor(type, 1, 2 * size * piece);
+  pool.staging = moe_tensor_1d(staging.data, type, 2 * size * piece);
+  pool.beside = m->replicas_beside;
+  for (int step = 0; step < 2; step++) {
+    double squares = 0.0, reference = 0.0;
+    moe_tensor sums = moe_tensor_1d(&squares, MOE_F64, 1);
+    for (int64_t i = 0; i < count; i++)
+      set(pool.grads, i, i < EXPERT ? gradient(w->rank, i) * (1.1 + step) : 0.0);
+    memcpy(whole.data, pool.grads.data, (size_t)moe_tensor_bytes(whole));
+    OK(moe_comm_reduce_scatter(m->replicas, whole));
+    for (begin = count - stride; begin > stride; begin -= stride) {
+      OK(moe_grad_sum_from(w->dev, &pool, begin));
+      REQUIRE(pool.summed <= count - begin && pool.summed > count - begin - 2 * size * piece);
+    }
+    OK(moe_grad_sync(w->dev, w->world, &pool, 1, sums));
+    REQUIRE(pool.summed == 0);
+    for (int64_t i = own.begin; i < own.end; i++) {
+      REQUIRE(get(pool.grads, i) == get(whole, i));
+      reference += get(whole, i) * get(whole, i);
+    }
+    OK(moe_comm_host_all_reduce_f64(w->world, &reference, 1, MOE_SUM));
+    REQUIRE(fabs(squares - reference) <= 1e-12 * reference && reference > 0.0);
+  }
+  free(staging.data);
+  free(whole.data);
+  free(pool.grads.data);
+}
+
+/* Every rank "updates" its chunk piece by piece; everyone gets all of it, and only it. */
+static void check_pool_gather(const worker *w, const moe_mesh *m, moe_dtype type, int64_t piece) {
+  moe_grad_pool pool = make_pool(w, MOE_F32, m->replicas, EXPERT, true);
+  int size = moe_comm_size(pool.group);
+  int64_t count = moe_tensor_count(pool.grads), updated = 0;
+  moe_tensor staging = worker_tensor(MOE_F32, 1, 2 * size * piece);
+  moe_tensor weights = worker_tensor(type, 1, count + 1);
+  moe_range part;
+  pool.staging = moe_tensor_1d(staging.data, MOE_F32, 2 * size * piece);
+  pool.beside = m->replicas_beside;
+  for (int64_t i = 0; i <= count; i++) set(weights, i, -9.0);
+  moe_pool_gather g = moe_pool_gather_of(w->dev, &pool, moe_tensor_1d(weights.data, type, count));
+  while (moe_pool_gather_next(&g, &part)) {
+    REQUIRE(moe_range_size(part) <= piece);
+    for (int64_t i = part.begin; i < part.end; i++) set(weights, i, gradient(0, i));
+    updated += moe_range_size(part);
+    OK(moe_pool_gather_send(&g, part));
+  }
+  OK(moe_pool_gather_end(&g));
+  REQUIRE(updated == count / size);
+  OK(moe_pool_gather_need(&g, (moe_range){0, 1}));
+  REQUIRE(g.awaited == 1); /* no more than that element's part is waited for */
+  OK(moe_pool_gather_need(&g, (moe_range){0, count}));
+  REQUIRE(g.awaited == MOE_GATHER_MARKS);
+  REQUIRE(moe_pool_gather_next(&g, &part) && part.begin == g.own.begin); /* the next step's */
+  moe_pool_gather_release(&g);
+  for (int64_t i = 0; i < count; i++) REQUIRE(get(weights, i) == gradient(0, i));
+  REQUIRE(get(weights, count) == -9.0);
+  free(staging.data);
+  free(weights.data);
+  free(pool.grads.data);
+}
+
+/* Pieces of one element, odd ones, one that holds a chunk, one that holds more. */
+static void check_staged(const worker *w, const moe_mesh *m) {
+  const int64_t pieces[] = {1, 5, 64, 1000}, strides[] = {1, 7, 50, 1000};
+  for (int p = 0; p < 4; p++) {
+    for (int s = 0; s < 4; s++) {
+      check_owners(w, m, MOE_F32, pieces[p], strides[s]);
+      check_owners(w, m, MOE_BF16, pieces[p], strides[s]);
+    }
+    check_pool_gather(w, m, MOE_F32, pieces[p]);
+    check_pool_gather(w, m, MOE_BF16, pieces[p]);
+  }
+}
+
 /* One rank's NaN reaches everyone's norm: that is how a bad step is found. */
 static void check_non_finite(const worker *w, const moe_mesh *m) {
   double squares = 0.0;
@@ -135,11 +218,12 @@ int main(int argc, char **argv) {
   OK(moe_mesh_create(w.world, argc > 1 ? atoi(argv[1]) : 0, 16, &mesh));
   check_sync(&w, &mesh, false);
   check_sync(&w, &mesh, true);
-  OK(moe_mesh_create_beside(&mesh));
+  OK(moe_mesh_create_beside(&mesh, false));
   check_buckets(&w, &mesh, 1, false);
   check_buckets(&w, &mesh, 800, false);
   check_buckets(&w, &mesh, 1 << 20, false);
   check_buckets(&w, &mesh, 1, true);
+  check_staged(&w, &mesh);
   check_non_finite(&w, &mesh);
   check_counted(&w, &mesh);
   check_refusal(&w);

@@ -18,6 +18,20 @@ Test(grad_sync, pads_pools_to_equal_aligned_chunks) {
   }
 }
 
+Test(grad_sync, staging_holds_whole_aligned_pieces_of_at_most_a_quarter_of_a_chunk) {
+  const int64_t counts[] = {0, 1, 64, 1000, 123456, 6794772480};
+  for (int c = 0; c < 6; c++)
+    for (int size = 1; size <= 9; size++) {
+      int64_t padded = moe_pool_padded(counts[c], size), chunk = padded / size;
+      int64_t n = moe_pool_staging(padded, size, MOE_BF16), piece = n / 2 / size;
+      cr_expect(piece * 2 * size == n && piece % MOE_POOL_ALIGN == 0);
+      cr_expect(n * 2 <= MOE_STAGING && piece <= chunk / 4 + MOE_POOL_ALIGN);
+      cr_expect((piece > 0) == (padded > 0), "%lld of %d: %lld", (long long)padded, size,
+                (long long)piece);
+    }
+  cr_expect_eq(moe_pool_staging(6794772480, 2, MOE_BF16), MOE_STAGING / 2);
+}
+
 Test(grad_sync, sums_each_pool_over_its_group_and_counts_each_parameter_once) {
   expect_passed(moe_command_run(60, MOE_MPIRUN("grad_sync 2"), 4));
 }

@@ -210,6 +210,23 @@ Test(runs, rounded_gradients_follow_bf16) {
   near_curves("sums", "replicas", 1e-4);
 }
 
+/* The experts' gradients travel while backward goes on and their weights while they are updated. */
+Test(runs, losses_do_not_depend_on_zero1) {
+  const char *three = BATCH(12, 4) "--set parallel.ep=1 ";
+  const char *four = BATCH(8, 2) GRADS MOMENTS LIVELY "--set parallel.ep=2 ";
+  char sharded[512];
+  succeeds("three", 3, three);
+  snprintf(sharded, sizeof sharded, "%s--set parallel.zero1=true", three);
+  succeeds("three-sharded", 3, sharded);
+  same_curves("three", "three-sharded", 1e-5);
+  succeeds("four", 4, four);
+  snprintf(sharded, sizeof sharded, "%s--set parallel.zero1=true", four);
+  succeeds("four-sharded", 4, sharded);
+  succeeds("four-again", 4, sharded);
+  near_curves("four", "four-sharded", 1e-3);
+  same_curves("four-sharded", "four-again", 0.0);
+}
+
 static double last_losses(const char *name) {
   double loss[LONG], sum = 0.0;
   long_curve(name, "loss", LONG, loss);
@@ -256,7 +273,7 @@ static void resume(const char *name, int before, int after, const char *batch_be
                    const char *batch_after, double tolerance) {
   char half[64];
   snprintf(half, sizeof half, "%s-half", name);
-  char saving[256];
+  char saving[512];
   snprintf(saving, sizeof saving, "%s--set checkpoint.interval=3 --set checkpoint.keep=4",
            batch_before);
   succeeds("through", before, saving);
@@ -274,6 +291,16 @@ Test(runs, resume_is_bitwise_on_the_same_ranks) {
 
 Test(runs, resume_with_rounded_state_is_bitwise) {
   resume("same", 2, 2, BATCH(12, 6) GRADS MOMENTS, BATCH(12, 6) GRADS MOMENTS, 0.0);
+}
+
+Test(runs, resume_with_zero1_is_bitwise) {
+  const char *more = BATCH(12, 3) "--set parallel.ep=2 --set parallel.zero1=true ";
+  resume("sharded", 4, 4, more, more, 0.0);
+}
+
+Test(runs, resume_works_with_and_without_zero1) {
+  resume("whole", 3, 3, BATCH(12, 4) "--set parallel.ep=1 --set parallel.zero1=true ",
+         BATCH(12, 4) "--set parallel.ep=1", 1e-5);
 }
 
 Test(runs, resume_converts_moments_to_bf16) {

@@ -1,0 +1,112 @@
+/* The pipeline of updated weights: MAIN updates piece k + 1, REDUCE carries piece k of every rank
+ * into one slot of the staging, EXCHANGE takes piece k - 1 from the other slot to its places.
+ *
+ * An all-gather delivers the ranks' parts side by side, but a chunk apart is where they belong;
+ * hence the staging. Copy engines do both. */
+#include "parallel/pool_gather.h"
+
+#include "core/base/integers.h"
+#include "kernels/lanes.h"
+#include "kernels/ops.h"
+
+moe_pool_gather moe_pool_gather_of(moe_device *dev, const moe_grad_pool *pool, moe_tensor weights) {
+  int size = moe_comm_size(pool->beside);
+  return (moe_pool_gather){
+      .dev = dev,
+      .group = pool->beside,
+      .weights = weights,
+      .staging = pool->staging,
+      .own = moe_pool_chunk(moe_tensor_count(weights), size, moe_comm_rank(pool->beside)),
+      .piece = moe_tensor_count(pool->staging) / 2 / size,
+      .awaited = MOE_GATHER_MARKS};
+}
+
+void moe_pool_gather_release(moe_pool_gather *g) {
+  if (!g->dev) return;
+  moe_range all = {0, moe_tensor_count(g->weights)};
+  if (moe_pool_gather_need(g, all) == MOE_OK) moe_device_sync(g->dev);
+  for (int i = 0; i < MOE_GATHER_MARKS; i++) moe_device_forget(g->dev, &g->there[i]);
+}
+
+bool moe_pool_gather_next(moe_pool_gather *g, moe_range *piece) {
+  piece->begin = g->own.begin + g->given;
+  piece->end = moe_min64(piece->begin + g->piece, g->own.end);
+  g->given = piece->end - g->own.begin;
+  return piece->begin < piece->end;
+}
+
+/* Slot `slot` for pieces of n elements: [size, n], a row from each rank. */
+static moe_tensor slot_of(const moe_pool_gather *g, int slot, int64_t n) {
+  int size = moe_comm_size(g->group);
+  int64_t bytes = moe_tensor_bytes(g->staging) / 2;
+  return moe_tensor_2d((char *)g->staging.data + slot * bytes, g->weights.dtype, size, n);
+}
+
+/* How many of a chunk's parts end by its element `end`, or have begun before. */
+static int parts_ended(const moe_pool_gather *g, int64_t end) {
+  return (int)(end * MOE_GATHER_MARKS / moe_range_size(g->own));
+}
+static int parts_begun(const moe_pool_gather *g, int64_t end) {
+  int64_t chunk = moe_range_size(g->own);
+  return (int)((end * MOE_GATHER_MARKS + chunk - 1) / chunk);
+}
+
+/* What arrived last to its places in the others' chunks. */
+static moe_status put_away(moe_pool_gather *g) {
+  moe_range part = g->arriving;
+  int64_t n = moe_range_size(part), chunk = moe_range_size(g->own);
+  moe_tensor parts = slot_of(g, 1 - g->slot, n);
+  if (n == 0) return MOE_OK;
+  for (int r = 0; r < moe_comm_size(g->group); r++) {
+    if (r == moe_comm_rank(g->group)) continue;
+    moe_tensor place = moe_tensor_rows(g->weights, r * chunk + part.begin, n);
+    MOE_TRY(moe_copy(g->dev, place, moe_tensor_rows(parts, r, 1)));
+  }
+  for (int i = parts_ended(g, part.begin); i < parts_ended(g, part.end); i++)
+    moe_device_mark(g->dev, &g->there[i]);
+  g->arriving = (moe_range){0, 0};
+  return MOE_OK;
+}
+
+/* In this order: what EXCHANGE is told to put away must not wait for the piece that comes next, and
+ * that piece must wait for what was put away from its slot, but not for what is now. */
+static moe_status send(moe_pool_gather *g, moe_range piece) {
+  int64_t n = moe_range_size(piece);
+  moe_device_use_lane(g->dev, MOE_LANE_EXCHANGE);
+  MOE_TRY(moe_device_wait_lane(g->dev, MOE_LANE_REDUCE));
+  moe_device_use_lane(g->dev, MOE_LANE_REDUCE);
+  MOE_TRY(moe_device_wait_lane(g->dev, MOE_LANE_MAIN));
+  MOE_TRY(moe_device_wait_lane(g->dev, MOE_LANE_EXCHANGE));
+  MOE_TRY(moe_comm_all_gather_to(g->group, moe_tensor_rows(g->weights, piece.begin, n),
+                                 slot_of(g, g->slot, n)));
+  moe_device_use_lane(g->dev, MOE_LANE_EXCHANGE);
+  return put_away(g);
+}
+
+moe_status moe_pool_gather_send(moe_pool_gather *g, moe_range piece) {
+  moe_status status = send(g, piece);
+  moe_device_use_lane(g->dev, MOE_LANE_MAIN);
+  g->arriving = (moe_range){piece.begin - g->own.begin, piece.end - g->own.begin};
+  g->slot = 1 - g->slot;
+  g->awaited = 0;
+  return status;
+}
+
+moe_status moe_pool_gather_end(moe_pool_gather *g) {
+  moe_device_use_lane(g->dev, MOE_LANE_EXCHANGE);
+  moe_status status = moe_device_wait_lane(g->dev, MOE_LANE_REDUCE);
+  if (status == MOE_OK) status = put_away(g);
+  moe_device_use_lane(g->dev, MOE_LANE_MAIN);
+  g->given = 0;
+  return status;
+}
+
+moe_status moe_pool_gather_need(moe_pool_gather *g, moe_range part) {
+  if (!g->dev || g->awaited == MOE_GATHER_MARKS || part.begin >= part.end) return MOE_OK;
+  int64_t chunk = moe_range_size(g->own);
+  bool one_chunk = part.begin / chunk == (part.end - 1) / chunk;
+  int parts = parts_begun(g, one_chunk ? (part.end - 1) % chunk + 1 : chunk);
+  if (parts <= g->awaited) return MOE_OK;
+  g->awaited = parts;
+  return moe_device_follow(g->dev, &g->there[parts - 1]);
+}
