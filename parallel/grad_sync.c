@@ -64,6 +64,10 @@ static moe_status sum_at_owners(moe_device *dev, moe_grad_pool *pool, int64_t be
   return MOE_OK;
 }
 
+static bool goes_to_owners(const moe_grad_pool *pool) {
+  return moe_tensor_present(pool->staging) && moe_comm_size(pool->beside) <= MOE_OWNER_RANKS;
+}
+
 static moe_status sum_everywhere(moe_grad_pool *pool, int64_t begin) {
   int64_t n = moe_tensor_count(pool->grads) - pool->summed - begin;
   if (n * moe_dtype_size(pool->grads.dtype) < moe_grad_bucket && begin > 0) return MOE_OK;
@@ -73,7 +77,7 @@ static moe_status sum_everywhere(moe_grad_pool *pool, int64_t begin) {
 
 moe_status moe_grad_sum_from(moe_device *dev, moe_grad_pool *pool, int64_t begin) {
   if (!pool->beside || begin >= moe_tensor_count(pool->grads) - pool->summed) return MOE_OK;
-  if (pool->shard && !moe_tensor_present(pool->staging)) return MOE_OK;
+  if (pool->shard && !goes_to_owners(pool)) return MOE_OK;
   moe_lane before = moe_device_use_lane(dev, MOE_LANE_REDUCE);
   moe_status status = moe_device_wait_lane(dev, before);
   if (status == MOE_OK)

@@ -37,11 +37,16 @@ typedef struct {
 enum { MOE_STAGING = 256 << 20 };
 int64_t moe_pool_staging(int64_t padded, int size, moe_dtype dtype);
 
+/* One owner at a time receives, size - 1 times what each other sends: with more ranks that takes
+ * longer than backward (0007), and a pool is reduce-scattered at the end, by all links at once. */
+enum { MOE_OWNER_RANKS = 4 };
+
 /* Elements [begin, ...) of the pool are final: they may be summed beside what is queued from now on
  * (MOE_LANE_REDUCE), and are as soon as they make a bucket or begin is 0. Backward fills pools from
  * their ends, so `begin` falls from call to call. Without shard a bucket has at least
  * moe_grad_bucket bytes. A sharded pool's fill its staging or end where a chunk does; without
- * staging such a pool waits for the end. Collective over the pool's group. */
+ * staging, or with more than MOE_OWNER_RANKS, such a pool waits for the end. Collective over the
+ * pool's group. */
 extern int64_t moe_grad_bucket; /* for tests to lower */
 moe_status moe_grad_sum_from(moe_device *dev, moe_grad_pool *pool, int64_t begin);
 
