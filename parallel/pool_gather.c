@@ -1,6 +1,10 @@
 /* The pipeline of updated weights: MAIN updates piece k + 1, REDUCE carries piece k of every rank
  * into one slot of the staging, EXCHANGE takes piece k - 1 from the other slot to its places.
  *
+ * Only a chunk's first part goes that way. Memory sets the pace of an update, and what travels
+ * beside it passes through memory too: most travels beside the next forward pass, which it hardly
+ * disturbs, and which begins with what came first.
+ *
  * An all-gather delivers the ranks' parts side by side, but a chunk apart is where they belong;
  * hence the staging. Copy engines do both. */
 #include "parallel/pool_gather.h"
@@ -8,6 +12,8 @@
 #include "core/base/integers.h"
 #include "kernels/lanes.h"
 #include "kernels/ops.h"
+
+enum { EARLY = 8 }; /* one in so many elements travels while others are updated */
 
 moe_pool_gather moe_pool_gather_of(moe_device *dev, const moe_grad_pool *pool, moe_tensor weights) {
   int size = moe_comm_size(pool->beside);
@@ -29,8 +35,9 @@ void moe_pool_gather_release(moe_pool_gather *g) {
 }
 
 bool moe_pool_gather_next(moe_pool_gather *g, moe_range *piece) {
+  bool early = g->given < moe_range_size(g->own) / EARLY;
   piece->begin = g->own.begin + g->given;
-  piece->end = moe_min64(piece->begin + g->piece, g->own.end);
+  piece->end = early ? moe_min64(piece->begin + g->piece, g->own.end) : g->own.end;
   g->given = piece->end - g->own.begin;
   return piece->begin < piece->end;
 }
@@ -68,8 +75,9 @@ static moe_status put_away(moe_pool_gather *g) {
   return MOE_OK;
 }
 
-/* In this order: what EXCHANGE is told to put away must not wait for the piece that comes next, and
- * that piece must wait for what was put away from its slot, but not for what is now. */
+/* A piece that fits a slot. In this order: what EXCHANGE is told to put away must not wait for the
+ * piece that comes next, and that piece must wait for what was put away from its slot, but not for
+ * what is now. */
 static moe_status send(moe_pool_gather *g, moe_range piece) {
   int64_t n = moe_range_size(piece);
   moe_device_use_lane(g->dev, MOE_LANE_EXCHANGE);
@@ -80,15 +88,18 @@ static moe_status send(moe_pool_gather *g, moe_range piece) {
   MOE_TRY(moe_comm_all_gather_to(g->group, moe_tensor_rows(g->weights, piece.begin, n),
                                  slot_of(g, g->slot, n)));
   moe_device_use_lane(g->dev, MOE_LANE_EXCHANGE);
-  return put_away(g);
+  MOE_TRY(put_away(g));
+  g->arriving = (moe_range){piece.begin - g->own.begin, piece.end - g->own.begin};
+  g->slot = 1 - g->slot;
+  return MOE_OK;
 }
 
 moe_status moe_pool_gather_send(moe_pool_gather *g, moe_range piece) {
-  moe_status status = send(g, piece);
-  moe_device_use_lane(g->dev, MOE_LANE_MAIN);
-  g->arriving = (moe_range){piece.begin - g->own.begin, piece.end - g->own.begin};
-  g->slot = 1 - g->slot;
+  moe_status status = MOE_OK;
   g->awaited = 0;
+  for (int64_t at = piece.begin; at < piece.end && status == MOE_OK; at += g->piece)
+    status = send(g, (moe_range){at, moe_min64(at + g->piece, piece.end)});
+  moe_device_use_lane(g->dev, MOE_LANE_MAIN);
   return status;
 }
 

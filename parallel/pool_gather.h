@@ -1,6 +1,6 @@
-/* Updated weights to all replicas, piece by piece: while one piece of everybody's chunk travels,
- * the next is updated, and what still travels after the last goes on beside what does not need it.
- * For a sharded pool with staging (grad_sync.h), whose gradients have been summed.
+/* Updated weights to all replicas, piece by piece: some while others are updated, most beside what
+ * comes after and does not need them yet. For a sharded pool with staging (grad_sync.h), whose
+ * gradients have been summed.
  *
  *   while (moe_pool_gather_next(g, &piece)) {
  *     ...queue the update of `piece` on MAIN...
@@ -18,14 +18,14 @@
 extern "C" {
 #endif
 
-enum { MOE_GATHER_MARKS = 8 };
+enum { MOE_GATHER_MARKS = 32 };
 
 typedef struct {
   moe_device *dev; /* NULL: nothing ever travels, so nothing is waited for */
   moe_comm *group;
   moe_tensor weights, staging;
   moe_range own;
-  int64_t piece;      /* elements of all pieces but the last */
+  int64_t piece;      /* elements that a slot holds from each rank */
   int64_t given;      /* elements of the own chunk that `next` has told */
   moe_range arriving; /* what lies in a slot, or will: elements counted from a chunk's begin */
   int slot;           /* where the next piece arrives, 0 or 1 */
@@ -37,7 +37,7 @@ typedef struct {
 moe_pool_gather moe_pool_gather_of(moe_device *dev, const moe_grad_pool *pool, moe_tensor weights);
 /* Local. Waits for what travels; before its memory goes. */
 void moe_pool_gather_release(moe_pool_gather *g);
-/* Local. The next piece of the own chunk, as a range of the pool; false after the last. */
+/* Local. What to update next of the own chunk, as a range of the pool; false after the last. */
 bool moe_pool_gather_next(moe_pool_gather *g, moe_range *piece);
 /* Both collective over the group. Sends go by MOE_LANE_REDUCE, and MOE_LANE_EXCHANGE takes what
  * arrived from the staging to its place. The staging is free when all of the pool was needed. */

@@ -119,13 +119,19 @@ static moe_status recompute(moe_block_env *env, moe_block *b) {
   return forward_from_x(env, b, env->work.stats_again);
 }
 
-moe_status moe_block_backward(moe_block_env *env, moe_block *b, float aux_scale, float z_scale) {
+moe_status moe_block_backward_experts(moe_block_env *env, moe_block *b, float aux_scale,
+                                      float z_scale) {
   moe_stash *s = b->stash;
   moe_work *w = &env->work;
   if (b->recompute == MOE_RECOMPUTE_BLOCK) MOE_TRY(recompute(env, b));
   moe_device_label(env->dev, "experts backward", b->index);
   MOE_TRY(moe_experts_backward(env, b, aux_scale, z_scale));
-  MOE_TRY(moe_rms_norm_backward(env->dev, w->dh, s->mid, b->w.norm2, s->rstd2, w->dx, b->g.norm2));
+  return moe_rms_norm_backward(env->dev, w->dh, s->mid, b->w.norm2, s->rstd2, w->dx, b->g.norm2);
+}
+
+moe_status moe_block_backward_attention(moe_block_env *env, moe_block *b) {
+  moe_stash *s = b->stash;
+  moe_work *w = &env->work;
   moe_device_label(env->dev, "attention backward", b->index);
   MOE_TRY(moe_attention_backward_pass(env, b));
   return moe_rms_norm_backward(env->dev, w->dh, b->x, b->w.norm1, s->rstd1, w->dx, b->g.norm1);

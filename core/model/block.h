@@ -98,9 +98,12 @@ void moe_work_create(moe_block_env *env, moe_memory *memory, bool training);
  * Collective over the expert group. */
 moe_status moe_block_forward(moe_block_env *env, moe_block *b, moe_tensor x_in,
                              moe_tensor delta_in);
-/* env->work.dx: gradient of the block's output, replaced by that of its input. aux_scale, z_scale:
- * ops.h, moe_router_backward. Collective over the expert group. */
-moe_status moe_block_backward(moe_block_env *env, moe_block *b, float aux_scale, float z_scale);
+/* env->work.dx: gradient of the block's output, replaced by that of `mid` and then by that of the
+ * block's input. The first may leave weights' gradients for later (moe_experts_backward_end).
+ * aux_scale, z_scale: ops.h, moe_router_backward. Collective over the expert group. */
+moe_status moe_block_backward_experts(moe_block_env *env, moe_block *b, float aux_scale,
+                                      float z_scale);
+moe_status moe_block_backward_attention(moe_block_env *env, moe_block *b);
 
 /* The halves (attention.c, moe_layer.c). stash->h1 -> work.delta; stash->h2 -> work.delta. */
 moe_status moe_attention_forward(moe_block_env *env, moe_block *b);

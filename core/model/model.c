@@ -112,14 +112,20 @@ static moe_status final_from(moe_model *m, moe_pool_kind pool, moe_tensor first)
   return moe_grad_sum_from(m->env.dev, &m->sums[pool], bytes / moe_dtype_size(grads.dtype));
 }
 
-/* After the backward pass of layer l; its experts' weights wait for the next layer's (block.h). */
-static moe_status layer_is_final(moe_model *m, int64_t l) {
-  const moe_layer_weights *g = &m->blocks[l].g;
-  MOE_TRY(final_from(m, MOE_POOL_DENSE, g->qkv));
-  MOE_TRY(final_from(m, MOE_POOL_ROUTER, g->router));
-  MOE_TRY(final_from(m, MOE_POOL_GAIN, g->norm1));
-  if (l + 1 == m->env.dims.layers) return MOE_OK;
-  return final_from(m, MOE_POOL_EXPERT, m->blocks[l + 1].g.w13);
+/* Layer l's experts, then the rest of it. Weights' gradients that experts leave for later cover the
+ * next layer's exchange (moe_layer.c); where there is none, now is the time, and the attention
+ * covers how they travel. */
+static moe_status backward_layer(moe_model *m, int64_t l) {
+  moe_block_env *env = &m->env;
+  moe_block *b = &m->blocks[l];
+  b->accumulate = m->micro > 0;
+  MOE_TRY(moe_block_backward_experts(env, b, m->aux_scale, m->z_scale));
+  if (l == 0 || m->options.mesh->ep == 1) MOE_TRY(moe_experts_backward_end(env));
+  MOE_TRY(final_from(m, MOE_POOL_EXPERT, moe_tensor_present(env->due.left) ? b->g.w2 : b->g.w13));
+  MOE_TRY(moe_block_backward_attention(env, b));
+  MOE_TRY(final_from(m, MOE_POOL_DENSE, b->g.qkv));
+  MOE_TRY(final_from(m, MOE_POOL_ROUTER, b->g.router));
+  return final_from(m, MOE_POOL_GAIN, b->g.norm1);
 }
 
 static moe_status backward_pass(moe_model *m) {
@@ -127,14 +133,7 @@ static moe_status backward_pass(moe_model *m) {
   moe_device_label(env->dev, "head backward", -1);
   MOE_TRY(moe_head_backward(env, &m->head));
   MOE_TRY(final_from(m, MOE_POOL_DENSE, m->head.dweight));
-  for (int64_t l = env->dims.layers - 1; l >= 0; l--) {
-    m->blocks[l].accumulate = m->micro > 0;
-    MOE_TRY(moe_block_backward(env, &m->blocks[l], m->aux_scale, m->z_scale));
-    MOE_TRY(layer_is_final(m, l));
-  }
-  moe_device_label(env->dev, "experts backward", 0);
-  MOE_TRY(moe_experts_backward_end(env));
-  MOE_TRY(final_from(m, MOE_POOL_EXPERT, m->blocks[0].g.w13));
+  for (int64_t l = env->dims.layers - 1; l >= 0; l--) MOE_TRY(backward_layer(m, l));
   moe_device_label(env->dev, "embedding backward", -1);
   MOE_TRY(moe_embed_backward(env->dev, env->tokens_in, env->work.dx, m->dembed));
   return final_from(m, MOE_POOL_DENSE, m->dembed);
