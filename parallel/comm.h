@@ -60,8 +60,9 @@ moe_status moe_comm_reduce_scatter(moe_comm *c, moe_tensor x);
 moe_status moe_comm_all_gather(moe_comm *c, moe_tensor x);
 /* The same from a separate tensor: out holds size copies of x's shape. */
 moe_status moe_comm_all_gather_to(moe_comm *c, moe_tensor x, moe_tensor out);
-/* Everyone's x to rank root, where out holds size copies of its shape, by rank. Elsewhere out is a
- * place like root's, at the same offset of shared memory, and stays as it is. */
+/* Everyone's x to rank root, where out holds size copies of its shape, by rank; root's x may be its
+ * copy there. Elsewhere out is a place like root's, at the same offset of shared memory, and stays
+ * as it is. */
 moe_status moe_comm_gather(moe_comm *c, moe_tensor x, moe_tensor out, int root);
 /* out [rows, ...] = the sum over ranks of chunk `rank` of x (size * rows rows). x is kept. */
 moe_status moe_comm_reduce_scatter_to(moe_comm *c, moe_tensor x, moe_tensor out);

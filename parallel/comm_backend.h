@@ -28,6 +28,7 @@ typedef struct {
   moe_status (*reduce_scatter)(moe_comm *c, moe_tensor x, moe_tensor out);
   /* x may be chunk `rank` of out itself. */
   moe_status (*all_gather)(moe_comm *c, moe_tensor x, moe_tensor out);
+  /* At root x may be chunk `rank` of out itself. */
   moe_status (*gather)(moe_comm *c, moe_tensor x, moe_tensor out, int root);
   moe_status (*all_to_all)(moe_comm *c, moe_tensor send, const int64_t *send_rows,
                            const int64_t *send_at, moe_tensor recv, const int64_t *recv_rows,

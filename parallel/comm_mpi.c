@@ -189,12 +189,13 @@ static moe_status mpi_all_gather(moe_comm *c, moe_tensor x, moe_tensor out) {
 
 static moe_status mpi_gather(moe_comm *c, moe_tensor x, moe_tensor out, int root) {
   int64_t bytes = moe_tensor_bytes(x);
+  bool in_place = c->rank == root && x.data == (char *)out.data + root * bytes;
   for (int64_t at = 0; at < bytes; at += moe_mpi_limit) {
     int64_t n = moe_min64(moe_mpi_limit, bytes - at);
     MPI_Datatype block;
     MOE_TRY(block_type(n, bytes, &block));
-    int code = MPI_Gather((const char *)x.data + at, (int)n, MPI_BYTE, (char *)out.data + at, 1,
-                          block, root, c->mpi);
+    int code = MPI_Gather(in_place ? MPI_IN_PLACE : (const char *)x.data + at, (int)n, MPI_BYTE,
+                          (char *)out.data + at, 1, block, root, c->mpi);
     MPI_Type_free(&block);
     MOE_TRY(moe_mpi_check(code, "MPI_Gather"));
   }

@@ -37,14 +37,17 @@ int64_t moe_pool_staging(int64_t padded, int size, moe_dtype dtype) {
   return 2 * size * moe_min64(moe_max64(most, MOE_POOL_ALIGN), quarter);
 }
 
-/* Elements [begin, end), of one chunk: every rank's to the chunk's owner, who adds them. */
+/* Elements [begin, end), of one chunk: every rank's to the chunk's owner, who adds them to its own,
+ * which need not move. */
 static moe_status sum_at_owner(moe_device *dev, moe_grad_pool *pool, int64_t begin, int64_t end) {
   int size = moe_comm_size(pool->beside);
   int owner = (int)(begin / (moe_tensor_count(pool->grads) / size));
   moe_tensor part = moe_tensor_rows(pool->grads, begin, end - begin);
   moe_tensor parts = moe_tensor_2d(pool->staging.data, part.dtype, size, end - begin);
-  MOE_TRY(moe_comm_gather(pool->beside, part, parts, owner));
-  return owner == moe_comm_rank(pool->beside) ? moe_sum_rows(dev, parts, part) : MOE_OK;
+  if (owner != moe_comm_rank(pool->beside))
+    return moe_comm_gather(pool->beside, part, parts, owner);
+  MOE_TRY(moe_comm_gather(pool->beside, moe_tensor_rows(parts, owner, 1), parts, owner));
+  return moe_sum_rows(dev, parts, owner, part);
 }
 
 /* Buckets of what is not summed yet, from the end, as long as they begin at `begin` or after. The

@@ -78,7 +78,7 @@ moe_status moe_cpu_add(moe_device *dev, moe_tensor y, moe_tensor x) {
   return MOE_OK;
 }
 
-moe_status moe_cpu_sum_rows(moe_device *dev, moe_tensor x, moe_tensor out) {
+moe_status moe_cpu_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out) {
   (void)dev;
   int64_t rows = x.shape[0], width = x.shape[1];
 #pragma omp parallel for if (rows * width > PARALLEL)
@@ -86,7 +86,8 @@ moe_status moe_cpu_sum_rows(moe_device *dev, moe_tensor x, moe_tensor out) {
     float buffer[PIECE], sum[PIECE] = {0};
     int64_t n = moe_min64(PIECE, width - at);
     for (int64_t r = 0; r < rows; r++) {
-      const float *row = moe_cpu_view(x, r * width + at, n, buffer);
+      const float *row =
+          r == own ? moe_cpu_view(out, at, n, buffer) : moe_cpu_view(x, r * width + at, n, buffer);
       for (int64_t i = 0; i < n; i++) sum[i] += row[i];
     }
     moe_cpu_store(out, at, n, sum);

@@ -39,24 +39,28 @@ template <typename Y, typename X, int N> __global__ void add_kernel(Y *y, const 
       [=](int64_t i) { add<Y, X, 1>(y + i, x + i); });
 }
 
-/* N elements of the sum of `rows` rows, each `width` after the one before. */
+template <typename X> struct sum_rows_args {
+  X *out;
+  const X *x;
+  int64_t rows, width, own;
+};
+
+/* N elements of the sum, from the i-th. */
 template <typename X, int N>
-__device__ __forceinline__ void sum_rows(X *out, const X *x, int64_t rows, int64_t width) {
+__device__ __forceinline__ void sum_rows(const sum_rows_args<X> &p, int64_t i) {
   float sum[N] = {}, v[N];
 #pragma unroll 4
-  for (int64_t r = 0; r < rows; r++) {
-    load<X, N>(v, x + r * width);
+  for (int64_t r = 0; r < p.rows; r++) {
+    load<X, N>(v, r == p.own ? p.out + i : p.x + r * p.width + i);
 #pragma unroll
-    for (int i = 0; i < N; i++) sum[i] += v[i];
+    for (int j = 0; j < N; j++) sum[j] += v[j];
   }
-  store<X, N>(out, sum);
+  store<X, N>(p.out + i, sum);
 }
 
-template <typename X, int N>
-__global__ void sum_rows_kernel(X *out, const X *x, int64_t rows, int64_t width) {
+template <typename X, int N> __global__ void sum_rows_kernel(sum_rows_args<X> p) {
   stride<N>(
-      width, [=](int64_t i) { sum_rows<X, N>(out + i, x + i, rows, width); },
-      [=](int64_t i) { sum_rows<X, 1>(out + i, x + i, rows, width); });
+      p.width, [=](int64_t i) { sum_rows<X, N>(p, i); }, [=](int64_t i) { sum_rows<X, 1>(p, i); });
 }
 
 template <typename X, int N> __device__ __forceinline__ void scale(X *x, float s) {
@@ -125,18 +129,18 @@ moe_status moe_cuda_add(moe_device *dev, moe_tensor y, moe_tensor x) {
   });
 }
 
-moe_status moe_cuda_sum_rows(moe_device *dev, moe_tensor x, moe_tensor out) {
-  int64_t rows = x.shape[0], width = x.shape[1];
+moe_status moe_cuda_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out) {
+  int64_t width = x.shape[1];
   if (width == 0) return MOE_OK;
   return cuda_act(x.dtype, [&](auto act) {
     using X = decltype(act);
+    sum_rows_args<X> p = {cuda_data<X>(out), cuda_data<X>(x), x.shape[0], width, own};
     return cuda_width(
         width,
         [&](auto w) {
           constexpr int N = decltype(w)::value;
           sum_rows_kernel<X, N>
-              <<<cuda_blocks(dev, div_up(width, N), 256), 256, 0, cuda_of(dev)->stream>>>(
-                  cuda_data<X>(out), cuda_data<X>(x), rows, width);
+              <<<cuda_blocks(dev, div_up(width, N), 256), 256, 0, cuda_of(dev)->stream>>>(p);
           CUDA_LAUNCHED(dev);
           return MOE_OK;
         },

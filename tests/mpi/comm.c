@@ -105,6 +105,10 @@ static void check_gather(moe_comm *c, moe_dtype dtype, int64_t n) {
     for (int64_t i = 0; i < size * n; i++)
       REQUIRE(get(out, i) == (rank == root ? value((int)(i / n), i % n) : 77.0));
   }
+  for (int64_t i = 0; i < n; i++) set(out, rank * n + i, value(rank, i));
+  OK(moe_comm_gather(c, rank == 0 ? moe_tensor_rows(out, 0, 1) : x, out, 0));
+  for (int64_t i = 0; rank == 0 && i < size * n; i++)
+    REQUIRE(get(out, i) == value((int)(i / n), i % n));
   REQUIRE(moe_comm_gather(c, x, out, size) == MOE_INVALID);
   REQUIRE(size == 1 || moe_comm_gather(c, x, x, 0) == MOE_INVALID);
   free(x.data);
