@@ -37,13 +37,12 @@ int64_t moe_pool_staging(int64_t padded, int size, moe_dtype dtype) {
   return 2 * size * moe_min64(moe_max64(most, MOE_POOL_ALIGN), quarter);
 }
 
-/* Elements [begin, end), of one chunk: every rank's to the chunk's owner, who adds them to its own,
- * which need not move. */
-static moe_status sum_at_owner(moe_device *dev, moe_grad_pool *pool, int64_t begin, int64_t end) {
-  int size = moe_comm_size(pool->beside);
-  int owner = (int)(begin / (moe_tensor_count(pool->grads) / size));
-  moe_tensor part = moe_tensor_rows(pool->grads, begin, end - begin);
-  moe_tensor parts = moe_tensor_2d(pool->staging.data, part.dtype, size, end - begin);
+/* A part of the owner's chunk: every rank's to the owner, who adds them to its own, which need not
+ * move. */
+static moe_status sum_at_owner(moe_device *dev, moe_grad_pool *pool, moe_range bucket, int owner) {
+  int64_t n = moe_range_size(bucket);
+  moe_tensor part = moe_tensor_rows(pool->grads, bucket.begin, n);
+  moe_tensor parts = moe_tensor_2d(pool->staging.data, part.dtype, moe_comm_size(pool->beside), n);
   if (owner != moe_comm_rank(pool->beside))
     return moe_comm_gather(pool->beside, part, parts, owner);
   MOE_TRY(moe_comm_gather(pool->beside, moe_tensor_rows(parts, owner, 1), parts, owner));
@@ -54,15 +53,16 @@ static moe_status sum_at_owner(moe_device *dev, moe_grad_pool *pool, int64_t beg
  * owner's next bucket arrives where this one lies, but no rank sends it before all are there, the
  * owner with its sum behind it. */
 static moe_status sum_at_owners(moe_device *dev, moe_grad_pool *pool, int64_t begin) {
-  int size = moe_comm_size(pool->beside);
-  int64_t count = moe_tensor_count(pool->grads), chunk = count / size;
+  int size = moe_comm_size(pool->beside), owner = size - 1;
+  int64_t count = moe_tensor_count(pool->grads);
   int64_t most = moe_tensor_count(pool->staging) / size;
   while (pool->summed < count) {
-    int64_t end = count - pool->summed;
-    int64_t first = moe_max64(end - most, (end - 1) / chunk * chunk);
-    if (first < begin) break;
-    MOE_TRY(sum_at_owner(dev, pool, first, end));
-    pool->summed += end - first;
+    moe_range bucket = {0, count - pool->summed};
+    while (moe_pool_chunk(count, size, owner).begin >= bucket.end) owner--;
+    bucket.begin = moe_max64(bucket.end - most, moe_pool_chunk(count, size, owner).begin);
+    if (bucket.begin < begin) break;
+    MOE_TRY(sum_at_owner(dev, pool, bucket, owner));
+    pool->summed += moe_range_size(bucket);
   }
   return MOE_OK;
 }
