@@ -86,7 +86,8 @@ static moe_status list_create(moe_engine *e, piece_list *out) {
   return moe_fail(MOE_NO_MEMORY, "out of memory: list of %zu pieces", room);
 }
 
-/* What this rank saves: its chunk of each pool, so that replicas divide the work. */
+/* What this rank saves: its chunk of each pool, so that replicas divide the work. With sharded
+ * state it has updated that itself: it need not wait for the weights that come from others. */
 static moe_status pieces_to_save(moe_engine *e, piece_list *out) {
   MOE_TRY(list_create(e, out));
   const moe_params *params = moe_model_params(e->model);

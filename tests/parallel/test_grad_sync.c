@@ -47,3 +47,8 @@ Test(grad_sync, works_when_all_ranks_are_replicas) {
 Test(grad_sync, works_on_one_rank) {
   expect_passed(moe_command_run(60, MOE_BIN_DIR "/mpi_grad_sync"));
 }
+
+Test(grad_sync, whoever_reads_updated_weights_waits_for_them) {
+  expect_passed(moe_command_run(60, MOE_MPIRUN("arrival"), 2));
+  expect_passed(moe_command_run(60, MOE_MPIRUN("arrival"), 3));
+}
