@@ -19,8 +19,8 @@ int64_t moe_pool_padded(int64_t count, int size);
 moe_range moe_pool_chunk(int64_t padded, int size, int rank);
 
 /* One pool's gradients f32 or bf16 [padded] and who shares them. bf16 is summed as comm.h says: in
- * f32 and rounded once by MPI; NCCL rounds at every addition along its rings and trees, or sums in
- * f32 inside a switch. */
+ * f32 and rounded once by MPI, and by the owners of a sharded pool with staging; NCCL rounds at
+ * every addition along its rings and trees, or sums in f32 inside a switch. */
 typedef struct {
   moe_tensor grads;
   moe_comm *group;
