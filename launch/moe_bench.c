@@ -142,14 +142,16 @@ static void print_ceilings(const moe_engine *e, const command *cmd, const figure
 static void print_step(const moe_engine *e, const command *cmd, const figures *f) {
   const moe_bench_step_result *s = &f->step;
   char planned[MOE_TEXT], used[MOE_TEXT];
-  int64_t experts = 0, blocks = 0;
-  moe_model_recompute(e->model, &experts, &blocks);
+  int64_t recomputed[MOE_RECOMPUTE_AUTO];
+  moe_model_recompute(e->model, recomputed);
   printf("step: %" PRId64
-         " tokens, %s, ep %d x edp %d, exchange %s, %s planned, recomputed: experts "
-         "of %" PRId64 " and blocks of %" PRId64 " layers%s; median of %d\n",
+         " tokens, %s, ep %d x edp %d, exchange %s, %s planned, recomputed: SwiGLU of %" PRId64
+         ", experts of %" PRId64 " and blocks of %" PRId64 " layers%s; median of %d\n",
          s->tokens, moe_dtype_name(moe_config_compute_dtype(&e->config)), e->mesh.ep, e->mesh.edp,
          moe_model_exchange_name(e->model), moe_text_bytes(planned, (double)f->planned_bytes),
-         experts, blocks, cmd->balanced ? ", balanced routing" : "", (int)cmd->steps);
+         recomputed[MOE_RECOMPUTE_SWIGLU], recomputed[MOE_RECOMPUTE_EXPERTS],
+         recomputed[MOE_RECOMPUTE_BLOCK], cmd->balanced ? ", balanced routing" : "",
+         (int)cmd->steps);
   printf("  %.1f ms (%.1f to %.1f), %.0f tokens/s, %.4f TFLOP/s per rank = %.1f %% of the product",
          1e3 * s->seconds, 1e3 * s->fastest, 1e3 * s->slowest, (double)s->tokens / s->seconds,
          s->model_tflops, 100.0 * s->model_tflops / f->ceilings.product_tflops);
@@ -191,17 +193,18 @@ static void write_step(const moe_engine *e, const figures *f, FILE *out) {
   const moe_bench_step_result *s = &f->step;
   const moe_config *c = &e->config;
   double peak = moe_device_peak_tflops(e->dev, moe_config_compute_dtype(c));
-  int64_t experts = 0, blocks = 0;
-  moe_model_recompute(e->model, &experts, &blocks);
+  int64_t recomputed[MOE_RECOMPUTE_AUTO];
+  moe_model_recompute(e->model, recomputed);
   fprintf(out,
           "\"ep\": %d, \"exchange\": \"%s\", \"grad_dtype\": \"%s\", \"moment_dtype\": \"%s\", "
-          "\"recomputed_experts\": %" PRId64 ", \"recomputed_blocks\": %" PRId64
-          ", \"step_seconds\": %.6g, \"tokens\": %" PRId64
+          "\"recomputed_swiglu\": %" PRId64 ", \"recomputed_experts\": %" PRId64
+          ", \"recomputed_blocks\": %" PRId64 ", \"step_seconds\": %.6g, \"tokens\": %" PRId64
           ", \"model_tflops_per_rank\": %.6g, \"of_product\": %.6g, \"mfu\": %.6g, "
           "\"exchange_seconds\": %.6g, \"exchange_least_seconds\": %.6g, "
           "\"planned_bytes\": %" PRId64 ", \"used_bytes\": %" PRId64 ", ",
           e->mesh.ep, moe_model_exchange_name(e->model), moe_dtype_name(moe_config_grad_dtype(c)),
-          moe_dtype_name(moe_config_moment_dtype(c)), experts, blocks, s->seconds, s->tokens,
+          moe_dtype_name(moe_config_moment_dtype(c)), recomputed[MOE_RECOMPUTE_SWIGLU],
+          recomputed[MOE_RECOMPUTE_EXPERTS], recomputed[MOE_RECOMPUTE_BLOCK], s->seconds, s->tokens,
           s->model_tflops, s->model_tflops / f->ceilings.product_tflops,
           peak > 0.0 ? s->model_tflops / peak : 0.0, s->exchange, s->exchange_least,
           f->planned_bytes, f->used_bytes);

@@ -38,7 +38,13 @@ typedef struct {
 } moe_config;
 
 /* Enumerators in the order of the table's choices. */
-enum { MOE_RECOMPUTE_NONE, MOE_RECOMPUTE_EXPERTS, MOE_RECOMPUTE_BLOCK, MOE_RECOMPUTE_AUTO };
+enum { /* each computes more again than the one before */
+       MOE_RECOMPUTE_NONE,
+       MOE_RECOMPUTE_SWIGLU,
+       MOE_RECOMPUTE_EXPERTS,
+       MOE_RECOMPUTE_BLOCK,
+       MOE_RECOMPUTE_AUTO
+};
 enum { MOE_AUX_BATCH, MOE_AUX_SEQUENCE };
 enum { MOE_SCHEDULE_COSINE, MOE_SCHEDULE_LINEAR, MOE_SCHEDULE_CONSTANT, MOE_SCHEDULE_WSD };
 enum { MOE_EXCHANGE_AUTO, MOE_EXCHANGE_ALLTOALL, MOE_EXCHANGE_ALLGATHER };

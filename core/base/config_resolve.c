@@ -124,7 +124,7 @@ static moe_status check_train(const moe_config *c) {
   if (c->train.recompute_layers > 0 && c->train.recompute == MOE_RECOMPUTE_NONE)
     return moe_config_conflict(c, "train", "recompute_layers",
                                "nothing is recomputed with recompute = none (%s): set recompute to "
-                               "experts or block, or recompute_layers = 0",
+                               "swiglu, experts or block, or recompute_layers = 0",
                                moe_config_origin(c, "train", "recompute"));
   double kept = c->train.capacity_factor * (double)c->train.micro_batch *
                 (double)c->data.sequence_length * (double)c->model.top_k /

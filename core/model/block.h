@@ -79,7 +79,8 @@ typedef struct {
   moe_tensor x;       /* [T, D] input: the residual stream with the last delta added */
   moe_stash *stash;   /* own or shared */
   moe_tensor gu;      /* [C, 2F] of the first round; shared by layers that recompute it */
-  int recompute;      /* MOE_RECOMPUTE_NONE, EXPERTS or BLOCK */
+  moe_tensor a;       /* [C, F] of the first round; absent where it is recomputed */
+  int recompute;      /* MOE_RECOMPUTE_NONE to BLOCK */
   moe_tensor bias;    /* f32 [E] or absent */
   moe_tensor stats;   /* f32 [groups (2E + 1)] of the current micro-batch */
   moe_tensor dropped; /* f32 [1] of the current micro-batch */
@@ -88,7 +89,7 @@ typedef struct {
 
 /* The most sorted rows any routing can need. */
 int64_t moe_block_most_rows(const moe_block_env *env);
-/* Room for a stash (without gu) and for the shared buffers. Local. */
+/* Room for a stash (without gu and a) and for the shared buffers. Local. */
 moe_status moe_stash_create(moe_block_env *env, moe_memory *memory, moe_stash *out);
 void moe_stash_destroy(moe_stash *s);
 void moe_work_create(moe_block_env *env, moe_memory *memory, bool training);

@@ -113,8 +113,8 @@ moe_status moe_model_force_balance(moe_model *m);
 /* Seconds and bytes of expert exchange since the last call. */
 void moe_model_exchange_cost(moe_model *m, double *seconds, double *bytes);
 const char *moe_model_exchange_name(const moe_model *m);
-/* Layers with recomputed experts, and with wholly recomputed blocks. */
-void moe_model_recompute(const moe_model *m, int64_t *experts, int64_t *blocks);
+/* How many layers recompute what: MOE_RECOMPUTE_NONE to BLOCK. */
+void moe_model_recompute(const moe_model *m, int64_t layers[MOE_RECOMPUTE_AUTO]);
 
 #ifdef __cplusplus
 }

@@ -55,7 +55,8 @@ static int recompute_of(const moe_model *m, int64_t layer) {
   const moe_config *c = &m->config;
   if (!m->options.training) return MOE_RECOMPUTE_BLOCK; /* one stash for all */
   bool applies = c->train.recompute_layers == 0 || layer < c->train.recompute_layers;
-  return applies ? c->train.recompute : MOE_RECOMPUTE_NONE;
+  bool keeps_all = c->train.recompute <= MOE_RECOMPUTE_SWIGLU;
+  return applies ? c->train.recompute : keeps_all ? MOE_RECOMPUTE_NONE : MOE_RECOMPUTE_SWIGLU;
 }
 
 /* Where layer l's router writes its statistics: a row is [L, groups (2E + 1)], then dropped [L]. */
@@ -67,7 +68,8 @@ static void point_stats(moe_model *m, int64_t l) {
   m->blocks[l].dropped = moe_tensor_1d(base + layers * width + l, MOE_F32, 1);
 }
 
-/* Each layer's stash and gu: its own, or one shared by all layers that recompute them. */
+/* Each layer's stash and gu: its own, or one shared by all layers that recompute them; its a, which
+ * those that recompute it make in moe_work. */
 static moe_status create_blocks(moe_model *m, moe_memory *memory) {
   moe_block_env *env = &m->env;
   moe_arena *arena = &memory->arena[MOE_MEM_STASH];
@@ -90,10 +92,13 @@ static moe_status create_blocks(moe_model *m, moe_memory *memory) {
     } else {
       b->stash = shared;
     }
-    bool own_gu = b->recompute == MOE_RECOMPUTE_NONE || !moe_tensor_present(shared_gu);
+    bool keep_gu = b->recompute <= MOE_RECOMPUTE_SWIGLU;
+    bool own_gu = keep_gu || !moe_tensor_present(shared_gu);
     b->gu = own_gu ? moe_arena_tensor_2d(arena, env->dtype, env->round_rows, 2 * env->dims.ffn)
                    : shared_gu;
-    if (b->recompute != MOE_RECOMPUTE_NONE) shared_gu = b->gu;
+    if (!keep_gu) shared_gu = b->gu;
+    if (b->recompute == MOE_RECOMPUTE_NONE)
+      b->a = moe_arena_tensor_2d(arena, env->dtype, env->round_rows, env->dims.ffn);
     point_stats(m, l);
     if (moe_tensor_present(m->bias)) {
       b->bias = moe_tensor_1d(moe_tensor_rows(m->bias, l, 1).data, MOE_F32, env->dims.experts);
@@ -311,12 +316,9 @@ const char *moe_model_exchange_name(const moe_model *m) {
   return moe_dispatch_exchange_name(m->env.dispatcher);
 }
 
-void moe_model_recompute(const moe_model *m, int64_t *experts, int64_t *blocks) {
-  *experts = *blocks = 0;
-  for (int64_t l = 0; l < m->env.dims.layers; l++) {
-    *experts += m->blocks[l].recompute == MOE_RECOMPUTE_EXPERTS;
-    *blocks += m->blocks[l].recompute == MOE_RECOMPUTE_BLOCK;
-  }
+void moe_model_recompute(const moe_model *m, int64_t layers[MOE_RECOMPUTE_AUTO]) {
+  for (int i = 0; i < MOE_RECOMPUTE_AUTO; i++) layers[i] = 0;
+  for (int64_t l = 0; l < m->env.dims.layers; l++) layers[m->blocks[l].recompute]++;
 }
 
 /* Values to the device, in the type they have there. Waits. */

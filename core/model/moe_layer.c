@@ -6,8 +6,8 @@
  *
  * Expert work is done in rounds of at most C sorted rows. C holds a little more than balanced
  * routing needs, so one round is usual; what exceeds it runs in further rounds, and no routing can
- * overflow a buffer. Only the first round's gate and up projections may be kept for backward; those
- * of further rounds are computed again.
+ * overflow a buffer. Only the first round's gate and up projections, and what SwiGLU makes of them,
+ * may be kept for backward; those of further rounds are computed again.
  *
  * Exchanges hide behind arithmetic (kernels/lanes.h). Forward, the rows set out while the router
  * still chooses. Backward, the gradients that only the optimizer waits for, those of the expert
@@ -25,6 +25,7 @@ typedef struct {
   moe_tensor pair;               /* i32 [rows] */
   moe_tensor xs, ys, dxs, gu, a; /* [rows, ...] */
   moe_tensor gates, dgates;      /* f32 [rows] */
+  bool keeps_a;                  /* from forward to backward */
 } round_view;
 
 /* Rows of sorted work to go through. Where one round holds whatever comes nobody needs to know how
@@ -50,13 +51,14 @@ static moe_status count_rows(moe_block_env *env, moe_stash *s) {
 static round_view round_at(moe_block_env *env, moe_block *b, int64_t begin) {
   moe_work *w = &env->work;
   round_view r = {.begin = begin,
-                  .rows = moe_min64(env->round_rows, b->stash->sorted_rows - begin)};
+                  .rows = moe_min64(env->round_rows, b->stash->sorted_rows - begin),
+                  .keeps_a = begin == 0 && moe_tensor_present(b->a)};
   r.pair = moe_tensor_rows(b->stash->pair, begin, r.rows);
   r.xs = moe_tensor_rows(w->xs, 0, r.rows);
   r.ys = moe_tensor_rows(w->ys, 0, r.rows);
   if (moe_tensor_present(w->dxs)) r.dxs = moe_tensor_rows(w->dxs, 0, r.rows);
   r.gu = moe_tensor_rows(begin == 0 ? b->gu : w->gu_again, 0, r.rows);
-  r.a = moe_tensor_rows(w->a, 0, r.rows);
+  r.a = moe_tensor_rows(r.keeps_a ? b->a : w->a, 0, r.rows);
   r.gates = moe_tensor_rows(w->sorted_gates, 0, r.rows);
   if (moe_tensor_present(w->sorted_dgates)) r.dgates = moe_tensor_rows(w->sorted_dgates, 0, r.rows);
   return r;
@@ -144,8 +146,8 @@ static moe_status round_backward(moe_block_env *env, moe_block *b, const round_v
   moe_tensor rows = moe_tensor_rows(w->rows, 0, s->route.rows);
   moe_tensor row_dgates = moe_tensor_rows(w->row_dgates, 0, s->route.rows);
   MOE_TRY(moe_gather_rows(env->dev, drows, r->pair, env->dims.top_k, r->ys));
-  MOE_TRY(moe_expert_down_backward(env->dev, r->ys, w->window, b->w.w2, r->gates, r->gu, r->a,
-                                   r->dgates));
+  MOE_TRY(moe_expert_down_backward(env->dev, r->ys, w->window, b->w.w2, r->gates, r->gu,
+                                   !r->keeps_a, moe_tensor_rows(w->a, 0, r->rows), r->dgates));
   MOE_TRY(moe_expert_up_backward(env->dev, r->gu, w->window, b->w.w13, r->dxs));
   MOE_TRY(moe_combine_rows(env->dev, r->dxs, s->slot, r->begin, r->begin > 0, rows));
   return moe_combine_gates(env->dev, r->dgates, s->slot, r->begin, r->begin > 0, row_dgates);

@@ -85,19 +85,30 @@ static moe_status measure_fits(moe_engine *e, int64_t budget, bool *fits) {
   return MOE_OK;
 }
 
-/* recompute = auto: the cheapest choice that fits every rank. Recomputing the experts of one more
- * layer is cheaper than recomputing a whole block, so all of the first come before the second. */
+/* The fewest layers in which train.recompute suffices; all of them where it does not. */
+static moe_status settle_layers(moe_engine *e, int64_t budget, bool *fits) {
+  int64_t *layers = &e->config.train.recompute_layers, low = 1, high = e->config.model.num_layers;
+  *layers = high;
+  MOE_TRY(measure_fits(e, budget, fits));
+  while (*fits && low < high) { /* `high` layers do */
+    bool enough = false;
+    *layers = low + (high - low) / 2;
+    MOE_TRY(measure_fits(e, budget, &enough));
+    *(enough ? &high : &low) = enough ? *layers : *layers + 1;
+  }
+  *layers = high;
+  return MOE_OK;
+}
+
+/* recompute = auto: the cheapest choice that fits every rank. One more layer of a mode is cheaper
+ * than the first of the next, so all of one come before the next. */
 static moe_status settle_recompute(moe_engine *e, int64_t budget, bool *fits) {
-  static const int modes[] = {MOE_RECOMPUTE_EXPERTS, MOE_RECOMPUTE_BLOCK};
   e->config.train.recompute = MOE_RECOMPUTE_NONE;
   e->config.train.recompute_layers = 0;
-  for (size_t i = 0; i < 2; i++) {
-    for (int64_t n = i == 0 ? 0 : 1; n <= e->config.model.num_layers; n++) {
-      e->config.train.recompute = n == 0 ? MOE_RECOMPUTE_NONE : modes[i];
-      e->config.train.recompute_layers = n;
-      MOE_TRY(measure_fits(e, budget, fits));
-      if (*fits) return MOE_OK;
-    }
+  MOE_TRY(measure_fits(e, budget, fits));
+  for (int mode = MOE_RECOMPUTE_SWIGLU; !*fits && mode <= MOE_RECOMPUTE_BLOCK; mode++) {
+    e->config.train.recompute = mode;
+    MOE_TRY(settle_layers(e, budget, fits));
   }
   return MOE_OK; /* the check that follows says what does not fit */
 }

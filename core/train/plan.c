@@ -46,7 +46,7 @@ static void print_owners(const moe_engine *e, FILE *out) {
 }
 
 static void print_memory(const moe_engine *e, const moe_memory_plan *p, int fullest, FILE *out) {
-  static const char *const modes[] = {"none", "experts", "block", "auto"};
+  static const char *const modes[] = {"none", "swiglu", "experts", "block", "auto"};
   const moe_config *c = &e->config;
   char text[MOE_TEXT];
   fprintf(out, "memory       %s on the fullest rank (%d); recompute %s",

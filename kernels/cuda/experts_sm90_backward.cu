@@ -1,23 +1,25 @@
 /* Hopper: da = dy w2 and SwiGLU's derivative in one kernel; g, u become dg, du in place.
  *
- * The one product of the experts that is bound by memory: per routed row it moves 10 F bytes and
- * multiplies 2 D F times. So a second producer brings g and u, 64 rows and columns at a time, while
- * the tile's products still run; dg, du and a leave from the same slots of shared memory. The
- * gates' gradients are sums over all columns: each tile leaves its part in scratch memory and a
- * second, small kernel adds the parts in order.
+ * The one product of the experts that is bound by memory: per routed row it moves 10 F bytes, 8
+ * where the forward's a was kept, and multiplies 2 D F times. So a second producer brings g and u,
+ * 64 rows and columns at a time, while the tile's products still run; dg, du and a leave from the
+ * same slots of shared memory. The gates' gradients are sums over all columns: each tile leaves its
+ * part in scratch memory and a second, small kernel adds the parts in order.
  * Source: Shazeer 2020, arXiv:2002.05202. */
 #include "kernels/cuda/sm90_gemm.cuh"
 #include "kernels/cuda/swiglu.cuh"
 
 namespace sm90 {
 
-struct down_backward {
-  static constexpr int N = 128, STAGES = 4, A_MN = 0, B_MN = 1;
+/* REMAKE: a is wanted as well. Without its room there is room for another stage. */
+template <bool REMAKE> struct down_backward {
+  static constexpr int N = 128, STAGES = REMAKE ? 4 : 5, A_MN = 0, B_MN = 1;
   static constexpr bool ROWS_ARE_K = false, FEEDS = true;
   static constexpr int WIDE = 64, ACROSS = N / WIDE; /* a slot's columns, slots across a tile */
   static constexpr int SLOTS = SM90_M / 64 * ACROSS; /* of a tile, and there are no more */
   static constexpr int PART = 16 * WIDE * 2;         /* bytes of a warp's part of a tensor */
-  static constexpr int BLOCK = 4 * PART, SLOT = 3 * BLOCK; /* of a tensor's, of g's, u's and a's */
+  static constexpr int PARTS = REMAKE ? 3 : 2;       /* g, u and where wanted a */
+  static constexpr int BLOCK = 4 * PART, SLOT = PARTS * BLOCK; /* of a tensor's, of all */
 
   struct args : sm90_sizes {
     CUtensorMap dy, w2, gu_in, gu_out, a_out;
@@ -100,7 +102,7 @@ struct down_backward {
         derive(da + 8 * c, g[c % 2], u[c % 2], a, gate, sum);
         store_blocks(slab_blocks<128>(at, c), g[c % 2]);
         store_blocks(slab_blocks<128>(at + BLOCK, c), u[c % 2]);
-        store_blocks(slab_blocks<128>(at + 2 * BLOCK, c), a);
+        if constexpr (REMAKE) store_blocks(slab_blocks<128>(at + 2 * BLOCK, c), a);
       }
     }
 
@@ -111,7 +113,7 @@ struct down_backward {
       slab_written();
       if (rows < 16) {
 #pragma unroll 1
-        for (int part = 0; part < 3; part++)
+        for (int part = 0; part < PARTS; part++)
           slab_rows<128, WIDE>(at + part * BLOCK, rows, p.ffn - column,
                                (part < 2 ? p.gu + (row * 2 + part) * p.ffn : p.a + row * p.ffn) +
                                    column,
@@ -119,7 +121,7 @@ struct down_backward {
       } else if (lane_of_warp() == 0) {
         tma_store(&p.gu_out, at, column, (int)row, 0, 0);
         tma_store(&p.gu_out, at + BLOCK, column, (int)row, 1, 0);
-        tma_store(&p.a_out, at + 2 * BLOCK, column, (int)row, 0, 0);
+        if constexpr (REMAKE) tma_store(&p.a_out, at + 2 * BLOCK, column, (int)row, 0, 0);
       }
       slab_sent();
     }
@@ -172,16 +174,16 @@ static __global__ void add_gates(const float *parts, const int32_t *offsets, int
 } // namespace sm90
 
 int64_t sm90_down_backward_scratch(int64_t rows, int64_t ffn) {
-  return div_up(ffn, sm90::down_backward::N) * rows * (int64_t)sizeof(float);
+  return div_up(ffn, sm90::down_backward<true>::N) * rows * (int64_t)sizeof(float);
 }
 
-moe_status sm90_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
-                                     moe_tensor w2, moe_tensor gates, moe_tensor gu, moe_tensor a,
-                                     moe_tensor dgates) {
-  using op = sm90::down_backward;
+template <bool REMAKE>
+static moe_status launch(moe_device *dev, moe_tensor dy, moe_tensor offsets, moe_tensor w2,
+                         moe_tensor gates, moe_tensor gu, moe_tensor a, moe_tensor dgates) {
+  using op = sm90::down_backward<REMAKE>;
   int64_t rows = dy.shape[0], d = dy.shape[1], e = w2.shape[0], f = a.shape[1];
   int64_t bytes = sm90_down_backward_scratch(rows, f);
-  op::args p = {};
+  typename op::args p = {};
   static_cast<sm90_sizes &>(p) = {
       cuda_data<int32_t>(offsets), (int)e, (int)rows, 0, (int)div_up(f, op::N),
       (int)div_up(d, SM90_K)};
@@ -211,4 +213,10 @@ moe_status sm90_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor 
       p.dgates, p.offsets, p.experts, p.rows, p.n_tiles, cuda_data<float>(dgates));
   CUDA_LAUNCHED(dev);
   return MOE_OK;
+}
+
+moe_status sm90_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
+                                     moe_tensor w2, moe_tensor gates, moe_tensor gu, int remake,
+                                     moe_tensor a, moe_tensor dgates) {
+  return (remake ? launch<true> : launch<false>)(dev, dy, offsets, w2, gates, gu, a, dgates);
 }

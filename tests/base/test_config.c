@@ -165,6 +165,7 @@ Test(config, enumerators_match_the_table) {
     int *member;
   } cases[] = {
       {"train.recompute=auto", MOE_RECOMPUTE_AUTO, &c.train.recompute},
+      {"train.recompute=swiglu", MOE_RECOMPUTE_SWIGLU, &c.train.recompute},
       {"train.recompute=experts", MOE_RECOMPUTE_EXPERTS, &c.train.recompute},
       {"train.recompute=block", MOE_RECOMPUTE_BLOCK, &c.train.recompute},
       {"train.aux_scope=sequence", MOE_AUX_SEQUENCE, &c.train.aux_scope},

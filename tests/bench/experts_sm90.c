@@ -9,8 +9,9 @@
  * Columns are medians of ROUNDS launches between device events, the device idle before each
  * ("burst"), then own and GEMM again in unbroken runs of SUSTAINED launches, where the power limit
  * rules. Inputs are random and, where they would fit the cache, rotate over several copies.
- * down_backward changes gu in place: in its unbroken run each launch has a fresh copy, and there
- * are as many launches as FRESH_GB holds copies. */
+ * down_backward, which where the forward's a was kept need not make it again, changes gu in place:
+ * in its unbroken run each launch has a fresh copy, and there are as many launches as FRESH_GB
+ * holds copies. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,9 +22,18 @@
 enum { D = 768, F = 6144, MOST_EXPERTS = 16, FEW_COPIES = 3, ROUNDS = 21, SUSTAINED = 40 };
 enum { FRESH_GB = 40 };
 enum { OWN = 0, GEMM, CUBLAS, CONTESTANTS };
-typedef enum { UP, DOWN, DOWN_BACKWARD, UP_BACKWARD, GRAD_W13, GRAD_W2, PRODUCTS } product;
-static const char *const names[] = {"up",          "down",     "down_backward",
-                                    "up_backward", "grad w13", "grad w2"};
+typedef enum {
+  UP,
+  DOWN,
+  DOWN_BACKWARD,
+  KEPT_BACKWARD,
+  UP_BACKWARD,
+  GRAD_W13,
+  GRAD_W2,
+  PRODUCTS
+} product;
+static const char *const names[] = {
+    "up", "down", "down_backward", "down_backward, a kept", "up_backward", "grad w13", "grad w2"};
 
 static moe_device *own, *cublas;
 static int64_t e, C, bounds[MOST_EXPERTS + 1]; /* experts, rows, where segments begin */
@@ -39,6 +49,10 @@ typedef struct {
 
 static moe_tensor at(rotating x) {
   return x.copy[turn % x.copies];
+}
+
+static bool changes_gu(product k) {
+  return k == DOWN_BACKWARD || k == KEPT_BACKWARD;
 }
 
 static void copy_more(rotating *x, moe_tensor t, int copies, double scale) {
@@ -102,8 +116,9 @@ static void operation(moe_device *dev, product k) {
     must(moe_expert_down(dev, at(a), offsets, at(w2), at(rows_out)));
     break;
   case DOWN_BACKWARD:
-    must(moe_expert_down_backward(dev, at(dy), offsets, at(w2), at(gates), at(gu), at(a_out),
-                                  at(dgates)));
+  case KEPT_BACKWARD:
+    must(moe_expert_down_backward(dev, at(dy), offsets, at(w2), at(gates), at(gu),
+                                  k == DOWN_BACKWARD, at(a_out), at(dgates)));
     break;
   case UP_BACKWARD:
     must(moe_expert_up_backward(dev, at(pristine), offsets, at(w13), at(rows_out)));
@@ -134,15 +149,15 @@ static void products_alone(product k) {
                    : k == GRAD_W13    ? part(at(pristine), j)
                    : k == UP_BACKWARD ? part(at(pristine), j)
                                       : part(at(dy), j);
-    moe_tensor r = k == UP || k == UP_BACKWARD       ? matrix(at(w13), j)
-                   : k == DOWN || k == DOWN_BACKWARD ? matrix(at(w2), j)
-                   : k == GRAD_W13                   ? part(at(x), j)
-                                                     : part(at(a), j);
-    moe_tensor o = k == UP              ? part(at(gu), j)
-                   : k == DOWN_BACKWARD ? part(at(a_out), j)
-                   : k == GRAD_W13      ? matrix(at(dw13), j)
-                   : k == GRAD_W2       ? matrix(at(dw2), j)
-                                        : part(at(rows_out), j);
+    moe_tensor r = k == UP || k == UP_BACKWARD  ? matrix(at(w13), j)
+                   : k == DOWN || changes_gu(k) ? matrix(at(w2), j)
+                   : k == GRAD_W13              ? part(at(x), j)
+                                                : part(at(a), j);
+    moe_tensor o = k == UP         ? part(at(gu), j)
+                   : changes_gu(k) ? part(at(a_out), j)
+                   : k == GRAD_W13 ? matrix(at(dw13), j)
+                   : k == GRAD_W2  ? matrix(at(dw2), j)
+                                   : part(at(rows_out), j);
     must(moe_gemm(cublas, form, l, r, k >= GRAD_W13 ? 1.0f : 0.0f, o));
   }
 }
@@ -184,14 +199,14 @@ static int by_value(const void *p, const void *q) {
 /* Seconds per launch of own and GEMM in unbroken runs. */
 static void sustain(product k, double seconds[2]) {
   int count = SUSTAINED;
-  if (k == DOWN_BACKWARD) {
+  if (changes_gu(k)) {
     int64_t most = ((int64_t)FRESH_GB << 30) / moe_tensor_bytes(gu.copy[0]);
     count = most < gu.copies ? gu.copies : most < SUSTAINED ? (int)most : SUSTAINED;
     for (int i = 0; i < gu.copies; i++) fill(own, draws, gu.copy[i], 1);
     copy_more(&gu, gu.copy[0], count, 1);
   }
   for (int who = OWN; who <= GEMM; who++) seconds[who] = launches(who, k, count);
-  if (k == DOWN_BACKWARD || k == UP) /* these wrote over gu */
+  if (changes_gu(k) || k == UP) /* these wrote over gu */
     for (int i = 0; i < gu.copies; i++) fill(own, draws, gu.copy[i], 1);
 }
 
@@ -199,7 +214,7 @@ static void measure(product k) {
   double s[CONTESTANTS][ROUNDS], sustained[2];
   for (int round = -2; round < ROUNDS; round++)
     for (int who = 0; who < CONTESTANTS; who++) {
-      if (k == DOWN_BACKWARD && who != GEMM) must(moe_copy(own, at(gu), at(pristine)));
+      if (changes_gu(k) && who != GEMM) must(moe_copy(own, at(gu), at(pristine)));
       double one = launches(who, k, 1);
       if (round >= 0) s[who][round] = one;
     }
@@ -207,7 +222,7 @@ static void measure(product k) {
   sustain(k, sustained);
   double tera = 1e-12 * (double)C * D * F * (k == UP || k == UP_BACKWARD || k == GRAD_W13 ? 4 : 2);
   double *m[] = {&s[OWN][ROUNDS / 2], &s[GEMM][ROUNDS / 2], &s[CUBLAS][ROUNDS / 2]};
-  printf("%-14s %8.4f %8.4f %8.4f  %6.1f %6.1f %6.1f   %5.2f %5.2f   %6.1f %6.1f %5.2f\n", names[k],
+  printf("%-21s %8.4f %8.4f %8.4f  %6.1f %6.1f %6.1f   %5.2f %5.2f   %6.1f %6.1f %5.2f\n", names[k],
          1e3 * *m[0], 1e3 * *m[1], 1e3 * *m[2], tera / *m[0], tera / *m[1], tera / *m[2],
          *m[1] / *m[0], *m[2] / *m[0], tera / sustained[0], tera / sustained[1],
          sustained[1] / sustained[0]);
@@ -226,9 +241,9 @@ static void compare(const char *what, const int64_t *rows, const char *only) {
   set_up(rows);
   printf("\n%lld experts, %s rows each (%lld in all), D %d, F %d\n", (long long)e, what,
          (long long)C, D, F);
-  printf("%-14s %26s  %20s   %11s   %s\n", "", "burst, ms", "TFLOP/s", "faster than",
+  printf("%-21s %26s  %20s   %11s   %s\n", "", "burst, ms", "TFLOP/s", "faster than",
          "sustained TFLOP/s");
-  printf("%-14s %8s %8s %8s  %6s %6s %6s   %5s %5s   %6s %6s %5s\n", "product", "own", "GEMM",
+  printf("%-21s %8s %8s %8s  %6s %6s %6s   %5s %5s   %6s %6s %5s\n", "product", "own", "GEMM",
          "cuBLAS", "own", "GEMM", "cuBLAS", "GEMM", "cuBL", "own", "GEMM", "ratio");
   for (int k = 0; k < PRODUCTS; k++)
     if (strstr(names[k], only) != NULL) measure((product)k);

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# check.sh FILE.h5 [--ranks N] [--recompute none|experts|block] [--backend cpu|cuda]
+# check.sh FILE.h5 [--ranks N] [--recompute none|swiglu|experts|block] [--backend cpu|cuda]
 #                  [--dtype fp32|bf16|fp16] [--set section.key=value]...
 #
 # Train on a golden file, on any number of ranks, and print the largest deviation of each quantity

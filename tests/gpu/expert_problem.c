@@ -16,8 +16,9 @@
 enum { TAIL = 40, NORMALS = 1000003 };
 static const double OFFSET = 3.0; /* what sums of squares are added to */
 
-const char *const product_names[] = {"up",       "down",    "down_backward", "up_backward",
-                                     "grad w13", "grad w2", "half w13",      "half w2"};
+const char *const product_names[] = {
+    "up",      "down",     "down_backward", "down_backward, a kept", "up_backward", "grad w13",
+    "grad w2", "half w13", "half w2"};
 
 static moe_device *hopper, *cublas, *cpu;
 static float normals[NORMALS];
@@ -119,6 +120,9 @@ static int results(product k, const problem *p, result *r) {
   case DOWN_BACKWARD:
     r[0] = gu, r[1] = a, r[2] = gates;
     return 3;
+  case KEPT_BACKWARD:
+    r[0] = gu, r[1] = gates;
+    return 2;
   case GRAD_W13:
     r[0] = w13;
     return 2;
@@ -226,11 +230,12 @@ static int run_on(moe_device *dev, product k, moe_dtype act, const problem *p, i
   } else if (k == DOWN) {
     out[0] = poisoned(&b, act, c, d, 0);
     OK(moe_expert_down(dev, ROWS(a, f), offsets, put(&b, act, p->w2, e, d, f), out[0]));
-  } else if (k == DOWN_BACKWARD) {
-    out[0] = ROWS(gu, 2 * f), out[1] = poisoned(&b, act, c, f, 0);
-    out[2] = poisoned(&b, MOE_F32, c, 0, 0);
+  } else if (k == DOWN_BACKWARD || k == KEPT_BACKWARD) {
+    bool remake = k == DOWN_BACKWARD;
+    moe_tensor a = poisoned(&b, act, c, f, 0), dgates = poisoned(&b, MOE_F32, c, 0, 0);
+    out[0] = ROWS(gu, 2 * f), out[1] = remake ? a : dgates, out[2] = dgates;
     OK(moe_expert_down_backward(dev, ROWS(dy, d), offsets, put(&b, act, p->w2, e, d, f), GATES,
-                                out[0], out[1], out[2]));
+                                out[0], remake, a, dgates));
   } else if (k == UP_BACKWARD) {
     out[0] = poisoned(&b, act, c, d, 0);
     OK(moe_expert_up_backward(dev, ROWS(gu, 2 * f), offsets, put(&b, act, p->w13, e, 2 * f, d),

@@ -9,11 +9,12 @@
 #include "kernels/ops.h"
 
 enum { MOST_EXPERTS = 20 };
-/* HALF: weight gradients in bf16; their references stay f32. */
+/* KEPT: without making a again. HALF: weight gradients in bf16; their references stay f32. */
 typedef enum {
   UP,
   DOWN,
   DOWN_BACKWARD,
+  KEPT_BACKWARD,
   UP_BACKWARD,
   GRAD_W13,
   GRAD_W2,

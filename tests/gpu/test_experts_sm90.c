@@ -42,6 +42,7 @@ static void on_the_shapes(product k) {
 PRODUCT(up_agrees, UP)
 PRODUCT(down_agrees, DOWN)
 PRODUCT(down_backward_agrees, DOWN_BACKWARD)
+PRODUCT(down_backward_beside_a_kept_activation_agrees, KEPT_BACKWARD)
 PRODUCT(up_backward_agrees, UP_BACKWARD)
 PRODUCT(gradient_of_w13_agrees, GRAD_W13)
 PRODUCT(gradient_of_w2_agrees, GRAD_W2)
@@ -111,6 +112,12 @@ Test(gpu_experts_sm90, every_product_gives_the_same_bits_again, .init = problem_
   cr_assert(differ == 0, "a race: results change from run to run");
 }
 
+static int64_t differing(const result *x, const result *y) {
+  int64_t count = 0, n = x->checked * x->columns;
+  for (int64_t i = 0; i < n; i++) count += x->v[i] != y->v[i];
+  return count;
+}
+
 Test(gpu_experts_sm90, backward_makes_the_forward_activation_bit_for_bit, .init = problem_open,
      .fini = problem_close, .timeout = 300) {
   problem p = problem_make(shapes[4], 4);
@@ -119,10 +126,23 @@ Test(gpu_experts_sm90, backward_makes_the_forward_activation_bit_for_bit, .init 
   free(p.gu);
   p.gu = up[0].v;
   problem_run(DOWN_BACKWARD, &p, 0, back);
-  int64_t differ = 0, n = p.used * p.s.f;
-  for (int64_t i = 0; i < n; i++) differ += up[1].v[i] != back[1].v[i];
+  int64_t differ = differing(&up[1], &back[1]), n = p.used * p.s.f;
   for (int i = 0; i < 3; i++) free(back[i].v);
   free(up[1].v);
   problem_release(&p);
   cr_assert(differ == 0, "%lld of %lld elements differ", (long long)differ, (long long)n);
+}
+
+Test(gpu_experts_sm90, backward_beside_a_kept_activation_gives_the_same_bits, .init = problem_open,
+     .fini = problem_close, .timeout = 300) {
+  problem p = problem_make(shapes[4], 5);
+  result remade[3], kept[2];
+  problem_run(DOWN_BACKWARD, &p, 0, remade);
+  problem_run(KEPT_BACKWARD, &p, 0, kept);
+  int64_t gu = differing(&remade[0], &kept[0]), gates = differing(&remade[2], &kept[1]);
+  for (int i = 0; i < 3; i++) free(remade[i].v);
+  for (int i = 0; i < 2; i++) free(kept[i].v);
+  problem_release(&p);
+  cr_assert(gu + gates == 0, "%lld gradients of g and u and %lld of gates differ", (long long)gu,
+            (long long)gates);
 }
