@@ -209,11 +209,16 @@ moe_status moe_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_
 /* a [C, F] -> y [C, D]. */
 moe_status moe_expert_down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_tensor w2,
                            moe_tensor y);
+/* What the a [C, F] of expert_down_backward is to its caller. */
+typedef enum {
+  MOE_A_WANTED, /* out: the forward's a again, bit for bit */
+  MOE_A_THERE,  /* in, and left: the forward's a */
+  MOE_A_WORK    /* work space, for callers that keep the forward's elsewhere */
+} moe_a_role;
 /* dy [C, D] -> da = dy w2; gu inout: [g | u] becomes [dg | du]; dgates f32 [C] out: sum over F of
- * da * silu(g) * u. a [C, F]: with remake 1 out, the forward's a again, bit for bit; with 0 work
- * space, for callers that kept the forward's. a must not overlap gu. */
+ * da * silu(g) * u. a must not overlap gu. */
 moe_status moe_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
-                                    moe_tensor w2, moe_tensor gates, moe_tensor gu, int remake,
+                                    moe_tensor w2, moe_tensor gates, moe_tensor gu, moe_a_role role,
                                     moe_tensor a, moe_tensor dgates);
 /* dgu [C, 2 F] -> dx [C, D] = dg w1 + du w3. */
 moe_status moe_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,

@@ -212,7 +212,7 @@ moe_status moe_expert_down(moe_device *dev, moe_tensor a, moe_tensor offsets, mo
 }
 
 moe_status moe_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
-                                    moe_tensor w2, moe_tensor gates, moe_tensor gu, int remake,
+                                    moe_tensor w2, moe_tensor gates, moe_tensor gu, moe_a_role role,
                                     moe_tensor a, moe_tensor dgates) {
   const char *op = "expert_down_backward";
   MOE_TRY(moe_check_2d(op, "dy", dy, MOE_IS_ACT, MOE_ANY, MOE_ANY));
@@ -223,14 +223,13 @@ moe_status moe_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor o
   MOE_TRY(moe_check_2d(op, "gu", gu, moe_same_type(dy), rows, 2 * ffn));
   MOE_TRY(moe_check_2d(op, "a", a, moe_same_type(dy), rows, ffn));
   MOE_TRY(moe_check_1d(op, "dgates", dgates, MOE_IS_F32, rows));
-  MOE_TRY(moe_check_rule(op, remake == 0 || remake == 1, "remake must be 0 or 1"));
   const char *a_begin = a.data, *gu_begin = gu.data;
   MOE_TRY(moe_check_rule(
       op, a_begin + moe_tensor_bytes(a) <= gu_begin || gu_begin + moe_tensor_bytes(gu) <= a_begin,
       "a must not overlap gu"));
-  MOE_TRY(dev->backend->expert_down_backward(dev, dy, offsets, w2, gates, gu, remake, a, dgates));
+  MOE_TRY(dev->backend->expert_down_backward(dev, dy, offsets, w2, gates, gu, role, a, dgates));
   MOE_TRY(moe_check_finite_rows(dev, op, "gu", gu, offsets));
-  if (remake) MOE_TRY(moe_check_finite_rows(dev, op, "a", a, offsets));
+  if (role != MOE_A_WORK) MOE_TRY(moe_check_finite_rows(dev, op, "a", a, offsets));
   return moe_check_finite_rows(dev, op, "dgates", dgates, offsets);
 }
 

@@ -179,9 +179,9 @@ static moe_status timed_expert_down(moe_device *dev, moe_tensor a, moe_tensor of
 }
 static moe_status timed_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
                                              moe_tensor w2, moe_tensor gates, moe_tensor gu,
-                                             int remake, moe_tensor a, moe_tensor dgates) {
+                                             moe_a_role role, moe_tensor a, moe_tensor dgates) {
   TIMED(expert_down_backward, 2.0 * (double)moe_tensor_count(dy) * (double)a.shape[1],
-        (dev, dy, offsets, w2, gates, gu, remake, a, dgates));
+        (dev, dy, offsets, w2, gates, gu, role, a, dgates));
 }
 static moe_status timed_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                            moe_tensor w13, moe_tensor dx) {

@@ -25,7 +25,8 @@ typedef struct {
   moe_tensor pair;               /* i32 [rows] */
   moe_tensor xs, ys, dxs, gu, a; /* [rows, ...] */
   moe_tensor gates, dgates;      /* f32 [rows] */
-  bool keeps_a;                  /* from forward to backward */
+  bool again;                    /* backward: gu and a are computed again */
+  bool keeps_a;                  /* for backward */
 } round_view;
 
 /* Rows of sorted work to go through. Where one round holds whatever comes nobody needs to know how
@@ -52,6 +53,7 @@ static round_view round_at(moe_block_env *env, moe_block *b, int64_t begin) {
   moe_work *w = &env->work;
   round_view r = {.begin = begin,
                   .rows = moe_min64(env->round_rows, b->stash->sorted_rows - begin),
+                  .again = begin > 0 || b->recompute == MOE_RECOMPUTE_EXPERTS,
                   .keeps_a = begin == 0 && moe_tensor_present(b->a)};
   r.pair = moe_tensor_rows(b->stash->pair, begin, r.rows);
   r.xs = moe_tensor_rows(w->xs, 0, r.rows);
@@ -133,7 +135,7 @@ moe_status moe_experts_backward_end(moe_block_env *env) {
 /* A round's inputs again, and its gate and up projections where they were not kept. */
 static moe_status prepare_round(moe_block_env *env, moe_block *b, const round_view *r) {
   MOE_TRY(gather_round(env, b, r));
-  if (r->begin == 0 && b->recompute != MOE_RECOMPUTE_EXPERTS) return MOE_OK;
+  if (!r->again) return MOE_OK;
   return moe_expert_up(env->dev, r->xs, env->work.window, b->w.w13, r->gates, r->gu, r->a);
 }
 
@@ -145,9 +147,10 @@ static moe_status round_backward(moe_block_env *env, moe_block *b, const round_v
   moe_tensor drows = moe_tensor_rows(w->drows, 0, s->route.rows);
   moe_tensor rows = moe_tensor_rows(w->rows, 0, s->route.rows);
   moe_tensor row_dgates = moe_tensor_rows(w->row_dgates, 0, s->route.rows);
+  moe_a_role role = r->keeps_a ? MOE_A_WORK : r->again ? MOE_A_THERE : MOE_A_WANTED;
   MOE_TRY(moe_gather_rows(env->dev, drows, r->pair, env->dims.top_k, r->ys));
-  MOE_TRY(moe_expert_down_backward(env->dev, r->ys, w->window, b->w.w2, r->gates, r->gu,
-                                   !r->keeps_a, moe_tensor_rows(w->a, 0, r->rows), r->dgates));
+  MOE_TRY(moe_expert_down_backward(env->dev, r->ys, w->window, b->w.w2, r->gates, r->gu, role,
+                                   moe_tensor_rows(w->a, 0, r->rows), r->dgates));
   MOE_TRY(moe_expert_up_backward(env->dev, r->gu, w->window, b->w.w13, r->dxs));
   MOE_TRY(moe_combine_rows(env->dev, r->dxs, s->slot, r->begin, r->begin > 0, rows));
   return moe_combine_gates(env->dev, r->dgates, s->slot, r->begin, r->begin > 0, row_dgates);

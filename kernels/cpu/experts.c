@@ -31,7 +31,7 @@ struct grouped {
   int64_t experts;
   const float *gates; /* for the finish */
   moe_tensor gu, a;
-  int remake;
+  moe_a_role role; /* of a */
   float *dgates;
   /* After the products of rows [row, row + rows), whose f32 values lie in `values`. */
   void (*finish)(const grouped *g, int64_t row, int64_t rows, float *values);
@@ -199,7 +199,7 @@ static float finish_chunk(const grouped *g, int64_t r, int64_t i, int64_t n, flo
   float dot = differentiate(n, g->gates[r], gate_part, up_part, da);
   moe_cpu_store(g->gu, at, n, gate_part);
   moe_cpu_store(g->gu, at + ffn, n, up_part);
-  if (g->remake) moe_cpu_store(g->a, r * ffn + i, n, da);
+  if (g->role != MOE_A_WORK) moe_cpu_store(g->a, r * ffn + i, n, da);
   return dot;
 }
 
@@ -214,8 +214,8 @@ static void finish_down_backward(const grouped *g, int64_t row, int64_t rows, fl
 }
 
 moe_status moe_cpu_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
-                                        moe_tensor w2, moe_tensor gates, moe_tensor gu, int remake,
-                                        moe_tensor a, moe_tensor dgates) {
+                                        moe_tensor w2, moe_tensor gates, moe_tensor gu,
+                                        moe_a_role role, moe_tensor a, moe_tensor dgates) {
   grouped g = {.form = MOE_NN,
                .left = dy,
                .weights = w2,
@@ -227,7 +227,7 @@ moe_status moe_cpu_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tens
                .gates = gates.data,
                .gu = gu,
                .a = a,
-               .remake = remake,
+               .role = role,
                .dgates = dgates.data,
                .finish = finish_down_backward};
   return grouped_product(dev, &g);

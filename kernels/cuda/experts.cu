@@ -41,9 +41,9 @@ moe_status moe_cuda_expert_down(moe_device *dev, moe_tensor a, moe_tensor offset
   return cuda_of(dev)->experts->down(dev, a, offsets, w2, y);
 }
 moe_status moe_cuda_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
-                                         moe_tensor w2, moe_tensor gates, moe_tensor gu, int remake,
-                                         moe_tensor a, moe_tensor dgates) {
-  return cuda_of(dev)->experts->down_backward(dev, dy, offsets, w2, gates, gu, remake, a, dgates);
+                                         moe_tensor w2, moe_tensor gates, moe_tensor gu,
+                                         moe_a_role role, moe_tensor a, moe_tensor dgates) {
+  return cuda_of(dev)->experts->down_backward(dev, dy, offsets, w2, gates, gu, role, a, dgates);
 }
 moe_status moe_cuda_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                        moe_tensor w13, moe_tensor dx) {
@@ -179,7 +179,7 @@ struct swiglu_args {
   const float *gates;
   float *dgates;
   int64_t ffn;
-  int remake; /* backward: a, too */
+  bool keeps_da; /* backward: a is not wanted in its place */
 };
 
 template <typename T, int N> __global__ void swiglu_kernel(swiglu_args p) {
@@ -210,7 +210,7 @@ template <typename T, int N> __global__ void swiglu_backward_kernel(swiglu_args 
     for (int i = 0; i < N; i++) a[i] = swiglu_backward<T>(gate, a[i], &g[i], &u[i], &dgate);
     store<T, N>(g_row + c, g);
     store<T, N>(u_row + c, u);
-    if (p.remake) store<T, N>(a_row + c, a);
+    if (!p.keeps_da) store<T, N>(a_row + c, a);
   }
   dgate = block_sum(dgate);
   if (threadIdx.x == 0) p.dgates[blockIdx.x] = dgate;
@@ -218,9 +218,10 @@ template <typename T, int N> __global__ void swiglu_backward_kernel(swiglu_args 
 
 /* Run the forward or (dgates given) the backward pass over `rows` rows. */
 static moe_status swiglu_rows(moe_device *dev, int64_t rows, moe_tensor gu, moe_tensor a,
-                              moe_tensor gates, int remake, moe_tensor dgates) {
-  swiglu_args p = {gu.data,    a.data, cuda_data<float>(gates), cuda_data<float>(dgates),
-                   a.shape[1], remake};
+                              moe_tensor gates, moe_a_role role, moe_tensor dgates) {
+  swiglu_args p = {
+      gu.data,           a.data, cuda_data<float>(gates), cuda_data<float>(dgates), a.shape[1],
+      role == MOE_A_WORK};
   cudaStream_t stream = cuda_of(dev)->stream;
   if (rows == 0) return MOE_OK;
   return cuda_act(a.dtype, [&](auto act) {
@@ -247,7 +248,7 @@ static moe_status up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tens
                      moe_tensor gates, moe_tensor gu, moe_tensor a) {
   int64_t used;
   MOE_TRY(grouped_product(dev, MOE_NT, x, offsets, w13, gu, &used));
-  return swiglu_rows(dev, used, gu, a, gates, 0, moe_tensor_none());
+  return swiglu_rows(dev, used, gu, a, gates, MOE_A_WANTED, moe_tensor_none());
 }
 
 static moe_status down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_tensor w2,
@@ -258,11 +259,11 @@ static moe_status down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_te
 
 /* da waits where a may be. */
 static moe_status down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets, moe_tensor w2,
-                                moe_tensor gates, moe_tensor gu, int remake, moe_tensor a,
+                                moe_tensor gates, moe_tensor gu, moe_a_role role, moe_tensor a,
                                 moe_tensor dgates) {
   int64_t used;
   MOE_TRY(grouped_product(dev, MOE_NN, dy, offsets, w2, a, &used));
-  return swiglu_rows(dev, used, gu, a, gates, remake, dgates);
+  return swiglu_rows(dev, used, gu, a, gates, role, dgates);
 }
 
 static moe_status up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets, moe_tensor w13,

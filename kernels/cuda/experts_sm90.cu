@@ -88,11 +88,11 @@ static moe_status down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_te
 }
 
 static moe_status down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets, moe_tensor w2,
-                                moe_tensor gates, moe_tensor gu, int remake, moe_tensor a,
+                                moe_tensor gates, moe_tensor gu, moe_a_role role, moe_tensor a,
                                 moe_tensor dgates) {
   return (fits(dy, a.shape[1], offsets, w2, gu, a) ? sm90_expert_down_backward
                                                    : cuda_experts_cublas.down_backward)(
-      dev, dy, offsets, w2, gates, gu, remake, a, dgates);
+      dev, dy, offsets, w2, gates, gu, role, a, dgates);
 }
 
 static moe_status up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets, moe_tensor w13,

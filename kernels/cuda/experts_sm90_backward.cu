@@ -1,10 +1,10 @@
 /* Hopper: da = dy w2 and SwiGLU's derivative in one kernel; g, u become dg, du in place.
  *
  * The one product of the experts that is bound by memory: per routed row it moves 10 F bytes, 8
- * where the forward's a was kept, and multiplies 2 D F times. So a second producer brings g and u,
- * 64 rows and columns at a time, while the tile's products still run; dg, du and a leave from the
- * same slots of shared memory. The gates' gradients are sums over all columns: each tile leaves its
- * part in scratch memory and a second, small kernel adds the parts in order.
+ * where the forward's a is not wanted again, and multiplies 2 D F times. So a second producer
+ * brings g and u, 64 rows and columns at a time, while the tile's products still run; dg, du and a
+ * leave from the same slots of shared memory. The gates' gradients are sums over all columns: each
+ * tile leaves its part in scratch memory and a second, small kernel adds the parts in order.
  * Source: Shazeer 2020, arXiv:2002.05202. */
 #include "kernels/cuda/sm90_gemm.cuh"
 #include "kernels/cuda/swiglu.cuh"
@@ -216,7 +216,8 @@ static moe_status launch(moe_device *dev, moe_tensor dy, moe_tensor offsets, moe
 }
 
 moe_status sm90_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
-                                     moe_tensor w2, moe_tensor gates, moe_tensor gu, int remake,
-                                     moe_tensor a, moe_tensor dgates) {
-  return (remake ? launch<true> : launch<false>)(dev, dy, offsets, w2, gates, gu, a, dgates);
+                                     moe_tensor w2, moe_tensor gates, moe_tensor gu,
+                                     moe_a_role role, moe_tensor a, moe_tensor dgates) {
+  return (role == MOE_A_WANTED ? launch<true> : launch<false>)(dev, dy, offsets, w2, gates, gu, a,
+                                                               dgates);
 }

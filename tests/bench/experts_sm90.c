@@ -118,7 +118,8 @@ static void operation(moe_device *dev, product k) {
   case DOWN_BACKWARD:
   case KEPT_BACKWARD:
     must(moe_expert_down_backward(dev, at(dy), offsets, at(w2), at(gates), at(gu),
-                                  k == DOWN_BACKWARD, at(a_out), at(dgates)));
+                                  k == KEPT_BACKWARD ? MOE_A_WORK : MOE_A_WANTED, at(a_out),
+                                  at(dgates)));
     break;
   case UP_BACKWARD:
     must(moe_expert_up_backward(dev, at(pristine), offsets, at(w13), at(rows_out)));

@@ -235,7 +235,7 @@ static int run_on(moe_device *dev, product k, moe_dtype act, const problem *p, i
     moe_tensor a = poisoned(&b, act, c, f, 0), dgates = poisoned(&b, MOE_F32, c, 0, 0);
     out[0] = ROWS(gu, 2 * f), out[1] = remake ? a : dgates, out[2] = dgates;
     OK(moe_expert_down_backward(dev, ROWS(dy, d), offsets, put(&b, act, p->w2, e, d, f), GATES,
-                                out[0], remake, a, dgates));
+                                out[0], remake ? MOE_A_WANTED : MOE_A_WORK, a, dgates));
   } else if (k == UP_BACKWARD) {
     out[0] = poisoned(&b, act, c, d, 0);
     OK(moe_expert_up_backward(dev, ROWS(gu, 2 * f), offsets, put(&b, act, p->w13, e, 2 * f, d),

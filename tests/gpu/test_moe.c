@@ -208,7 +208,7 @@ static void check_network(moe_dtype act, int64_t d, int64_t f, const int64_t *co
   BOTH(moe_expert_down(dev, n.a.t[s], n.offsets.t[s], n.w2.t[s], n.y.t[s]));
   ROWS_AGREE(n.y, n.used, once);
   BOTH(moe_expert_down_backward(dev, n.dy.t[s], n.offsets.t[s], n.w2.t[s], n.gates.t[s], n.gu.t[s],
-                                1, n.again.t[s], n.dgates.t[s]));
+                                MOE_A_WANTED, n.again.t[s], n.dgates.t[s]));
   ROWS_AGREE(n.gu, n.used, 2 * once);
   ROWS_AGREE(n.again, n.used, 2 * once);
   ROWS_AGREE(n.dgates, n.used, 2 * once);
@@ -288,7 +288,7 @@ static uint64_t gradients_once(void) {
   ON_GPU(
       moe_expert_up(dev, n.x.t[s], n.offsets.t[s], n.w13.t[s], n.gates.t[s], n.gu.t[s], n.a.t[s]));
   ON_GPU(moe_expert_down_backward(dev, n.dy.t[s], n.offsets.t[s], n.w2.t[s], n.gates.t[s],
-                                  n.gu.t[s], 1, n.again.t[s], n.dgates.t[s]));
+                                  n.gu.t[s], MOE_A_WANTED, n.again.t[s], n.dgates.t[s]));
   ON_GPU(moe_expert_weight_grad(dev, n.gu.t[s], n.x.t[s], n.offsets.t[s], 0, n.dw13.t[s],
                                 both_none().t[s]));
   const both outputs[] = {r.stats, r.gates, dlogits, dx,       dweight,

@@ -137,8 +137,8 @@ static void down_backward(moe_device *dev, moe_dtype act) {
         want_dgu[r * 2 * f + i] = gate * da * u * s * (1.0 + g * (1.0 - s));
         want_dgu[r * 2 * f + f + i] = gate * da * g * s;
       }
-    op_ok(moe_expert_down_backward(dev, dy.t, x.offsets.t, x.w2.t, x.gates.t, gu.t, 1, a.t,
-                                   dgates.t));
+    op_ok(moe_expert_down_backward(dev, dy.t, x.offsets.t, x.w2.t, x.gates.t, gu.t, MOE_A_WANTED,
+                                   a.t, dgates.t));
     check_rows(&x, gu, want_dgu, 2.0 * op_tolerance(act));
     check_rows(&x, a, want_a, 2.0 * op_tolerance(act));
     check_rows(&x, dgates, want_dgates, 2.0 * op_tolerance(act));
@@ -146,28 +146,6 @@ static void down_backward(moe_device *dev, moe_dtype act) {
 }
 Test(experts, down_backward_turns_gate_and_up_into_their_gradients) {
   op_each(down_backward);
-}
-
-/* Where the forward's a was kept backward makes the same values, bit for bit. */
-static void down_backward_without_a(moe_device *dev, moe_dtype act) {
-  for (int n = 0; n < SHAPES; n++) {
-    experts x = make(dev, act, shapes[n]);
-    op_tensor dy = input(dev, &x, "dy", act, x.s.d), gu[2], dgates[2];
-    gu[0] = input(dev, &x, "gu", act, 2 * x.s.f);
-    gu[1] = op_values(dev, "gu beside a kept a", act, OP_SHAPE(x.c, 2 * x.s.f), gu[0].v);
-    for (int remake = 1; remake >= 0; remake--) {
-      op_tensor a = op_output(dev, "a", act, OP_SHAPE(x.c, x.s.f));
-      dgates[!remake] = op_output(dev, "dgates", MOE_F32, OP_SHAPE(x.c));
-      op_ok(moe_expert_down_backward(dev, dy.t, x.offsets.t, x.w2.t, x.gates.t, gu[!remake].t,
-                                     remake, a.t, dgates[!remake].t));
-    }
-    op_read(&gu[0]), op_read(&dgates[0]);
-    check_rows(&x, gu[1], gu[0].v, 0.0);
-    check_rows(&x, dgates[1], dgates[0].v, 0.0);
-  }
-}
-Test(experts, down_backward_gives_the_same_where_the_activation_was_kept) {
-  op_each(down_backward_without_a);
 }
 
 static void up_backward(moe_device *dev, moe_dtype act) {
@@ -295,8 +273,8 @@ static void differences(moe_device *dev, moe_dtype act) {
   op_tensor dw13 = op_output(dev, "dw13", MOE_F32, OP_SHAPE(e, 2 * f, d));
   op_tensor dw2 = op_output(dev, "dw2", MOE_F32, OP_SHAPE(e, d, f));
   op_ok(moe_expert_up(dev, in.t, x.offsets.t, x.w13.t, x.gates.t, gu.t, a.t));
-  op_ok(moe_expert_down_backward(dev, dy.t, x.offsets.t, x.w2.t, x.gates.t, gu.t, 1, again.t,
-                                 dgates.t));
+  op_ok(moe_expert_down_backward(dev, dy.t, x.offsets.t, x.w2.t, x.gates.t, gu.t, MOE_A_WANTED,
+                                 again.t, dgates.t));
   op_ok(moe_expert_up_backward(dev, gu.t, x.offsets.t, x.w13.t, dx.t));
   op_ok(moe_expert_weight_grad(dev, gu.t, in.t, x.offsets.t, 0, dw13.t, moe_tensor_none()));
   op_ok(moe_expert_weight_grad(dev, dy.t, again.t, x.offsets.t, 0, dw2.t, moe_tensor_none()));
@@ -315,22 +293,31 @@ Test(experts, gradients_agree_with_central_differences) {
   op_each(differences);
 }
 
-static void the_same_activation(moe_device *dev, moe_dtype act) {
-  experts x = make(dev, act, shapes[3]);
-  int64_t d = x.s.d, f = x.s.f;
-  op_tensor in = input(dev, &x, "x", act, d), dy = input(dev, &x, "dy", act, d);
-  op_tensor gu = op_output(dev, "gu", act, OP_SHAPE(x.c, 2 * f));
-  op_tensor a = op_output(dev, "a", act, OP_SHAPE(x.c, f));
-  op_tensor again = op_output(dev, "a again", act, OP_SHAPE(x.c, f));
-  op_tensor dgates = op_output(dev, "dgates", MOE_F32, OP_SHAPE(x.c));
-  op_ok(moe_expert_up(dev, in.t, x.offsets.t, x.w13.t, x.gates.t, gu.t, a.t));
-  op_ok(moe_expert_down_backward(dev, dy.t, x.offsets.t, x.w2.t, x.gates.t, gu.t, 1, again.t,
-                                 dgates.t));
-  op_read(&a);
-  check_rows(&x, again, a.v, op_tolerance(act));
+/* Whether a is wanted, there or kept elsewhere: the same bits, and a is the forward's. */
+static void roles(moe_device *dev, moe_dtype act) {
+  for (int n = 0; n < SHAPES; n++) {
+    experts x = make(dev, act, shapes[n]);
+    int64_t d = x.s.d, f = x.s.f;
+    op_tensor in = input(dev, &x, "x", act, d), dy = input(dev, &x, "dy", act, d);
+    op_tensor gu = op_output(dev, "gu", act, OP_SHAPE(x.c, 2 * f));
+    op_tensor forward = op_output(dev, "a", act, OP_SHAPE(x.c, f)), dgu[3], dgates[3];
+    op_ok(moe_expert_up(dev, in.t, x.offsets.t, x.w13.t, x.gates.t, gu.t, forward.t));
+    op_read(&gu), op_read(&forward);
+    for (int role = MOE_A_WANTED; role <= MOE_A_WORK; role++) {
+      op_tensor a = role == MOE_A_THERE ? op_clone(dev, forward)
+                                        : op_output(dev, "a again", act, OP_SHAPE(x.c, f));
+      dgu[role] = op_clone(dev, gu);
+      dgates[role] = op_output(dev, "dgates", MOE_F32, OP_SHAPE(x.c));
+      op_ok(moe_expert_down_backward(dev, dy.t, x.offsets.t, x.w2.t, x.gates.t, dgu[role].t,
+                                     (moe_a_role)role, a.t, dgates[role].t));
+      if (role != MOE_A_WORK) check_rows(&x, a, forward.v, 0.0);
+      check_rows(&x, dgu[role], op_read(&dgu[0]), 0.0);
+      check_rows(&x, dgates[role], op_read(&dgates[0]), 0.0);
+    }
+  }
 }
-Test(experts, backward_makes_the_forward_activation_again) {
-  op_each(the_same_activation);
+Test(experts, backward_makes_the_forward_activation_again_where_it_is_wanted) {
+  op_each(roles);
 }
 
 static void any_threads(moe_device *dev) {

@@ -127,11 +127,8 @@ static void experts(moe_device *dev) {
   REFUSES("expert_down: offsets is int32 [2]: it must be int32 [3]",
           moe_expert_down(dev, f32_2d(5, 3), i32_1d(2), w2, x));
   REFUSES("expert_down_backward: a must not overlap gu",
-          moe_expert_down_backward(dev, x, i32_1d(3), w2, f32_1d(5), f32_2d(5, 6), 1, f32_2d(5, 3),
-                                   f32_1d(5)));
-  REFUSES("expert_down_backward: remake must be 0 or 1",
-          moe_expert_down_backward(dev, x, i32_1d(3), w2, f32_1d(5), f32_2d(5, 6), 2, f32_2d(5, 3),
-                                   f32_1d(5)));
+          moe_expert_down_backward(dev, x, i32_1d(3), w2, f32_1d(5), f32_2d(5, 6), MOE_A_WORK,
+                                   f32_2d(5, 3), f32_1d(5)));
   REFUSES("expert_weight_grad: dw is bf16 [2, 4, 4]: it must be fp32",
           moe_expert_weight_grad(dev, x, x, i32_1d(3), 0, moe_tensor_3d(block, MOE_BF16, 2, 4, 4),
                                  moe_tensor_none()));
