@@ -11,14 +11,16 @@
 
 namespace sm90 {
 
-/* REMAKE: a is wanted as well. Without its room there is room for another stage. */
+/* REMAKE: a is wanted as well. Where it is not its room lets tiles be wider, which read dy less
+ * often. */
 template <bool REMAKE> struct down_backward {
-  static constexpr int N = 128, STAGES = REMAKE ? 4 : 5, A_MN = 0, B_MN = 1;
+  static constexpr int N = REMAKE ? 128 : 192, STAGES = 4, A_MN = 0, B_MN = 1;
   static constexpr bool ROWS_ARE_K = false, FEEDS = true;
-  static constexpr int WIDE = 64, ACROSS = N / WIDE; /* a slot's columns, slots across a tile */
-  static constexpr int SLOTS = SM90_M / 64 * ACROSS; /* of a tile, and there are no more */
-  static constexpr int PART = 16 * WIDE * 2;         /* bytes of a warp's part of a tensor */
-  static constexpr int PARTS = REMAKE ? 3 : 2;       /* g, u and where wanted a */
+  static constexpr int WIDE = 64, ACROSS = N / WIDE;  /* a piece's columns, pieces across a tile */
+  static constexpr int PIECES = SM90_M / 64 * ACROSS; /* of a tile */
+  static constexpr int RING = 4;                      /* slots, which the pieces take by turns */
+  static constexpr int PART = 16 * WIDE * 2;          /* bytes of a warp's part of a tensor */
+  static constexpr int PARTS = REMAKE ? 3 : 2;        /* g, u and where wanted a */
   static constexpr int BLOCK = 4 * PART, SLOT = PARTS * BLOCK; /* of a tensor's, of all */
 
   struct args : sm90_sizes {
@@ -29,18 +31,26 @@ template <bool REMAKE> struct down_backward {
     int ffn;
   };
 
-  /* The slots of the tile whose turn it is; the warps of the group that has the tile turn 16 rows
-   * each into dg, du and a, and send them off. */
+  /* The warps of the group that has the tile turn 16 rows each of a piece into dg, du and a, and
+   * send them off. */
   struct work {
-    char slot[SLOTS][SLOT];
-    uint64_t full[SLOTS], empty[SLOTS]; /* g and u are there; what became of them has been read */
+    char slot[RING][SLOT];
+    uint64_t full[2 * PIECES]; /* g and u are there. A group has its own: it might take the other's
+                                  piece, which comes before in the same slot, for its own */
+    uint64_t empty[RING];      /* what became of them has been read */
     __device__ __forceinline__ void begin() {
-      for (int i = 0; i < SLOTS; i++) {
-        barrier_init(shared_address(&full[i]), 1);
-        barrier_init(shared_address(&empty[i]), 4);
-      }
+      for (int i = 0; i < 2 * PIECES; i++) barrier_init(shared_address(&full[i]), 1);
+      for (int i = 0; i < RING; i++) barrier_init(shared_address(&empty[i]), 4);
+    }
+    __device__ __forceinline__ uint32_t full_of(const sm90_tile &t, int piece) {
+      return shared_address(&full[t.number % 2 * PIECES + piece]);
     }
   };
+
+  /* Of all the block's pieces; the remainder by RING is its slot. */
+  static __device__ __forceinline__ uint32_t place_of(const sm90_tile &t, int piece) {
+    return (uint32_t)(t.number * PIECES + piece);
+  }
 
   static __device__ __forceinline__ void load(const args &p, const sm90_tile &t, int k,
                                               uint32_t bar, uint32_t a, uint32_t b) {
@@ -49,11 +59,11 @@ template <bool REMAKE> struct down_backward {
   }
 
   static __device__ __forceinline__ void feed(const args &p, work &w, const sm90_tile &t) {
-    for (int i = 0; i < SLOTS; i++) {
-      uint32_t full = shared_address(&w.full[i]);
-      barrier_wait(shared_address(&w.empty[i]), (uint32_t)(t.number + 1) & 1);
+    for (int i = 0; i < PIECES; i++) {
+      uint32_t place = place_of(t, i), slot = place % RING, full = w.full_of(t, i);
+      barrier_wait(shared_address(&w.empty[slot]), (place / RING + 1) & 1);
       barrier_expect(full, 2 * BLOCK);
-      tma_load(shared_address(w.slot[i]), &p.gu_in, full, t.column + i % ACROSS * WIDE,
+      tma_load(shared_address(w.slot[slot]), &p.gu_in, full, t.column + i % ACROSS * WIDE,
                t.row + i / ACROSS * 64, 0, 0);
     }
   }
@@ -86,7 +96,7 @@ template <bool REMAKE> struct down_backward {
       }
     }
 
-    /* The warp's part of a slot: `at` its g, da 16 x 64. */
+    /* The warp's part of a piece: `at` its g, da 16 x 64. */
     static __device__ __forceinline__ void turn(uint32_t at, const float *da,
                                                 const float (&gate)[2], float (&sum)[2]) {
       uint32_t g[2][4], u[2][4];
@@ -106,9 +116,9 @@ template <bool REMAKE> struct down_backward {
       }
     }
 
-    __device__ __forceinline__ void send(const sm90_tile &t, int slot, uint32_t at) {
-      int top = slot / ACROSS * 64 + warp_of_group() * 16, rows = t.rows - top,
-          column = t.column + slot % ACROSS * WIDE;
+    __device__ __forceinline__ void send(const sm90_tile &t, int piece, uint32_t at) {
+      int top = piece / ACROSS * 64 + warp_of_group() * 16, rows = t.rows - top,
+          column = t.column + piece % ACROSS * WIDE;
       int64_t row = t.row + top;
       slab_written();
       if (rows < 16) {
@@ -126,11 +136,12 @@ template <bool REMAKE> struct down_backward {
       slab_sent();
     }
 
-    /* When all but the newest LATER slots that were sent have been read: `slot` is free. */
-    template <int LATER> __device__ __forceinline__ void release(int slot) {
+    /* When all but the newest LATER pieces that were sent have been read: this one's slot is free
+     * again. */
+    template <int LATER> __device__ __forceinline__ void release(const sm90_tile &t, int piece) {
       if (lane_of_warp() != 0) return;
       tma_wait_read<LATER>();
-      barrier_arrive(shared_address(&w.empty[slot]));
+      barrier_arrive(shared_address(&w.empty[place_of(t, piece) % RING]));
     }
 
     __device__ __forceinline__ void finish(const sm90_tile &t, float (&acc)[2][N / 2]) {
@@ -140,12 +151,12 @@ template <bool REMAKE> struct down_backward {
         float sum[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int q = 0; q < ACROSS; q++) {
-          int slot = h * ACROSS + q;
-          uint32_t at = shared_address(w.slot[slot]) + warp_of_group() * PART;
-          barrier_wait(shared_address(&w.full[slot]), (uint32_t)t.number & 1);
+          int piece = h * ACROSS + q;
+          uint32_t at = shared_address(w.slot[place_of(t, piece) % RING]) + warp_of_group() * PART;
+          barrier_wait(w.full_of(t, piece), (uint32_t)(t.number / 2) & 1);
           turn(at, acc[h] + q * (WIDE / 2), gate, sum);
-          send(t, slot, at);
-          if (slot > 0) release<1>(slot - 1);
+          send(t, piece, at);
+          if (piece > 0) release<1>(t, piece - 1);
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -156,7 +167,7 @@ template <bool REMAKE> struct down_backward {
             p.dgates[(int64_t)(t.column / N) * p.rows + t.row + row] = sum[i];
         }
       }
-      release<0>(SLOTS - 1);
+      release<0>(t, PIECES - 1);
     }
   };
 };

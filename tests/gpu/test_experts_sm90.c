@@ -1,6 +1,7 @@
 /* Hopper's own expert products against float32 references (expert_problem.h): chosen and random
  * shapes, and what the model relies on. */
 #include <criterion/criterion.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -133,16 +134,20 @@ Test(gpu_experts_sm90, backward_makes_the_forward_activation_bit_for_bit, .init 
   cr_assert(differ == 0, "%lld of %lld elements differ", (long long)differ, (long long)n);
 }
 
-Test(gpu_experts_sm90, backward_beside_a_kept_activation_gives_the_same_bits, .init = problem_open,
-     .fini = problem_close, .timeout = 300) {
+Test(gpu_experts_sm90, backward_beside_a_kept_activation_makes_the_same_gradients,
+     .init = problem_open, .fini = problem_close, .timeout = 300) {
   problem p = problem_make(shapes[4], 5);
   result remade[3], kept[2];
   problem_run(DOWN_BACKWARD, &p, 0, remade);
   problem_run(KEPT_BACKWARD, &p, 0, kept);
-  int64_t gu = differing(&remade[0], &kept[0]), gates = differing(&remade[2], &kept[1]);
+  int64_t differ = differing(&remade[0], &kept[0]), rows = p.used;
+  double worst = 0.0; /* gates: other tiles, another order of their sums */
+  for (int64_t i = 0; i < rows; i++)
+    worst = fmax(worst, fabs((double)remade[2].v[i] - (double)kept[1].v[i]) /
+                            (fabs((double)remade[2].v[i]) + 1.0));
   for (int i = 0; i < 3; i++) free(remade[i].v);
   for (int i = 0; i < 2; i++) free(kept[i].v);
   problem_release(&p);
-  cr_assert(gu + gates == 0, "%lld gradients of g and u and %lld of gates differ", (long long)gu,
-            (long long)gates);
+  cr_assert(differ == 0, "%lld gradients of g and u differ", (long long)differ);
+  cr_assert(worst < 1e-4, "gradients of gates differ by %g", worst);
 }
