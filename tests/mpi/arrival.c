@@ -4,7 +4,7 @@
  *
  * On a CPU weights are there at once, but what is waited for is counted as on a GPU: nothing by the
  * update, everything by each pass that uses the weights. */
-#include "core/train/engine.h"
+#include "core/train/step.h"
 #include "tests/mpi/worker.h"
 
 enum { SEQ = 16 };
@@ -29,10 +29,9 @@ static moe_batch make_batch(int rank) {
 
 static void train_step(moe_engine *e, const moe_batch *batch, int64_t step) {
   moe_step_result result;
-  OK(moe_model_step_begin(e->model));
-  OK(moe_model_forward(e->model, batch, 0, moe_engine_grad_scale(e)));
-  OK(moe_model_backward(e->model));
-  OK(moe_engine_finish_step(e, 1e-3, step, &result));
+  OK(moe_step_begin(e, 1e-3, step));
+  OK(moe_step_micro_batch(e, batch));
+  OK(moe_step_end(e, &result));
   REQUIRE(result.finite);
 }
 
@@ -51,7 +50,8 @@ static void check_readers(moe_engine *e, const moe_batch *batch) {
   OK(moe_model_logits(e->model, batch, logits));
   REQUIRE(gather->awaited == MOE_GATHER_MARKS);
   train_step(e, batch, 3);
-  OK(moe_model_forward(e->model, batch, 0, 1.0));
+  OK(moe_model_load(e->model, batch));
+  OK(moe_model_forward(e->model, 0, 1.0));
   REQUIRE(gather->awaited == MOE_GATHER_MARKS);
   train_step(e, batch, 4);
   REQUIRE(gather->awaited == 0);
