@@ -30,7 +30,7 @@ check() {
 
 if [ -n "${SANITIZE:-}" ]; then
   export MOE_GEMM=own MOE_ATTENTION="${MOE_ATTENTION:-own}" # our kernels, not the libraries'
-  tests='*' # racecheck would be minutes at thousands of draws, of kernels that other tests run too
+  tests='*' # racecheck is slow at thousands of draws, of kernels that other tests run too
   [ "$SANITIZE" != racecheck ] || tests='!(follows_the_softmax*|top_*|cuts_among*|survives*)'
   for suite in $suites; do # the gpu_ suites and whole steps are too much for it; the others do
     case $suite in gpu_* | step) [ -n "${ONLY:-}" ] || continue ;; esac
