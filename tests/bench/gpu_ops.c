@@ -44,7 +44,8 @@ static rotating make(moe_dtype dtype, int dims, int64_t a, int64_t b, int64_t c,
     x.copy[i] = t;
     x.copy[i].data = moe_device_alloc(dev, bytes);
     if (x.copy[i].data == NULL) must(moe_fail(MOE_NO_MEMORY, "gpu_ops: out of device memory"));
-    if (dtype != MOE_I32 && dtype != MOE_F64) fill(dev, draws, x.copy[i], scale);
+    bool drawn = dtype == MOE_F32 || dtype == MOE_BF16 || dtype == MOE_F16; /* else zero */
+    if (drawn) fill(dev, draws, x.copy[i], scale);
   }
   return x;
 }
