@@ -333,9 +333,11 @@ moe_status moe_clip_scale(moe_device *dev, moe_tensor sum_squares, double max_no
 
 moe_status moe_adamw_numbers(moe_adamw_args args, double lr, int64_t step, double *now) {
   MOE_TRY(moe_check_rule("adamw", step >= 1, "steps count from 1"));
-  now[MOE_ADAMW_LR] = lr;
-  now[MOE_ADAMW_CORRECT1] = 1.0 / (1.0 - pow(args.beta1, (double)step));
-  now[MOE_ADAMW_CORRECT2] = 1.0 / (1.0 - pow(args.beta2, (double)step));
+  double correct2 = sqrt(1.0 - pow(args.beta2, (double)step));
+  double ratio = correct2 / (1.0 - pow(args.beta1, (double)step));
+  now[MOE_ADAMW_RATE] = lr * ratio;
+  now[MOE_ADAMW_EPS] = args.eps * correct2;
+  now[MOE_ADAMW_DECAY] = 1.0 / ratio;
   now[MOE_ADAMW_STEP] = (double)step;
   return MOE_OK;
 }

@@ -266,8 +266,10 @@ typedef struct {
 } moe_adamw_args;
 
 /* What changes from step to step, as `now` of moe_adamw: in device memory, so that an update that
- * was recorded (device.h) reads this step's. CORRECT1 and 2 are 1/(1-b1^t) and 1/(1-b2^t). */
-enum { MOE_ADAMW_LR, MOE_ADAMW_CORRECT1, MOE_ADAMW_CORRECT2, MOE_ADAMW_STEP, MOE_ADAMW_NUMBERS };
+ * was recorded (device.h) reads this step's. The corrections of bias c = 1 / (1 - b^t) are drawn
+ * out of the root and the quotient, and elements have less to do: lr (c1 m / (sqrt(c2 v) + eps) +
+ * decay w) = RATE (m / (sqrt(v) + EPS) + DECAY decay w) */
+enum { MOE_ADAMW_RATE, MOE_ADAMW_EPS, MOE_ADAMW_DECAY, MOE_ADAMW_STEP, MOE_ADAMW_NUMBERS };
 /* now [MOE_ADAMW_NUMBERS] out, on the host: those of step = 1, 2, ... MOE_INVALID below 1. */
 moe_status moe_adamw_numbers(moe_adamw_args args, double lr, int64_t step, double *now);
 

@@ -10,11 +10,13 @@
 
 #include "core/base/philox.h"
 
-/* Words 0 to 3 belong to elements 4 group .. 4 group + 3: the low half rounds m, the high half v.
+/* Seven rounds are the fewest that pass all of TestU01's BigCrush (Salmon et al. 2011, table 2);
+ * they are a good part of what an update computes. Words 0 to 3 belong to elements 4 group .. 4
+ * group + 3: the low half rounds m, the high half v.
  */
 MOE_EVERYWHERE moe_philox_block moe_rounding_draw(int64_t step, int64_t group) {
   const uint64_t purpose = 0x6d6f6d656e747321u; /* a fixed seed: runs differ by what is rounded */
-  return moe_philox_draw(purpose, (uint64_t)group, (uint64_t)step);
+  return moe_philox_rounds(purpose, (uint64_t)group, (uint64_t)step, 7);
 }
 
 /* f32 bits to bf16 bits; `random` below 2^16. Infinities and NaNs stay what they are. */

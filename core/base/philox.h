@@ -15,12 +15,12 @@ typedef struct {
   uint32_t word[4];
 } moe_philox_block;
 
-MOE_EVERYWHERE moe_philox_block moe_philox_draw(uint64_t key, uint64_t counter_low,
-                                                uint64_t counter_high) {
+MOE_EVERYWHERE moe_philox_block moe_philox_rounds(uint64_t key, uint64_t counter_low,
+                                                  uint64_t counter_high, int rounds) {
   uint32_t c0 = (uint32_t)counter_low, c1 = (uint32_t)(counter_low >> 32);
   uint32_t c2 = (uint32_t)counter_high, c3 = (uint32_t)(counter_high >> 32);
   uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-  for (int round = 0; round < 10; round++) {
+  for (int round = 0; round < rounds; round++) {
     uint64_t a = (uint64_t)0xD2511F53u * c0;
     uint64_t b = (uint64_t)0xCD9E8D57u * c2;
     c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
@@ -32,6 +32,11 @@ MOE_EVERYWHERE moe_philox_block moe_philox_draw(uint64_t key, uint64_t counter_l
   }
   moe_philox_block out = {{c0, c1, c2, c3}};
   return out;
+}
+
+MOE_EVERYWHERE moe_philox_block moe_philox_draw(uint64_t key, uint64_t counter_low,
+                                                uint64_t counter_high) {
+  return moe_philox_rounds(key, counter_low, counter_high, 10);
 }
 
 /* rng.h, moe_rng_uniform_f64. */

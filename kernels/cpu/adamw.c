@@ -1,7 +1,7 @@
 /* AdamW, and the factor that clips gradients.
  *
- * Factors of the update are made from f64 once per call. Decay is subtracted as lr * (u + decay
- * w) rather than by multiplying w with 1 - lr * decay, which in f32 would round 1e-5 to 2 digits.
+ * Factors of the update are made from f64 once per call. Decay is subtracted as rate * (u + decay
+ * w) rather than by multiplying w with 1 - rate * decay, which in f32 would round 1e-5 to 2 digits.
  */
 #include <math.h>
 
@@ -22,8 +22,7 @@ moe_status moe_cpu_clip_scale(moe_device *dev, moe_tensor sum_squares, double ma
 
 typedef struct {
   float beta1, rest1, beta2, rest2; /* rest = 1 - beta */
-  float correct1, correct2;         /* 1 / (1 - beta^step) */
-  float lr, eps, decay, scale;
+  float rate, eps, decay, scale;
   int64_t step;
 } factors;
 
@@ -32,11 +31,9 @@ static factors make_factors(moe_adamw_args args, const double *now, float scale)
                    .rest1 = (float)(1.0 - args.beta1),
                    .beta2 = (float)args.beta2,
                    .rest2 = (float)(1.0 - args.beta2),
-                   .correct1 = (float)now[MOE_ADAMW_CORRECT1],
-                   .correct2 = (float)now[MOE_ADAMW_CORRECT2],
-                   .lr = (float)now[MOE_ADAMW_LR],
-                   .eps = (float)args.eps,
-                   .decay = (float)args.weight_decay,
+                   .rate = (float)now[MOE_ADAMW_RATE],
+                   .eps = (float)now[MOE_ADAMW_EPS],
+                   .decay = (float)args.weight_decay * (float)now[MOE_ADAMW_DECAY],
                    .scale = scale,
                    .step = (int64_t)now[MOE_ADAMW_STEP]};
 }
@@ -47,8 +44,8 @@ static void update(factors f, int64_t n, const float *restrict grad, float *rest
     float g = grad[i] * f.scale;
     m[i] = f.beta1 * m[i] + f.rest1 * g;
     v[i] = f.beta2 * v[i] + f.rest2 * (g * g);
-    float step = m[i] * f.correct1 / (sqrtf(v[i] * f.correct2) + f.eps);
-    w[i] = w[i] - f.lr * (step + f.decay * w[i]);
+    float step = m[i] / (sqrtf(v[i]) + f.eps);
+    w[i] = w[i] - f.rate * (step + f.decay * w[i]);
   }
 }
 

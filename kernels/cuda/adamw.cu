@@ -1,5 +1,7 @@
 /* AdamW, and the factor that clips gradients: one pass over all parameters, bound by memory (18 to
  * 30 bytes per parameter). The factor stays on the device, so no step waits for the host. */
+#include <cmath>
+
 #include "kernels/cuda/common.cuh"
 #include "kernels/rounding.h"
 
@@ -18,14 +20,15 @@ moe_status moe_cuda_clip_scale(moe_device *dev, moe_tensor sum_squares, double m
   return MOE_OK;
 }
 
-/* The update's factors that are the same in every step; rest = 1 - beta. */
+/* The update's factors that are the same in every step: rest1 = 1 - beta1, and the root of that of
+ * beta2, which is squared with the gradient. */
 struct adamw_factors {
-  float beta1, rest1, beta2, rest2, eps, decay;
+  float beta1, rest1, beta2, root_rest2, decay;
 };
 
 static adamw_factors factors_of(moe_adamw_args a) {
-  return {(float)a.beta1,         (float)(1.0 - a.beta1), (float)a.beta2,
-          (float)(1.0 - a.beta2), (float)a.eps,           (float)a.weight_decay};
+  return {(float)a.beta1, (float)(1.0 - a.beta1), (float)a.beta2, (float)std::sqrt(1.0 - a.beta2),
+          (float)a.weight_decay};
 }
 
 struct adamw_args {
@@ -38,15 +41,16 @@ struct adamw_args {
   int64_t n;
 };
 
-/* Those of this step, which a recorded launch (device.h) must read from memory. */
+/* Those of this step, which a recorded launch (device.h) must read from memory. Both rests are for
+ * gradients before scaling. */
 struct adamw_step {
-  float scale, correct1, correct2, lr;
+  float scale, rest1, root_rest2, rate, eps, decay;
   int64_t number;
 
   __device__ __forceinline__ explicit adamw_step(const adamw_args &p)
-      : scale(*p.scale), correct1((float)p.now[MOE_ADAMW_CORRECT1]),
-        correct2((float)p.now[MOE_ADAMW_CORRECT2]), lr((float)p.now[MOE_ADAMW_LR]),
-        number((int64_t)p.now[MOE_ADAMW_STEP]) {}
+      : scale(*p.scale), rest1(p.f.rest1 * scale), root_rest2(p.f.root_rest2 * scale),
+        rate((float)p.now[MOE_ADAMW_RATE]), eps((float)p.now[MOE_ADAMW_EPS]),
+        decay(p.f.decay * (float)p.now[MOE_ADAMW_DECAY]), number((int64_t)p.now[MOE_ADAMW_STEP]) {}
   __device__ __forceinline__ bool is_skipped() const { /* a gradient was not finite */
     return scale < 0.0f;
   }
@@ -66,6 +70,7 @@ template <typename T, int N> struct adamw_pack {
   union {
     word whole;
     T v[N];
+    uint32_t pair[(N * sizeof(T) + 3) / 4]; /* of elements of 2 bytes */
   };
   __device__ __forceinline__ adamw_pack() {}
   __device__ __forceinline__ void read(const void *from, int64_t i) {
@@ -76,21 +81,45 @@ template <typename T, int N> struct adamw_pack {
   }
 };
 
+/* Element j, at a constant j: of two of bf16 in a register each takes one instruction. */
+template <typename T, int N>
+__device__ __forceinline__ float value(const adamw_pack<T, N> &p, int j) {
+  if constexpr (sizeof(T) == 2 && N > 1)
+    return __uint_as_float(j % 2 ? p.pair[j / 2] & 0xffff0000u : p.pair[j / 2] << 16);
+  else
+    return to_float(p.v[j]);
+}
+
+/* The upper, and the lower, halves of two words in one. */
+__device__ __forceinline__ uint32_t upper_halves(uint32_t even, uint32_t odd) {
+  return __byte_perm(even, odd, 0x7632);
+}
+__device__ __forceinline__ uint32_t lower_halves(uint32_t even, uint32_t odd) {
+  return __byte_perm(even, odd, 0x5410);
+}
+
+/* Two floats rounded to bf16 in one instruction. */
+__device__ __forceinline__ uint32_t bf16_pair(float even, float odd) {
+  __nv_bfloat162 both = __floats2bfloat162_rn(even, odd);
+  return *reinterpret_cast<uint32_t *>(&both);
+}
+
 /* N masters beside weights of type W, if there are any: whole, and with bf16 weights in halves. */
 template <typename W, int N> struct adamw_masters {
   adamw_pack<float, N> x;
-  adamw_pack<W, N> rounded;
   __device__ __forceinline__ void read(const adamw_args &p, int64_t i) {
     x.read(p.master, i);
   }
   __device__ __forceinline__ float get(int j) const {
     return x.v[j];
   }
-  __device__ __forceinline__ void set(int j, float value) {
-    x.v[j] = value;
-    rounded.v[j] = from_float<W>(value);
-  }
-  __device__ __forceinline__ void write(const adamw_args &p, int64_t i) const {
+  __device__ __forceinline__ void write(const adamw_args &p, int64_t i, const float (&now)[N]) {
+    adamw_pack<W, N> rounded;
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      x.v[j] = now[j];
+      rounded.v[j] = from_float<W>(now[j]);
+    }
     x.write(p.master, i);
     if (p.weight != nullptr) rounded.write(p.weight, i);
   }
@@ -102,31 +131,45 @@ template <int N> struct adamw_masters<__nv_bfloat16, N> {
     w.read(p.weight, i);
     low.read(p.master, i);
   }
-  __device__ __forceinline__ float get(int j) const {
-    return __uint_as_float(moe_halves_join(w.v[j], low.v[j]));
+  __device__ __forceinline__ float get(int j) const { /* moe_halves_join */
+    if constexpr (N == 1) return __uint_as_float(moe_halves_join(w.v[0], low.v[0]));
+    uint32_t high = j % 2 ? w.pair[j / 2] & 0xffff0000u : w.pair[j / 2] << 16;
+    int rest = j % 2 ? (int)low.pair[j / 2] >> 16 : (short)low.pair[j / 2];
+    return __uint_as_float(high + (uint32_t)rest);
   }
-  __device__ __forceinline__ void set(int j, float value) {
-    w.v[j] = __bfloat16_as_ushort(__float2bfloat16_rn(value));
-    low.v[j] = moe_halves_low(__float_as_uint(value));
-  }
-  __device__ __forceinline__ void write(const adamw_args &p, int64_t i) const {
+  __device__ __forceinline__ void write(const adamw_args &p, int64_t i, const float (&now)[N]) {
+    if constexpr (N == 1) {
+      w.v[0] = __bfloat16_as_ushort(__float2bfloat16_rn(now[0]));
+      low.v[0] = moe_halves_low(__float_as_uint(now[0]));
+    } else {
+      uint32_t least = 0; /* of either half, signed */
+#pragma unroll
+      for (int j = 0; j < N; j += 2) {
+        w.pair[j / 2] = bf16_pair(now[j], now[j + 1]);
+        low.pair[j / 2] = lower_halves(__float_as_uint(now[j]), __float_as_uint(now[j + 1]));
+        least = __vimin3_s16x2(least, low.pair[j / 2], low.pair[j / 2]);
+      }
+      if ((least & 0xffffu) == 0x8000u || least >> 16 == 0x8000u) /* a tie, which is rare */
+#pragma unroll
+        for (int j = 0; j < N; j++) low.v[j] = moe_halves_low(__float_as_uint(now[j]));
+    }
     w.write(p.weight, i);
     low.write(p.master, i);
   }
 };
 
-template <typename S> __device__ __forceinline__ S store_moment(float value, uint32_t random) {
-  if constexpr (sizeof(S) == 4)
-    return value;
-  else
-    return __ushort_as_bfloat16(moe_rounding_bf16(__float_as_uint(value), random));
+/* moe_rounding_bf16, with the result in the upper half. The only NaN that arithmetic makes is
+ * 0x7fffffff, and adding to it must not make it zero. */
+__device__ __forceinline__ uint32_t rounded_moment(float value, uint32_t random) {
+  return (uint32_t)(min(__float_as_int(value), 0x7fff0000) + (int)random);
 }
 
 /* ---- the update ----------------------------------------------------------------------------- */
 
+/* One instruction: a second moment below 2^-126 counts as zero. */
 __device__ __forceinline__ float root(float x) {
   float y;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -143,30 +186,51 @@ template <typename G, typename S, typename W, int N> struct adamw_elements {
     v.read(p.v, i);
   }
 
-  /* With N = 4 the elements are one group of moe_rounding_draw. Fused operations are spelt out: the
-   * compiler would choose for each N anew, and bits must not depend on where a call begins. */
+  /* Fused operations are spelt out: the compiler would choose for each N anew, and bits must not
+   * depend on where a call begins. */
   __device__ __forceinline__ void update(const adamw_args &p, const adamw_step &s, int64_t i) {
-    moe_philox_block draw;
-    if constexpr (sizeof(S) == 2) draw = moe_rounding_draw(s.number, (p.first + i) / 4);
+    float first[N], second[N], x[N];
 #pragma unroll
     for (int j = 0; j < N; j++) {
-      float gradient = to_float(g.v[j]) * s.scale;
-      float first = fmaf(p.f.beta1, to_float(m.v[j]), p.f.rest1 * gradient);
-      float second = fmaf(p.f.beta2, to_float(v.v[j]), p.f.rest2 * (gradient * gradient));
-      float step = __fdividef(first * s.correct1, root(second * s.correct2) + p.f.eps);
-      float x = w.get(j);
-      w.set(j, fmaf(-s.lr, fmaf(p.f.decay, x, step), x));
-      uint32_t random = 0;
-      if constexpr (sizeof(S) == 2) random = word_of(draw, N == 4 ? j : (int)((p.first + i) % 4));
-      m.v[j] = store_moment<S>(first, random & 0xffffu);
-      v.v[j] = store_moment<S>(second, random >> 16);
+      float gradient = value(g, j), part = s.root_rest2 * gradient;
+      first[j] = fmaf(p.f.beta1, value(m, j), s.rest1 * gradient);
+      second[j] = fmaf(p.f.beta2, value(v, j), part * part);
+      float step = first[j] * inverse_fast(root(second[j]) + s.eps);
+      x[j] = fmaf(-s.rate, fmaf(s.decay, w.get(j), step), w.get(j));
     }
-  }
-
-  __device__ __forceinline__ void write(const adamw_args &p, int64_t i) const {
-    w.write(p, i);
+    w.write(p, i, x);
+    store_moments(first, second, s, p.first + i);
     m.write(p.m, i);
     v.write(p.v, i);
+  }
+
+  /* With N = 4 the elements, of which the first is number `number`, are one group of
+   * moe_rounding_draw. */
+  __device__ __forceinline__ void store_moments(const float (&first)[N], const float (&second)[N],
+                                                const adamw_step &s, int64_t number) {
+    if constexpr (sizeof(S) == 4) {
+#pragma unroll
+      for (int j = 0; j < N; j++) m.v[j] = first[j], v.v[j] = second[j];
+    } else {
+      moe_philox_block draw = moe_rounding_draw(s.number, number >> 2);
+      uint32_t a[N], b[N];
+#pragma unroll
+      for (int j = 0; j < N; j++) {
+        uint32_t random = word_of(draw, N == 4 ? j : (int)(number & 3));
+        a[j] = rounded_moment(first[j], random & 0xffffu);
+        b[j] = rounded_moment(second[j], random >> 16);
+      }
+      if constexpr (N == 1) {
+        m.v[0] = __ushort_as_bfloat16((unsigned short)(a[0] >> 16));
+        v.v[0] = __ushort_as_bfloat16((unsigned short)(b[0] >> 16));
+      } else {
+#pragma unroll
+        for (int j = 0; j < N; j += 2) {
+          m.pair[j / 2] = upper_halves(a[j], a[j + 1]);
+          v.pair[j / 2] = upper_halves(b[j], b[j + 1]);
+        }
+      }
+    }
   }
 
   static __device__ __forceinline__ uint32_t word_of(const moe_philox_block &b, int k) {
@@ -193,10 +257,7 @@ __global__ void __launch_bounds__(ADAMW_THREADS, ADAMW_BLOCKS) adamw_kernel(adam
     const adamw_step step(p); /* asked for with the elements, not before them */
     if (step.is_skipped()) return;
 #pragma unroll
-    for (int i = 0; i < places; i++) {
-      x[i].update(p, step, at + i * apart);
-      x[i].write(p, at + i * apart);
-    }
+    for (int i = 0; i < places; i++) x[i].update(p, step, at + i * apart);
     return;
   }
   const adamw_step step(p);
@@ -206,7 +267,6 @@ __global__ void __launch_bounds__(ADAMW_THREADS, ADAMW_BLOCKS) adamw_kernel(adam
       adamw_elements<G, S, W, 1> one;
       one.read(p, i);
       one.update(p, step, i);
-      one.write(p, i);
     }
 }
 
