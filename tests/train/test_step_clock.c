@@ -8,10 +8,12 @@
 static moe_device *dev;
 static moe_step_clock a_clock;
 
+enum { ROOM = 9 /* three passes */ };
+
 static void open_clock(void) {
   moe_device_options options = {.kind = MOE_DEVICE_CPU, .threads = 1};
   cr_assert_eq(moe_device_open(&options, &dev), MOE_OK);
-  cr_assert_eq(moe_step_clock_create(dev, 8, &a_clock), MOE_OK);
+  cr_assert_eq(moe_step_clock_create(dev, ROOM, &a_clock), MOE_OK);
 }
 
 static void close_clock(void) {
