@@ -132,10 +132,12 @@ template <int N> struct adamw_masters<__nv_bfloat16, N> {
     low.read(p.master, i);
   }
   __device__ __forceinline__ float get(int j) const { /* moe_halves_join */
-    if constexpr (N == 1) return __uint_as_float(moe_halves_join(w.v[0], low.v[0]));
-    uint32_t high = j % 2 ? w.pair[j / 2] & 0xffff0000u : w.pair[j / 2] << 16;
-    int rest = j % 2 ? (int)low.pair[j / 2] >> 16 : (short)low.pair[j / 2];
-    return __uint_as_float(high + (uint32_t)rest);
+    if constexpr (N == 1) {
+      return __uint_as_float(moe_halves_join(w.v[0], low.v[0]));
+    } else {
+      int rest = j % 2 ? (int)low.pair[j / 2] >> 16 : (short)low.pair[j / 2];
+      return __uint_as_float(__float_as_uint(value(w, j)) + (uint32_t)rest);
+    }
   }
   __device__ __forceinline__ void write(const adamw_args &p, int64_t i, const float (&now)[N]) {
     if constexpr (N == 1) {
