@@ -30,6 +30,20 @@ typedef struct {
   } while (0)
 #endif
 
+/* A world of one rank on a CPU device, for a suite's .init and .fini. */
+static inline void small_world_open(int threads, moe_device **dev, moe_comm **world) {
+  moe_device_options options = {.kind = MOE_DEVICE_CPU, .threads = threads};
+  GENERATE_OK(moe_comm_init(NULL, NULL));
+  GENERATE_OK(moe_device_open(&options, dev));
+  GENERATE_OK(moe_comm_world(*dev, world));
+}
+
+static inline void small_world_close(moe_device *dev, moe_comm *world) {
+  moe_comm_destroy(world);
+  moe_device_close(dev);
+  moe_comm_finalize();
+}
+
 static inline void small_config(moe_config *c, double alpha) {
   static const char *const sizes[] = {
       "model.preset=tiny",       "model.vocab_size=97", "model.hidden_size=24",

@@ -12,16 +12,11 @@ static moe_comm *world;
 static moe_device *dev;
 
 static void open_world(void) {
-  moe_device_options options = {.kind = MOE_DEVICE_CPU, .threads = 1};
-  GENERATE_OK(moe_comm_init(NULL, NULL));
-  GENERATE_OK(moe_device_open(&options, &dev));
-  GENERATE_OK(moe_comm_world(dev, &world));
+  small_world_open(1, &dev, &world);
 }
 
 static void close_world(void) {
-  moe_comm_destroy(world);
-  moe_device_close(dev);
-  moe_comm_finalize();
+  small_world_close(dev, world);
 }
 
 TestSuite(generate, .init = open_world, .fini = close_world, .timeout = 60);

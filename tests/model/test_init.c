@@ -11,16 +11,11 @@ static moe_comm *world;
 static moe_config config;
 
 static void open_device(void) {
-  moe_device_options options = {.kind = MOE_DEVICE_CPU, .threads = 2};
-  GENERATE_OK(moe_comm_init(NULL, NULL));
-  GENERATE_OK(moe_device_open(&options, &dev));
-  GENERATE_OK(moe_comm_world(dev, &world));
+  small_world_open(2, &dev, &world);
 }
 
 static void close_device(void) {
-  moe_comm_destroy(world);
-  moe_device_close(dev);
-  moe_comm_finalize();
+  small_world_close(dev, world);
 }
 
 TestSuite(init, .init = open_device, .fini = close_device);
