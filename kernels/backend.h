@@ -118,6 +118,7 @@ typedef struct moe_backend {
                             moe_dtype dtype);
   moe_status (*experts_decode)(moe_device *dev, moe_tensor x, moe_tensor experts, moe_tensor gates,
                                moe_tensor w13, moe_tensor w2, moe_tensor hidden, moe_tensor out);
+  moe_status (*sum_choices)(moe_device *dev, moe_tensor terms, moe_tensor out);
   moe_status (*cross_entropy)(moe_device *dev, moe_tensor logits, moe_tensor targets, float scale,
                               int with_grad, moe_tensor loss, moe_tensor row_loss);
   moe_status (*clip_scale)(moe_device *dev, moe_tensor sum_squares, double max_norm, double unscale,
@@ -129,6 +130,11 @@ typedef struct moe_backend {
                        moe_tensor positions, moe_tensor token);
   moe_status (*advance)(moe_device *dev, moe_tensor counts, moe_tensor by);
 } moe_backend;
+
+/* Whether experts_decode is asked for terms. (With K = 1 and f32 they are the sums.) */
+static inline bool moe_decodes_apart(moe_tensor experts, moe_tensor out) {
+  return out.dtype == MOE_F32 && out.shape[0] == moe_tensor_count(experts);
+}
 
 struct moe_device {
   const moe_backend *backend;

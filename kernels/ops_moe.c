@@ -281,11 +281,25 @@ moe_status moe_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts,
   int64_t count = w13.shape[0], ffn = w13.shape[2];
   MOE_TRY(moe_check_3d(op, "w2", w2, act, count, width, ffn));
   MOE_TRY(moe_check_2d(op, "hidden", hidden, act, tokens * k, ffn));
-  MOE_TRY(moe_check_2d(op, "out", out, act, tokens, width));
+  if (moe_decodes_apart(experts, out))
+    MOE_TRY(moe_check_2d(op, "out", out, MOE_IS_F32, tokens * k, width));
+  else
+    MOE_TRY(moe_check_2d(op, "out", out, act, tokens, width));
   MOE_TRY(moe_check_rule(op, tokens * k <= INT32_MAX && 2 * count * ffn <= INT32_MAX,
                          "token-expert pairs and rows of weights are counted in 32 bits"));
   if (tokens == 0 || width == 0) return MOE_OK;
   if (k == 0 || count == 0 || ffn == 0) return moe_zero(dev, out);
   MOE_TRY(dev->backend->experts_decode(dev, x, experts, gates, w13, w2, hidden, out));
+  return moe_check_finite(dev, op, "out", out);
+}
+
+moe_status moe_sum_choices(moe_device *dev, moe_tensor terms, moe_tensor out) {
+  const char *op = "sum_choices";
+  MOE_TRY(moe_check_2d(op, "out", out, MOE_IS_ACT, MOE_ANY, MOE_ANY));
+  MOE_TRY(moe_check_2d(op, "terms", terms, moe_same_type(out) | MOE_IS_F32, MOE_ANY, out.shape[1]));
+  if (moe_tensor_count(out) == 0) return MOE_OK;
+  MOE_TRY(moe_check_rule(op, terms.shape[0] % out.shape[0] == 0,
+                         "the rows of terms must be a multiple of the rows of out"));
+  MOE_TRY(dev->backend->sum_choices(dev, terms, out));
   return moe_check_finite(dev, op, "out", out);
 }

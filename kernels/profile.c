@@ -200,6 +200,9 @@ static moe_status timed_experts_decode(moe_device *dev, moe_tensor x, moe_tensor
   TIMED(experts_decode, 6.0 * (double)moe_tensor_count(hidden) * (double)x.shape[1],
         (dev, x, experts, gates, w13, w2, hidden, out));
 }
+static moe_status timed_sum_choices(moe_device *dev, moe_tensor terms, moe_tensor out) {
+  TIMED(sum_choices, 0.0, (dev, terms, out));
+}
 static moe_status timed_cross_entropy(moe_device *dev, moe_tensor logits, moe_tensor targets,
                                       float scale, int with_grad, moe_tensor loss,
                                       moe_tensor row_loss) {
@@ -257,6 +260,7 @@ static void wrap(moe_backend *table) {
   table->expert_up_backward = timed_expert_up_backward;
   table->expert_weight_grad = timed_expert_weight_grad;
   table->experts_decode = timed_experts_decode;
+  table->sum_choices = timed_sum_choices;
   table->cross_entropy = timed_cross_entropy;
   table->clip_scale = timed_clip_scale;
   table->adamw = timed_adamw;

@@ -48,44 +48,72 @@ static moe_status attend(moe_generator *g, const pass *p, int64_t l, moe_norm no
   return moe_gemm(dev, MOE_NT, attended, g->layers[l].o, 0.0f, rows(w->delta, t));
 }
 
-/* Many tokens: sort them by expert, so that each expert is one matrix product. */
+/* Few tokens: out is their sums or terms. */
+static moe_status experts_few(moe_generator *g, int64_t t, const moe_layer_weights *layer,
+                              moe_tensor out) {
+  moe_generator_work *w = &g->work;
+  return moe_experts_decode(g->options.dev, rows(w->h, t), rows(w->experts, t), rows(w->gates, t),
+                            layer->w13, layer->w2, rows(w->hidden, t * g->dims.top_k), out);
+}
+
+/* Many tokens: sort them by expert, so that each expert is one matrix product; ys and slot then say
+ * what each choice gave. */
 static moe_status experts_sorted(moe_generator *g, int64_t t, const moe_layer_weights *layer) {
   moe_generator_work *w = &g->work;
   moe_device *dev = g->options.dev;
   int64_t c = moe_generator_sorted_rows(g, t);
-  moe_tensor pair = rows(w->pair, c), slot = rows(w->slot, t), gates = rows(w->sorted_gates, c);
-  moe_tensor xs = rows(w->xs, c), ys = rows(w->ys, c), a = rows(w->a, c);
-  MOE_TRY(moe_permute_plan(dev, rows(w->experts, t), g->pad, w->offsets, pair, slot));
+  moe_tensor pair = rows(w->pair, c), gates = rows(w->sorted_gates, c);
+  moe_tensor xs = rows(w->xs, c), a = rows(w->a, c);
+  MOE_TRY(moe_permute_plan(dev, rows(w->experts, t), g->pad, w->offsets, pair, rows(w->slot, t)));
   MOE_TRY(moe_gather_rows(dev, rows(w->h, t), pair, g->dims.top_k, xs));
   MOE_TRY(moe_gather_gates(dev, rows(w->gates, t), pair, gates));
   MOE_TRY(moe_expert_up(dev, xs, w->offsets, layer->w13, gates, rows(w->gu, c), a));
-  MOE_TRY(moe_expert_down(dev, a, w->offsets, layer->w2, ys));
-  return moe_combine_rows(dev, ys, slot, 0, 0, rows(w->delta, t));
+  return moe_expert_down(dev, a, w->offsets, layer->w2, rows(w->ys, c));
 }
 
-/* delta = experts(norm): this rank's, then the sum over ranks. */
-static moe_status consult(moe_generator *g, int64_t t, int64_t l, moe_norm norm) {
+/* delta = this rank's experts, which are all. */
+static moe_status consult_alone(moe_generator *g, int64_t t, const moe_layer_weights *layer) {
+  moe_generator_work *w = &g->work;
+  moe_tensor delta = rows(w->delta, t), ys = rows(w->ys, moe_generator_sorted_rows(g, t));
+  if (t <= g->few) return experts_few(g, t, layer, delta);
+  MOE_TRY(experts_sorted(g, t, layer));
+  return moe_combine_rows(g->options.dev, ys, rows(w->slot, t), 0, 0, delta);
+}
+
+/* delta = all ranks' experts, the same bits as one rank would make: a term comes from the one rank
+ * that has its expert, the others add zeros to it, which is exact in any order, and every rank then
+ * adds the terms in the order of choices. */
+static moe_status consult_ranks(moe_generator *g, int64_t t, const moe_layer_weights *layer) {
   moe_generator_work *w = &g->work;
   const moe_mesh *mesh = g->options.mesh;
   moe_device *dev = g->options.dev;
+  int64_t pairs = t * g->dims.top_k;
+  moe_tensor terms = rows(t <= g->few ? w->few_terms : w->terms, pairs);
+  MOE_TRY(moe_localize_experts(dev, rows(w->experts, t), rows(w->gates, t), mesh->owned.begin,
+                               moe_range_size(mesh->owned)));
+  if (t <= g->few) {
+    MOE_TRY(experts_few(g, t, layer, terms));
+  } else {
+    moe_tensor slot = moe_tensor_1d(w->slot.data, MOE_I32, pairs);
+    MOE_TRY(experts_sorted(g, t, layer));
+    MOE_TRY(moe_gather_rows(dev, rows(w->ys, moe_generator_sorted_rows(g, t)), slot, 1, terms));
+  }
+  MOE_TRY(moe_comm_all_reduce(mesh->experts, terms, MOE_SUM));
+  return moe_sum_choices(dev, terms, rows(w->delta, t));
+}
+
+/* delta = experts(norm). */
+static moe_status consult(moe_generator *g, int64_t t, int64_t l, moe_norm norm) {
+  moe_generator_work *w = &g->work;
+  moe_device *dev = g->options.dev;
   const moe_layer_weights *layer = &g->layers[l];
-  moe_tensor h = rows(w->h, t), experts = rows(w->experts, t), gates = rows(w->gates, t);
   moe_tensor bias = g->bias;
   if (moe_tensor_present(bias))
     bias = moe_tensor_1d(moe_tensor_rows(bias, l, 1).data, MOE_F32, g->dims.experts);
   moe_device_label(dev, "experts", l);
   MOE_TRY(moe_norm_router(dev, norm, layer->router, bias, rows(w->probs, t), rows(w->router_lse, t),
-                          experts, gates, w->stats));
-  if (mesh->ep > 1)
-    MOE_TRY(
-        moe_localize_experts(dev, experts, gates, mesh->owned.begin, moe_range_size(mesh->owned)));
-  if (t <= g->few) {
-    MOE_TRY(moe_experts_decode(dev, h, experts, gates, layer->w13, layer->w2,
-                               rows(w->hidden, t * g->dims.top_k), rows(w->delta, t)));
-  } else {
-    MOE_TRY(experts_sorted(g, t, layer));
-  }
-  return mesh->ep > 1 ? moe_comm_all_reduce(mesh->experts, rows(w->delta, t), MOE_SUM) : MOE_OK;
+                          rows(w->experts, t), rows(w->gates, t), w->stats));
+  return (g->options.mesh->ep > 1 ? consult_ranks : consult_alone)(g, t, layer);
 }
 
 /* Embedding and layers; leaves the residual stream in x and delta. */
@@ -261,7 +289,8 @@ moe_status moe_generator_score(moe_generator *g, int64_t first, int64_t count,
 
 /* ---- drawing --------------------------------------------------------------------------------- */
 
-/* token = a draw from logits; rank 0's, lest ranks whose sums differ in the last bit part. */
+/* token = a draw from logits; rank 0's, lest ranks on unlike processors, whose sums may differ in
+ * the last bit, part. */
 static moe_status draw(moe_generator *g, moe_tensor logits, moe_tensor streams,
                        moe_tensor positions, moe_tensor token) {
   const moe_mesh *mesh = g->options.mesh;

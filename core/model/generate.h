@@ -6,8 +6,9 @@
  * memory every time (the drawn tokens and the lengths stay on the device), so on a GPU it is
  * recorded once and replayed, and the host reads tokens while the next step runs.
  *
- * On several ranks every rank has all tokens, the cache and attention; each computes its own
- * experts' part for all tokens, and the parts are summed. Rank 0's draw is everyone's.
+ * On several ranks every rank has all tokens, the cache and attention; each computes what its own
+ * experts add to all tokens, and all ranks sum that in one order: logits are the same bits on any
+ * number of like ranks. Rank 0's draw is everyone's.
  *
  *   x = embed[tokens];  for each layer: x += attention(norm(x)); x += experts(norm(x))
  *   logits = norm(x) lm_head^T */

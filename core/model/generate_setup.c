@@ -87,6 +87,11 @@ static void create_work(moe_generator *g, moe_arena *arena) {
   w->a = moe_arena_tensor_2d(arena, act, c, d->ffn);
   w->sorted_gates = moe_arena_tensor_1d(arena, MOE_F32, c);
   w->hidden = moe_arena_tensor_2d(arena, act, g->few * d->top_k, d->ffn);
+  w->few_terms = w->terms = moe_tensor_none();
+  if (g->options.mesh->ep > 1) {
+    w->few_terms = moe_arena_tensor_2d(arena, MOE_F32, g->few * d->top_k, d->hidden);
+    w->terms = moe_arena_tensor_2d(arena, act, m * d->top_k, d->hidden);
+  }
   w->logits = moe_arena_tensor_2d(arena, MOE_F32, logit_rows(g), d->vocab);
   w->loss = moe_arena_tensor_1d(arena, MOE_F64, 2);
   g->token = moe_arena_tensor_1d(arena, MOE_I32, g->options.batch);

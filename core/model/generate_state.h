@@ -22,6 +22,7 @@ typedef struct {
   moe_tensor xs, ys, gu, a;              /* [C, D], [C, D], [C, 2F], [C, F] */
   moe_tensor sorted_gates;               /* f32 [C] */
   moe_tensor hidden;                     /* [few K, F] */
+  moe_tensor few_terms, terms;           /* several ranks: f32 [few K, D], [M K, D] */
   moe_tensor logits;                     /* f32 [logit rows, V] */
   moe_tensor loss;                       /* f64 [2] */
 } moe_generator_work;

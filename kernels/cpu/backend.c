@@ -161,6 +161,7 @@ static const moe_backend cpu_backend = {
     .expert_weight_grad = moe_cpu_expert_weight_grad,
     .expert_scratch = moe_cpu_expert_scratch,
     .experts_decode = moe_cpu_experts_decode,
+    .sum_choices = moe_cpu_sum_choices,
     .cross_entropy = moe_cpu_cross_entropy,
     .clip_scale = moe_cpu_clip_scale,
     .adamw = moe_cpu_adamw,

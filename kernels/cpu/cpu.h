@@ -81,6 +81,7 @@ int64_t moe_cpu_expert_scratch(moe_device *dev, int64_t rows, int64_t hidden, in
 moe_status moe_cpu_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts,
                                   moe_tensor gates, moe_tensor w13, moe_tensor w2,
                                   moe_tensor hidden, moe_tensor out);
+moe_status moe_cpu_sum_choices(moe_device *dev, moe_tensor terms, moe_tensor out);
 moe_status moe_cpu_cross_entropy(moe_device *dev, moe_tensor logits, moe_tensor targets,
                                  float scale, int with_grad, moe_tensor loss, moe_tensor row_loss);
 moe_status moe_cpu_clip_scale(moe_device *dev, moe_tensor sum_squares, double max_norm,

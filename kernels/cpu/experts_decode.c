@@ -2,8 +2,11 @@
  *
  * A task is an expert's (or the output's) few rows of weights times all rows that want them, in
  * passes of TOKENS tokens. No sorting: who wants an expert is found by looking through the pass's
- * choices. Tasks are cut by the sizes alone and experts are added in their order, so the bits do
- * not depend on the number of threads. */
+ * choices. A term, which is a choice's part of its token, is a dot product of its own, and terms
+ * are added in the order of choices. So the bits depend neither on the number of threads nor on
+ * which rank made which term. */
+#include <omp.h>
+
 #include "kernels/cpu/cpu_blas.h"
 #include "kernels/cpu/cpu_math.h"
 
@@ -16,6 +19,7 @@ typedef struct {
   const int32_t *experts;
   const float *gates;
   int64_t begin, end, k, count, width, ffn;
+  bool apart; /* out is to hold the terms */
 } pass;
 
 /* Up to TOKENS pairs of this pass that chose expert e, from number *next on; returns how many. */
@@ -65,20 +69,32 @@ static void up(const pass *p, int64_t e, int64_t f) {
   }
 }
 
-/* Columns [c, c + ROWS) of every output of the pass. */
-static void down(const pass *p, int64_t c) {
-  int64_t rows = moe_min64(ROWS, p->width - c), pair[TOKENS];
-  float total[TOKENS][ROWS] = {{0}}, sums[ROWS][TOKENS];
+/* Columns [c, c + rows) of the pass's terms [pairs, ROWS] to out, for themselves or summed. */
+static void put(const pass *p, int64_t c, int64_t rows, const float *terms) {
+  for (int64_t t = p->begin; t < p->end; t++) {
+    float total[ROWS] = {0};
+    for (int64_t pair = t * p->k; pair < (t + 1) * p->k; pair++, terms += ROWS) {
+      if (p->apart) moe_cpu_store(p->out, pair * p->width + c, rows, terms);
+      for (int64_t i = 0; i < rows; i++) total[i] += terms[i];
+    }
+    if (!p->apart) moe_cpu_store(p->out, t * p->width + c, rows, total);
+  }
+}
+
+/* Columns [c, c + ROWS) of every output of the pass. terms [pairs, ROWS]: work. */
+static void down(const pass *p, int64_t c, float *terms) {
+  int64_t rows = moe_min64(ROWS, p->width - c), first = p->begin * p->k, pair[TOKENS];
+  float sums[ROWS][TOKENS];
+  memset(terms, 0, (size_t)((p->end - p->begin) * p->k * ROWS) * sizeof *terms);
   for (int64_t e = 0; e < p->count; e++) {
-    int64_t next = p->begin * p->k;
+    int64_t next = first;
     for (int n; (n = choose(p, e, &next, pair)) > 0;) {
       products(p->w2, e * p->width + c, rows, p->hidden, pair, n, p->ffn, sums);
       for (int r = 0; r < n; r++)
-        for (int64_t i = 0; i < rows; i++) total[pair[r] / p->k - p->begin][i] += sums[i][r];
+        for (int64_t i = 0; i < rows; i++) terms[(pair[r] - first) * ROWS + i] = sums[i][r];
     }
   }
-  for (int64_t t = p->begin; t < p->end; t++)
-    moe_cpu_store(p->out, t * p->width + c, rows, total[t - p->begin]);
+  put(p, c, rows, terms);
 }
 
 moe_status moe_cpu_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts,
@@ -94,16 +110,24 @@ moe_status moe_cpu_experts_decode(moe_device *dev, moe_tensor x, moe_tensor expe
             .k = experts.shape[1],
             .count = w2.shape[0],
             .width = x.shape[1],
-            .ffn = w2.shape[2]};
+            .ffn = w2.shape[2],
+            .apart = moe_decodes_apart(experts, out)};
+  float *panels = ((const moe_cpu_state *)dev->state)->panels;
   int64_t tokens = x.shape[0], blocks = (p.ffn + ROWS - 1) / ROWS;
-  for (; p.begin < tokens; p.begin += TOKENS) {
-    p.end = moe_min64(p.begin + TOKENS, tokens);
+  /* A pass's terms lie in a thread's panel. */
+  int64_t step = moe_min64(TOKENS, moe_cpu_panel_floats() / (p.k * ROWS));
+  if (step < 1)
+    return moe_fail(MOE_INVALID, "experts_decode: %lld choices of a token are more than %lld",
+                    (long long)p.k, (long long)(moe_cpu_panel_floats() / ROWS));
+  for (; p.begin < tokens; p.begin += step) {
+    p.end = moe_min64(p.begin + step, tokens);
 #pragma omp parallel num_threads(moe_cpu_threads(dev))
     {
 #pragma omp for schedule(dynamic, 8)
       for (int64_t i = 0; i < p.count * blocks; i++) up(&p, i / blocks, i % blocks * ROWS);
 #pragma omp for schedule(dynamic)
-      for (int64_t c = 0; c < p.width; c += ROWS) down(&p, c);
+      for (int64_t c = 0; c < p.width; c += ROWS)
+        down(&p, c, panels + omp_get_thread_num() * moe_cpu_panel_floats());
     }
   }
   return MOE_OK;

@@ -85,11 +85,19 @@ moe_status moe_cpu_gather_gates(moe_device *dev, moe_tensor values, moe_tensor p
 
 /* ---- combine --------------------------------------------------------------------------------- */
 
+/* sum += n <= CHUNK elements of src. */
+static void add_part(moe_tensor src, int64_t at, int64_t n, float *sum) {
+  float buffer[CHUNK];
+  const float *part = moe_cpu_view(src, at, n, buffer);
+#pragma omp simd
+  for (int64_t c = 0; c < n; c++) sum[c] += part[c];
+}
+
 /* Columns [column, column + n) of row r: n <= CHUNK. */
 static void combine_chunk(moe_tensor src, const int32_t *slots, int64_t k, int64_t begin, int beta,
                           moe_tensor out, int64_t r, int64_t column, int64_t n) {
   int64_t width = out.shape[1];
-  float sum[CHUNK], buffer[CHUNK];
+  float sum[CHUNK];
   if (beta)
     moe_cpu_load(out, r * width + column, n, sum);
   else
@@ -97,9 +105,7 @@ static void combine_chunk(moe_tensor src, const int32_t *slots, int64_t k, int64
   for (int64_t i = 0; i < k; i++) {
     int64_t at = slots[i] - begin;
     if (slots[i] < 0 || at < 0 || at >= src.shape[0]) continue;
-    const float *row = moe_cpu_view(src, at * width + column, n, buffer);
-#pragma omp simd
-    for (int64_t c = 0; c < n; c++) sum[c] += row[c];
+    add_part(src, at * width + column, n, sum);
   }
   moe_cpu_store(out, r * width + column, n, sum);
 }
@@ -112,6 +118,20 @@ moe_status moe_cpu_combine_rows(moe_device *dev, moe_tensor src, moe_tensor slot
   for (int64_t r = 0; r < out.shape[0]; r++)
     for (int64_t c = 0; c < width; c += CHUNK)
       combine_chunk(src, slots + r * k, k, begin, beta, out, r, c, moe_min64(CHUNK, width - c));
+  return MOE_OK;
+}
+
+moe_status moe_cpu_sum_choices(moe_device *dev, moe_tensor terms, moe_tensor out) {
+  int64_t k = terms.shape[0] / out.shape[0], width = out.shape[1];
+#pragma omp parallel for num_threads(moe_cpu_threads(dev))
+  for (int64_t r = 0; r < out.shape[0]; r++) {
+    for (int64_t c = 0; c < width; c += CHUNK) {
+      int64_t n = moe_min64(CHUNK, width - c);
+      float sum[CHUNK] = {0};
+      for (int64_t i = 0; i < k; i++) add_part(terms, (r * k + i) * width + c, n, sum);
+      moe_cpu_store(out, r * width + c, n, sum);
+    }
+  }
   return MOE_OK;
 }
 

@@ -92,6 +92,7 @@ int64_t moe_cuda_expert_scratch(moe_device *dev, int64_t rows, int64_t hidden, i
 moe_status moe_cuda_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts,
                                    moe_tensor gates, moe_tensor w13, moe_tensor w2,
                                    moe_tensor hidden, moe_tensor out);
+moe_status moe_cuda_sum_choices(moe_device *dev, moe_tensor terms, moe_tensor out);
 moe_status moe_cuda_cross_entropy(moe_device *dev, moe_tensor logits, moe_tensor targets,
                                   float scale, int with_grad, moe_tensor loss, moe_tensor row_loss);
 moe_status moe_cuda_clip_scale(moe_device *dev, moe_tensor sum_squares, double max_norm,

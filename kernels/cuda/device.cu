@@ -310,6 +310,7 @@ static const moe_backend *table(void) {
   SLOT(expert_up), SLOT(expert_down), SLOT(expert_down_backward), SLOT(expert_up_backward);
   SLOT(expert_weight_grad), SLOT(expert_scratch);
   SLOT(attention_cached), SLOT(attention_cached_scratch), SLOT(experts_decode);
+  SLOT(sum_choices);
   SLOT(cross_entropy);
   SLOT(clip_scale), SLOT(adamw);
   SLOT(sample), SLOT(advance);

@@ -3,7 +3,11 @@
  *   up       a block per 8 columns of one expert's hidden layer: the 8 rows of W1 and of W3 are the
  *            two halves of a tile of 16, so gate and up meet in one lane (skinny.cuh)
  *   down     a block per 16 rows of W2, one expert and a slice of F: partial sums, a row per pair
- *   combine  adds the slices and the K choices of each token, in a fixed order
+ *   combine  adds the slices of each choice, which makes its term, and the terms of each token
+ *
+ * A term's bits depend on nothing but its token, its expert and the sizes of the call: neither on
+ * what else its expert has to do nor on which other experts are on this GPU. So terms that several
+ * GPUs made give the sums that one would have made.
  *
  * A block finds the pairs of its expert by looking through all of them (128 for 32 tokens); up to
  * 32 pairs share one pass over the weights. With fewer pairs than experts, blocks are numbered by
@@ -28,6 +32,7 @@ struct decode_args {
   int k, count, width, ffn; /* K, e, D, F */
   int slices, chunks;       /* of F: chunks in all, in `slices` equal parts */
   bool by_pair;             /* blockIdx.y numbers pairs, else experts */
+  bool apart;               /* out is to hold the terms, f32 [T K, D] */
 };
 
 /* A pair's expert. Kernels read it ahead of launch_wait, where only the L2 cache is to be trusted.
@@ -250,9 +255,26 @@ __global__ void __launch_bounds__(skinny_threads) plain_down_kernel(decode_args 
 /* ---- combine ------------------------------------------------------------------------------- */
 
 constexpr int combine_warps = 8, combine_threads = 32 * combine_warps;
+constexpr int combine_choices = combine_warps / 2; /* at a time: two warps for each */
 
-/* A block per 32 N neighbouring elements of one token (blockIdx.y), its terms (a choice and a
- * slice) shared out among warps; skipped choices wrote nothing. */
+/* One half (0: even, 1: odd) of a choice's slices, added up: N elements at `from` of the first. */
+template <int N>
+__device__ __forceinline__ void add_slices(float (&sum)[N], const float *from, int64_t apart,
+                                           int half, int slices, bool wanted) {
+#pragma unroll 8
+  for (int z = half; z < slices; z += 2) {
+    if constexpr (N == 4) {
+      uint4 v = load_once(from + z * apart, wanted);
+      sum[0] += __uint_as_float(v.x), sum[1] += __uint_as_float(v.y);
+      sum[2] += __uint_as_float(v.z), sum[3] += __uint_as_float(v.w);
+    } else {
+      sum[0] += wanted ? from[z * apart] : 0.0f;
+    }
+  }
+}
+
+/* A block per 32 N neighbouring elements of one token (blockIdx.y). Skipped choices wrote nothing:
+ * their terms are zeros. */
 template <typename T, int N>
 __global__ void __launch_bounds__(combine_threads) decode_combine_kernel(decode_args p) {
   __shared__ float sums[combine_warps][32 * N];
@@ -267,29 +289,28 @@ __global__ void __launch_bounds__(combine_threads) decode_combine_kernel(decode_
   launch_wait();
   launch_release();
   int c = ((int)blockIdx.x * 32 + lane) * N;
-  float sum[N] = {};
-#pragma unroll 8
-  for (int i = warp; i < p.k * p.slices; i += combine_warps) {
-    int k = i / p.slices, z = i % p.slices;
-    const float *from = p.partial + (z * pairs + first + k - p.begin) * p.width + c;
+  int at = (int)threadIdx.x, to = (int)blockIdx.x * 32 * N + at;
+  bool finishes = at < 32 * N && to < p.width;
+  float total = 0.0f;
+  for (int begin = 0; begin < p.k; begin += combine_choices) {
+    int k = begin + warp / 2;
     bool wanted = c < p.width && (k < 32 ? early >> k & 1 : taken(k));
-    if constexpr (N == 4) {
-      uint4 v = load_once(from, wanted);
-      sum[0] += __uint_as_float(v.x), sum[1] += __uint_as_float(v.y);
-      sum[2] += __uint_as_float(v.z), sum[3] += __uint_as_float(v.w);
-    } else {
-      sum[0] += wanted ? *from : 0.0f;
+    const float *from = p.partial + (first + k - p.begin) * p.width + c;
+    float sum[N] = {};
+    if (k < p.k) add_slices<N>(sum, from, pairs * p.width, warp % 2, p.slices, wanted);
+    if (begin > 0) __syncthreads(); /* the last round's sums have been read */
+#pragma unroll
+    for (int i = 0; i < N; i++) sums[warp][lane * N + i] = sum[i];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < combine_choices; i++) {
+      if (!finishes || begin + i >= p.k) break;
+      float term = sums[2 * i][at] + sums[2 * i + 1][at];
+      if (p.apart) static_cast<float *>(p.out)[(first + begin + i) * p.width + to] = term;
+      total += term;
     }
   }
-#pragma unroll
-  for (int i = 0; i < N; i++) sums[warp][lane * N + i] = sum[i];
-  __syncthreads();
-  int at = (int)threadIdx.x, to = (int)blockIdx.x * 32 * N + at;
-  if (at >= 32 * N || to >= p.width) return;
-  float total = 0.0f;
-#pragma unroll
-  for (int w = 0; w < combine_warps; w++) total += sums[w][at];
-  static_cast<T *>(p.out)[token * p.width + to] = from_float<T>(total);
+  if (finishes && !p.apart) static_cast<T *>(p.out)[token * p.width + to] = from_float<T>(total);
 }
 
 /* ---- launches ------------------------------------------------------------------------------ */
@@ -324,8 +345,9 @@ moe_status one_pass(moe_device *dev, moe_dtype dtype, decode_args p, bool tensor
   int64_t pairs = p.end - p.begin, row = 4LL * p.width;
   p.by_pair = pairs < p.count;
   if (tensor_cores) {
-    /* slices of F for a few blocks on every multiprocessor */
-    int64_t slots = p.by_pair ? pairs : p.count, blocks = div_up(p.width, skinny_rows) * slots;
+    /* Slices of F for a few blocks on every multiprocessor, where pairs share 16 experts: by the
+     * sizes alone, as terms are to be the same wherever their expert is. */
+    int64_t slots = pairs < 16 ? pairs : 16, blocks = div_up(p.width, skinny_rows) * slots;
     int64_t wanted = div_up(8LL * cuda_of(dev)->sms, blocks);
     int64_t fit = cuda_of(dev)->partial_bytes / (pairs * row);
     p.chunks = (int)div_up(p.ffn, skinny_chunk);
@@ -365,6 +387,7 @@ moe_status moe_cuda_experts_decode(moe_device *dev, moe_tensor x, moe_tensor exp
   p.experts = cuda_data<int32_t>(experts);
   p.gates = cuda_data<float>(gates);
   p.hidden = hidden.data, p.out = out.data;
+  p.apart = moe_decodes_apart(experts, out);
   p.partial = reinterpret_cast<float *>(s->partial);
   p.k = (int)experts.shape[1], p.count = (int)w2.shape[0];
   p.width = (int)x.shape[1], p.ffn = (int)w2.shape[2];

@@ -5,8 +5,7 @@
  * chunk's pairs of each expert begin; each warp places its chunk, 32 pairs at a time, the pairs of
  * one expert in lane order (match_any). The moves read the plan one way each, so every output
  * element has one writer and sums have a fixed order. */
-#include "kernels/cuda/common.cuh"
-#include "kernels/cuda/plain.h"
+#include "kernels/cuda/launch.cuh"
 
 /* ---- plan ---------------------------------------------------------------------------------- */
 
@@ -273,6 +272,50 @@ moe_status moe_cuda_combine_rows(moe_device *dev, moe_tensor src, moe_tensor slo
           return MOE_OK;
         },
         (char *)src.data, (char *)out.data);
+  });
+}
+
+struct choice_args {
+  const void *terms;
+  void *out;
+  int64_t rows, width, k;
+};
+
+/* A thread per N elements. */
+template <typename S, typename T, int N> __global__ void sum_choices_kernel(choice_args p) {
+  launch_wait();
+  launch_release();
+  stride(p.rows * p.width / N, [=](int64_t i) {
+    int64_t row = i * N / p.width, c = i * N % p.width;
+    const S *from = static_cast<const S *>(p.terms) + row * p.k * p.width + c;
+    float sum[N] = {};
+#pragma unroll 4
+    for (int64_t k = 0; k < p.k; k++, from += p.width) {
+      float term[N];
+      load<S, N>(term, from);
+#pragma unroll
+      for (int j = 0; j < N; j++) sum[j] += term[j];
+    }
+    store<T, N>(static_cast<T *>(p.out) + i * N, sum);
+  });
+}
+
+template <typename S, typename T> static moe_status sum_choices(moe_device *dev, choice_args p) {
+  return cuda_width(
+      p.width,
+      [&](auto w) {
+        constexpr int N = decltype(w)::value;
+        unsigned blocks = cuda_blocks(dev, p.rows * p.width / N, 128);
+        return cuda_start(dev, sum_choices_kernel<S, T, N>, dim3(blocks), 128, 0, p);
+      },
+      static_cast<const char *>(p.terms), static_cast<char *>(p.out));
+}
+
+moe_status moe_cuda_sum_choices(moe_device *dev, moe_tensor terms, moe_tensor out) {
+  choice_args p = {terms.data, out.data, out.shape[0], out.shape[1], terms.shape[0] / out.shape[0]};
+  return cuda_act(out.dtype, [&](auto act) {
+    using T = decltype(act);
+    return terms.dtype == MOE_F32 ? sum_choices<float, T>(dev, p) : sum_choices<T, T>(dev, p);
   });
 }
 

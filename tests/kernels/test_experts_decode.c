@@ -1,4 +1,5 @@
-/* The experts of a few tokens against float64. */
+/* The experts of a few tokens against float64; and of few or many tokens, that it makes no
+ * difference to the bits which experts are here. */
 #include <criterion/criterion.h>
 #include <math.h>
 
@@ -112,34 +113,133 @@ Test(experts_decode, skips_numbers_that_name_no_expert) {
   op_each(strangers);
 }
 
-/* The same layer by sorting, as training does it. */
-static void sorted(moe_device *dev, moe_dtype act) {
-  shape s = {24, 4, 16, 64, 96, 0};
-  setup u = make(dev, act, s);
-  int64_t pairs = s.t * s.k;
-  op_tensor offsets = op_output(dev, "offsets", MOE_I32, OP_SHAPE(s.e + 1));
-  op_tensor pair = op_output(dev, "pair", MOE_I32, OP_SHAPE(pairs));
+/* ---- terms ----------------------------------------------------------------------------------- */
+
+/* Some of the experts, as a rank has them, and the terms they make. */
+typedef struct {
+  int64_t begin, count;
+  op_tensor experts, gates, terms;
+  moe_tensor w13, w2;
+} share;
+
+static share share_of(moe_device *dev, const setup *u, int64_t begin, int64_t count,
+                      moe_dtype terms) {
+  share h = {.begin = begin, .count = count};
+  h.experts = op_clone(dev, u->experts);
+  h.gates = op_clone(dev, u->gates);
+  h.terms = op_output(dev, "terms", terms, OP_SHAPE(u->s.t * u->s.k, u->s.d));
+  h.w13 = moe_tensor_rows(u->w13.t, begin, count);
+  h.w2 = moe_tensor_rows(u->w2.t, begin, count);
+  op_ok(moe_localize_experts(dev, h.experts.t, h.gates.t, begin, count));
+  return h;
+}
+
+static void few_terms(moe_device *dev, setup *u, share *h) {
+  op_ok(moe_experts_decode(dev, u->x.t, h->experts.t, h->gates.t, h->w13, h->w2, u->hidden.t,
+                           h->terms.t));
+}
+
+/* The same by sorting, as training does it, in segments as GPUs want them. */
+static void sorted_terms(moe_device *dev, setup *u, share *h) {
+  shape s = u->s;
+  moe_dtype act = u->x.t.dtype;
+  int64_t pad = 128, most = s.t * s.k + h->count * pad;
+  op_tensor offsets = op_output(dev, "offsets", MOE_I32, OP_SHAPE(h->count + 1));
+  op_tensor pair = op_output(dev, "pair", MOE_I32, OP_SHAPE(most));
   op_tensor slot = op_output(dev, "slot", MOE_I32, OP_SHAPE(s.t, s.k));
-  op_tensor rows = op_output(dev, "rows", act, OP_SHAPE(pairs, s.d));
-  op_tensor gates = op_output(dev, "sorted gates", MOE_F32, OP_SHAPE(pairs));
-  op_tensor gu = op_output(dev, "gu", act, OP_SHAPE(pairs, 2 * s.f));
-  op_tensor a = op_output(dev, "a", act, OP_SHAPE(pairs, s.f));
-  op_tensor y = op_output(dev, "y", act, OP_SHAPE(pairs, s.d));
-  op_tensor out = op_output(dev, "sorted out", act, OP_SHAPE(s.t, s.d));
-  op_scratch(dev, moe_expert_scratch(dev, pairs, s.d, s.f, act));
-  op_ok(moe_permute_plan(dev, u.experts.t, 1, offsets.t, pair.t, slot.t));
-  op_ok(moe_gather_rows(dev, u.x.t, pair.t, s.k, rows.t));
-  op_ok(moe_gather_gates(dev, u.gates.t, pair.t, gates.t));
-  op_ok(moe_expert_up(dev, rows.t, offsets.t, u.w13.t, gates.t, gu.t, a.t));
-  op_ok(moe_expert_down(dev, a.t, offsets.t, u.w2.t, y.t));
-  op_ok(moe_combine_rows(dev, y.t, slot.t, 0, 0, out.t));
+  op_tensor rows = op_output(dev, "rows", act, OP_SHAPE(most, s.d));
+  op_tensor gates = op_output(dev, "sorted gates", MOE_F32, OP_SHAPE(most));
+  op_tensor gu = op_output(dev, "gu", act, OP_SHAPE(most, 2 * s.f));
+  op_tensor a = op_output(dev, "a", act, OP_SHAPE(most, s.f));
+  op_tensor y = op_output(dev, "y", act, OP_SHAPE(most, s.d));
+  op_scratch(dev, moe_expert_scratch(dev, most, s.d, s.f, act));
+  op_ok(moe_permute_plan(dev, h->experts.t, pad, offsets.t, pair.t, slot.t));
+  op_ok(moe_gather_rows(dev, u->x.t, pair.t, s.k, rows.t));
+  op_ok(moe_gather_gates(dev, h->gates.t, pair.t, gates.t));
+  op_ok(moe_expert_up(dev, rows.t, offsets.t, h->w13, gates.t, gu.t, a.t));
+  op_ok(moe_expert_down(dev, a.t, offsets.t, h->w2, y.t));
+  op_ok(moe_gather_rows(dev, y.t, moe_tensor_1d(slot.t.data, MOE_I32, s.t * s.k), 1, h->terms.t));
+  op_ok(moe_combine_rows(dev, y.t, slot.t, 0, 0, u->out.t));
+}
+
+static void sorted(moe_device *dev, moe_dtype act) {
+  setup u = make(dev, act, (shape){24, 4, 16, 64, 96, 0});
+  share all = share_of(dev, &u, 0, u.s.e, act);
+  sorted_terms(dev, &u, &all);
+  op_read(&u.out);
+  op_tensor want = u.out;
+  u.out = op_output(dev, "out", act, OP_SHAPE(u.s.t, u.s.d));
   run(dev, &u);
-  op_read(&out);
-  op_close(u.out, out.v, 4.0 * op_tolerance(act));
+  op_close(u.out, want.v, 4.0 * op_tolerance(act));
 }
 Test(experts_decode, agrees_with_sorted_expert_products) {
   op_each(sorted);
 }
+
+/* Experts [0, cut) on one rank and the others on another: the terms add up to one rank's, and their
+ * sums to its output, bit for bit. */
+static void cut_in_two(moe_device *dev, moe_dtype act, shape s, int64_t cut, moe_dtype terms,
+                       void (*make_terms)(moe_device *, setup *, share *)) {
+  setup u = make(dev, act, s);
+  share all = share_of(dev, &u, 0, s.e, terms), left = share_of(dev, &u, 0, cut, terms);
+  share right = share_of(dev, &u, cut, s.e - cut, terms);
+  make_terms(dev, &u, &left);
+  make_terms(dev, &u, &right);
+  make_terms(dev, &u, &all);
+  if (make_terms == few_terms) run(dev, &u); /* the other has left the sums in out */
+  op_ok(moe_add(dev, left.terms.t, right.terms.t));
+  op_read(&all.terms);
+  op_equal(left.terms, all.terms.v);
+  op_tensor sums = op_output(dev, "sums", act, OP_SHAPE(s.t, s.d));
+  op_ok(moe_sum_choices(dev, left.terms.t, sums.t));
+  op_read(&u.out);
+  op_equal(sums, u.out.v);
+}
+
+static void cuts_few(moe_device *dev, moe_dtype act) {
+  const shape list[] = {{1, 4, 16, 96, 1000, 0}, {3, 4, 8, 768, 72, 0},  {7, 3, 5, 33, 17, 0},
+                        {8, 2, 6, 64, 264, 3},   {40, 5, 9, 40, 136, 0}, {33, 1, 4, 24, 16, 0},
+                        {2, 12, 12, 64, 520, 0}, {1, 40, 64, 32, 48, 0}};
+  for (size_t i = 0; i < sizeof list / sizeof *list; i++)
+    for (int64_t part = 1; part < 4; part++)
+      cut_in_two(dev, act, list[i], (list[i].e * part + 2) / 4, MOE_F32, few_terms);
+}
+Test(experts_decode, makes_the_same_terms_wherever_the_experts_are) {
+  op_each(cuts_few);
+}
+
+static void cuts_sorted(moe_device *dev, moe_dtype act) {
+  const shape list[] = {{200, 4, 8, 64, 128, 0}, {140, 2, 5, 40, 56, 0}, {300, 1, 3, 128, 192, 0}};
+  for (size_t i = 0; i < sizeof list / sizeof *list; i++)
+    for (int64_t part = 1; part < 4; part++)
+      cut_in_two(dev, act, list[i], (list[i].e * part + 2) / 4, act, sorted_terms);
+}
+Test(experts_decode, makes_the_same_sorted_terms_wherever_the_experts_are) {
+  op_each(cuts_sorted);
+}
+
+static void sums(moe_device *dev, moe_dtype act) {
+  const int64_t sizes[][3] = {{1, 4, 768}, {5, 3, 33}, {70, 1, 8}, {3, 40, 1000}, {2, 0, 8}};
+  for (int i = 0; i < 5; i++)
+    for (int wide = 0; wide < 2; wide++) {
+      int64_t t = sizes[i][0], k = sizes[i][1], d = sizes[i][2];
+      op_tensor terms = op_random(dev, "terms", wide ? MOE_F32 : act, OP_SHAPE(t * k, d), 1000.0);
+      op_tensor out = op_output(dev, "out", act, OP_SHAPE(t, d));
+      double *want = op_doubles(t * d);
+      for (int64_t j = 0; j < t * d; j++) {
+        float sum = 0.0f;
+        for (int64_t n = 0; n < k; n++) sum += (float)terms.v[(j / d * k + n) * d + j % d];
+        want[j] = op_round(act, (double)sum);
+      }
+      op_ok(moe_sum_choices(dev, terms.t, out.t));
+      op_equal(out, want);
+    }
+}
+Test(experts_decode, sums_terms_in_float_in_the_order_of_choices_and_rounds_once) {
+  op_each(sums);
+}
+
+/* ---- bits and refusals ----------------------------------------------------------------------- */
 
 static void twice(moe_device *dev, moe_dtype act) {
   for (int64_t t = 1; t <= 17; t += 8) {
@@ -176,6 +276,12 @@ static void refusals(moe_device *dev) {
              moe_experts_decode(dev, x, experts, pairs, w13, w2, x, x));
   op_refuses(MOE_INVALID, "experts is fp32",
              moe_experts_decode(dev, x, pairs, pairs, w13, w2, hidden, x));
+  op_refuses(MOE_INVALID, "out is fp32 [2, 3]: it must be fp32 [2, 4]",
+             moe_experts_decode(dev, x, experts, pairs, w13, w2, hidden, hidden));
+  op_refuses(MOE_INVALID, "sum_choices: terms is bf16 [2, 4]: it must be fp32",
+             moe_sum_choices(dev, moe_tensor_2d(block, MOE_BF16, 2, 4), x));
+  op_refuses(MOE_INVALID, "the rows of terms must be a multiple of the rows of out",
+             moe_sum_choices(dev, moe_tensor_2d(block, MOE_F32, 3, 4), x));
 }
 Test(experts_decode, refuses_wrong_operands) {
   op_each_device(refusals);

@@ -76,6 +76,7 @@ typedef struct {
   moe_sample_args sample;
   int precision; /* MOE_PRECISION_FP32 is 0 */
   bool bias, eager;
+  bool wide; /* sizes that a GPU's fast kernels take */
 } small_options;
 
 /* Over all ranks of `world`; NULL: this process alone, without MPI. */
@@ -83,6 +84,12 @@ static inline small_generator *small_open(moe_device *dev, moe_comm *world, smal
   small_generator *s = calloc(1, sizeof *s);
   small_config(&s->config, o.alpha > 0.0 ? o.alpha : 1.0);
   s->config.precision.dtype = o.precision;
+  if (o.wide) {
+    s->config.model.hidden_size = 128;
+    s->config.model.ffn_size = 192;
+    s->config.model.head_dim = 32;
+    s->config.model.init_std = 0.1;
+  }
   s->dev = dev;
   if (o.sample.top_p <= 0.0f) o.sample.top_p = 1.0f;
   if (world)

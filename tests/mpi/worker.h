@@ -1,6 +1,6 @@
-/* What the worker programs share: a rank of a small job on the CPU, and checks that end the whole
- * job with a message naming the line. The last line of a good job is "N checks passed", from rank
- * 0; the test that started it asks for that line. */
+/* What the worker programs share: a rank of a small job, on the CPU but where it is said, and
+ * checks that end the whole job with a message naming the line. The last line of a good job is "N
+ * checks passed", from rank 0; the test that started it asks for that line. */
 #ifndef MOE_TESTS_MPI_WORKER_H
 #define MOE_TESTS_MPI_WORKER_H
 
@@ -35,17 +35,22 @@ static long worker_checks;
     if (worker_status_) moe_abort(worker_status_); \
   } while (0)
 
-static inline worker worker_open(int *argc, char ***argv) {
+static inline worker worker_open_on(moe_device_kind kind, int *argc, char ***argv) {
   worker w = {0};
-  moe_device_options options = {.kind = MOE_DEVICE_CPU, .threads = 1};
+  moe_device_options options = {.kind = kind, .threads = 1};
   moe_log_init("worker", 0);
   OK(moe_comm_init(argc, argv));
+  options.local_rank = moe_comm_local_rank();
   OK(moe_device_open(&options, &w.dev));
   OK(moe_comm_world(w.dev, &w.world));
   w.rank = moe_comm_rank(w.world);
   w.size = moe_comm_size(w.world);
   moe_log_init("worker", w.rank);
   return w;
+}
+
+static inline worker worker_open(int *argc, char ***argv) {
+  return worker_open_on(MOE_DEVICE_CPU, argc, argv);
 }
 
 static inline void worker_close(worker *w) {
