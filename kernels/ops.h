@@ -201,6 +201,8 @@ moe_status moe_localize_experts(moe_device *dev, moe_tensor experts, moe_tensor 
  * Rows past offsets[e] are left alone. Weights: w13 [e, 2, F, D] (W1 gate, then W3 up),
  * w2 [e, D, F], both act. The gate multiplies the hidden activation, so the rows that leave are
  * ready to be summed:   a = gate * silu(g) * u,   [g | u] = x w13^T,   y = a w2^T.
+ * The bits of an expert's rows do not depend on which other experts are here (on Hopper, as long as
+ * they are at most 128: more take other kernels).
  * Source: Shazeer 2020, arXiv:2002.05202. */
 
 /* x [C, D], gates f32 [C] -> gu [C, 2 F] (g then u), a [C, F]. */

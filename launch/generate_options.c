@@ -24,7 +24,7 @@ enum { ANY = 1 }; /* there are no commands */
   X(TEMPERATURE, "temperature", "T", "below 1 likelier, above 1 more varied (0.8)")               \
   X(TOP_K, "top-k", "K", "draw from the K most likely tokens; 0: all (0)")                        \
   X(TOP_P, "top-p", "P", "draw from the likeliest that reach P of the probability (0.95)")        \
-  X(SEED, "seed", "N", "same seed, same texts (1234); with fp32 on any ranks and in any batch")   \
+  X(SEED, "seed", "N", "same seed, same texts (1234) on any number of ranks; fp32: in any batch") \
   X(STOP, "stop", "TEXT", "end a text before TEXT; may be repeated")                              \
   X(STOP_ID, "stop-id", "ID", "end a text at this token; may be repeated")                        \
   X(IGNORE_EOS, "ignore-eos", NULL, "go on after <eos>")                                          \

@@ -139,7 +139,9 @@ static char *row_of(moe_tensor t, int64_t row) {
 }
 
 /* result = form(left, weights of the row's expert), expert by expert. left [C, k], result [C, n],
- * weights [e, n k]. *used: rows in all. */
+ * weights [e, n k]. *used: rows in all. An expert's rows are one call by themselves: its bits could
+ * depend on the other experts only by the alignment of where it lies, which cuBLASLt may choose by,
+ * and which is full where segments are padded to 128 rows and n k is a multiple of 128. */
 static moe_status grouped_product(moe_device *dev, moe_gemm_form form, moe_tensor left,
                                   moe_tensor offsets, moe_tensor weights, moe_tensor result,
                                   int64_t *used) {
