@@ -7,7 +7,8 @@
 #   ONLY='router gpu_router' tests/gpu/run.sh ...            these suites
 #   tests/gpu/run.sh .gpu/bin/gpu_tests .gpu/run             through what finds its libraries
 #
-# Where moe-train and moe-data lie beside PROGRAM, whole runs move between devices, too (moves.sh).
+# Where moe-train and moe-data lie beside PROGRAM, whole runs move between devices, too (moves.sh);
+# with mpi_generate and two GPUs, texts of both are those of one.
 # Prints one line per suite and what a failing one said; ends with 1 when any failed.
 set -u
 program=${1:?usage: run.sh PROGRAM [LAUNCHER...]}
@@ -62,5 +63,10 @@ done
 programs=$(dirname "$program")
 if [ -z "${ONLY:-}" ] && [ -x "$programs/moe-train" ] && [ -x "$programs/moe-data" ]; then
   check "runs, saved and continued elsewhere" "$(dirname "$0")/moves.sh" "$programs" "$@"
+fi
+if [ -z "${ONLY:-}" ] && [ -x "$programs/mpi_generate" ] &&
+  [ "$(nvidia-smi -L | grep -c '^GPU')" -ge 2 ]; then
+  export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+  check "texts on 1 and 2 GPUs" "$@" mpirun --bind-to none -np 2 "$programs/mpi_generate"
 fi
 exit $failed
