@@ -117,7 +117,8 @@ typedef struct moe_backend {
   int64_t (*expert_scratch)(moe_device *dev, int64_t rows, int64_t hidden, int64_t ffn,
                             moe_dtype dtype);
   moe_status (*experts_decode)(moe_device *dev, moe_tensor x, moe_tensor experts, moe_tensor gates,
-                               moe_tensor w13, moe_tensor w2, moe_tensor hidden, moe_tensor out);
+                               int64_t first, moe_tensor w13, moe_tensor w2, moe_tensor hidden,
+                               moe_tensor out);
   moe_status (*sum_choices)(moe_device *dev, moe_tensor terms, moe_tensor out);
   moe_status (*cross_entropy)(moe_device *dev, moe_tensor logits, moe_tensor targets, float scale,
                               int with_grad, moe_tensor loss, moe_tensor row_loss);

@@ -244,7 +244,8 @@ int64_t moe_expert_scratch(moe_device *dev, int64_t rows, int64_t hidden, int64_
  *
  *     out[t] = sum over k of W2_e (gates[t,k] * silu(W1_e x[t]) * (W3_e x[t])),  e = experts[t,k]
  *
- * x [T, D]; experts i32 [T, K], a number outside 0..e-1 (such as -1) is skipped; gates f32 [T, K];
+ * x [T, D]; experts i32 [T, K], of which `first` is the first expert of w13 and w2; those that they
+ *   do not have, and numbers such as -1, are skipped; gates f32 [T, K];
  * w13, w2 as above; hidden [T K, F] act: work.
  * out, written whole: [T, D] act, or f32 [T K, D]: each choice's term for itself, zeros where it is
  *   skipped. moe_sum_choices makes the one of the other, bit for bit.
@@ -252,7 +253,8 @@ int64_t moe_expert_scratch(moe_device *dev, int64_t rows, int64_t hidden, int64_
  * nothing but its token, its expert and the sizes T, K, D and F: not on which other experts are
  * here. */
 moe_status moe_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts, moe_tensor gates,
-                              moe_tensor w13, moe_tensor w2, moe_tensor hidden, moe_tensor out);
+                              int64_t first, moe_tensor w13, moe_tensor w2, moe_tensor hidden,
+                              moe_tensor out);
 /* out [T, D] act = the sum of each token's K rows of terms [T K, D], act or f32, in their order. */
 moe_status moe_sum_choices(moe_device *dev, moe_tensor terms, moe_tensor out);
 

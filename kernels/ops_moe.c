@@ -268,7 +268,8 @@ int64_t moe_expert_scratch(moe_device *dev, int64_t rows, int64_t hidden, int64_
 }
 
 moe_status moe_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts, moe_tensor gates,
-                              moe_tensor w13, moe_tensor w2, moe_tensor hidden, moe_tensor out) {
+                              int64_t first, moe_tensor w13, moe_tensor w2, moe_tensor hidden,
+                              moe_tensor out) {
   const char *op = "experts_decode";
   w13 = split_w13(w13);
   MOE_TRY(moe_check_2d(op, "x", x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
@@ -285,11 +286,13 @@ moe_status moe_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts,
     MOE_TRY(moe_check_2d(op, "out", out, MOE_IS_F32, tokens * k, width));
   else
     MOE_TRY(moe_check_2d(op, "out", out, act, tokens, width));
+  MOE_TRY(moe_check_rule(op, first >= 0 && first <= INT32_MAX - count,
+                         "first must be the number of an expert"));
   MOE_TRY(moe_check_rule(op, tokens * k <= INT32_MAX && 2 * count * ffn <= INT32_MAX,
                          "token-expert pairs and rows of weights are counted in 32 bits"));
   if (tokens == 0 || width == 0) return MOE_OK;
   if (k == 0 || count == 0 || ffn == 0) return moe_zero(dev, out);
-  MOE_TRY(dev->backend->experts_decode(dev, x, experts, gates, w13, w2, hidden, out));
+  MOE_TRY(dev->backend->experts_decode(dev, x, experts, gates, first, w13, w2, hidden, out));
   return moe_check_finite(dev, op, "out", out);
 }
 

@@ -195,10 +195,10 @@ static moe_status timed_expert_weight_grad(moe_device *dev, moe_tensor left, moe
         (dev, left, right, offsets, accumulate, dw, squares));
 }
 static moe_status timed_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts,
-                                       moe_tensor gates, moe_tensor w13, moe_tensor w2,
-                                       moe_tensor hidden, moe_tensor out) {
+                                       moe_tensor gates, int64_t first, moe_tensor w13,
+                                       moe_tensor w2, moe_tensor hidden, moe_tensor out) {
   TIMED(experts_decode, 6.0 * (double)moe_tensor_count(hidden) * (double)x.shape[1],
-        (dev, x, experts, gates, w13, w2, hidden, out));
+        (dev, x, experts, gates, first, w13, w2, hidden, out));
 }
 static moe_status timed_sum_choices(moe_device *dev, moe_tensor terms, moe_tensor out) {
   TIMED(sum_choices, 0.0, (dev, terms, out));

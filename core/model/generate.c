@@ -53,7 +53,8 @@ static moe_status experts_few(moe_generator *g, int64_t t, const moe_layer_weigh
                               moe_tensor out) {
   moe_generator_work *w = &g->work;
   return moe_experts_decode(g->options.dev, rows(w->h, t), rows(w->experts, t), rows(w->gates, t),
-                            layer->w13, layer->w2, rows(w->hidden, t * g->dims.top_k), out);
+                            g->options.mesh->owned.begin, layer->w13, layer->w2,
+                            rows(w->hidden, t * g->dims.top_k), out);
 }
 
 /* Many tokens: sort them by expert, so that each expert is one matrix product; ys and slot then say
@@ -89,12 +90,12 @@ static moe_status consult_ranks(moe_generator *g, int64_t t, const moe_layer_wei
   moe_device *dev = g->options.dev;
   int64_t pairs = t * g->dims.top_k;
   moe_tensor terms = rows(t <= g->few ? w->few_terms : w->terms, pairs);
-  MOE_TRY(moe_localize_experts(dev, rows(w->experts, t), rows(w->gates, t), mesh->owned.begin,
-                               moe_range_size(mesh->owned)));
   if (t <= g->few) {
     MOE_TRY(experts_few(g, t, layer, terms));
   } else {
     moe_tensor slot = moe_tensor_1d(w->slot.data, MOE_I32, pairs);
+    MOE_TRY(moe_localize_experts(dev, rows(w->experts, t), rows(w->gates, t), mesh->owned.begin,
+                                 moe_range_size(mesh->owned)));
     MOE_TRY(experts_sorted(g, t, layer));
     MOE_TRY(moe_gather_rows(dev, rows(w->ys, moe_generator_sorted_rows(g, t)), slot, 1, terms));
   }

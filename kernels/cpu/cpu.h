@@ -79,7 +79,7 @@ moe_status moe_cpu_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tens
 int64_t moe_cpu_expert_scratch(moe_device *dev, int64_t rows, int64_t hidden, int64_t ffn,
                                moe_dtype dtype);
 moe_status moe_cpu_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts,
-                                  moe_tensor gates, moe_tensor w13, moe_tensor w2,
+                                  moe_tensor gates, int64_t first, moe_tensor w13, moe_tensor w2,
                                   moe_tensor hidden, moe_tensor out);
 moe_status moe_cpu_sum_choices(moe_device *dev, moe_tensor terms, moe_tensor out);
 moe_status moe_cpu_cross_entropy(moe_device *dev, moe_tensor logits, moe_tensor targets,

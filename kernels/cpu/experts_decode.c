@@ -18,15 +18,15 @@ typedef struct {
   moe_tensor x, w13, w2, hidden, out;
   const int32_t *experts;
   const float *gates;
-  int64_t begin, end, k, count, width, ffn;
-  bool apart; /* out is to hold the terms */
+  int64_t begin, end, k, first, count, width, ffn; /* first: the first expert's number */
+  bool apart;                                      /* out is to hold the terms */
 } pass;
 
 /* Up to TOKENS pairs of this pass that chose expert e, from number *next on; returns how many. */
 static int choose(const pass *p, int64_t e, int64_t *next, int64_t pair[TOKENS]) {
   int n = 0;
   for (; *next < p->end * p->k && n < TOKENS; ++*next)
-    if (p->experts[*next] == e) pair[n++] = *next;
+    if (p->experts[*next] - p->first == e) pair[n++] = *next;
   return n;
 }
 
@@ -98,7 +98,7 @@ static void down(const pass *p, int64_t c, float *terms) {
 }
 
 moe_status moe_cpu_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts,
-                                  moe_tensor gates, moe_tensor w13, moe_tensor w2,
+                                  moe_tensor gates, int64_t first, moe_tensor w13, moe_tensor w2,
                                   moe_tensor hidden, moe_tensor out) {
   pass p = {.x = x,
             .w13 = w13,
@@ -108,6 +108,7 @@ moe_status moe_cpu_experts_decode(moe_device *dev, moe_tensor x, moe_tensor expe
             .experts = experts.data,
             .gates = gates.data,
             .k = experts.shape[1],
+            .first = first,
             .count = w2.shape[0],
             .width = x.shape[1],
             .ffn = w2.shape[2],

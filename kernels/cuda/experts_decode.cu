@@ -27,22 +27,23 @@ struct decode_args {
   const int32_t *experts; /* [T, K] */
   const float *gates;     /* [T, K] */
   void *hidden, *out;
-  float *partial;           /* [slices, pairs of this pass, D] */
-  int64_t begin, end;       /* pairs of this pass */
-  int k, count, width, ffn; /* K, e, D, F */
-  int slices, chunks;       /* of F: chunks in all, in `slices` equal parts */
-  bool by_pair;             /* blockIdx.y numbers pairs, else experts */
-  bool apart;               /* out is to hold the terms, f32 [T K, D] */
+  float *partial;                  /* [slices, pairs of this pass, D] */
+  int64_t begin, end;              /* pairs of this pass */
+  int k, first, count, width, ffn; /* K, the first expert here, e, D, F */
+  int slices, chunks;              /* of F: chunks in all, in `slices` equal parts */
+  bool by_pair;                    /* blockIdx.y numbers pairs, else experts */
+  bool apart;                      /* out is to hold the terms, f32 [T K, D] */
 };
 
-/* A pair's expert. Kernels read it ahead of launch_wait, where only the L2 cache is to be trusted.
- */
+/* A pair's expert, counted from the first here. Kernels read it ahead of launch_wait, where only
+ * the L2 cache is to be trusted. */
 __device__ __forceinline__ int decode_choice(const decode_args &p, int64_t pair) {
 #ifdef __CUDA_ARCH__
-  return __ldcg(p.experts + pair);
+  int e = __ldcg(p.experts + pair);
 #else
-  return p.experts[pair];
+  int e = p.experts[pair];
 #endif
+  return e < 0 ? -1 : e - p.first;
 }
 
 /* ---- who wants which expert ---------------------------------------------------------------- */
@@ -379,7 +380,7 @@ moe_status one_pass(moe_device *dev, moe_dtype dtype, decode_args p, bool tensor
 } /* namespace */
 
 moe_status moe_cuda_experts_decode(moe_device *dev, moe_tensor x, moe_tensor experts,
-                                   moe_tensor gates, moe_tensor w13, moe_tensor w2,
+                                   moe_tensor gates, int64_t first, moe_tensor w13, moe_tensor w2,
                                    moe_tensor hidden, moe_tensor out) {
   const cuda_state *s = cuda_of(dev);
   decode_args p = {};
@@ -389,7 +390,7 @@ moe_status moe_cuda_experts_decode(moe_device *dev, moe_tensor x, moe_tensor exp
   p.hidden = hidden.data, p.out = out.data;
   p.apart = moe_decodes_apart(experts, out);
   p.partial = reinterpret_cast<float *>(s->partial);
-  p.k = (int)experts.shape[1], p.count = (int)w2.shape[0];
+  p.k = (int)experts.shape[1], p.first = (int)first, p.count = (int)w2.shape[0];
   p.width = (int)x.shape[1], p.ffn = (int)w2.shape[2];
   bool tensor_cores = skinny_fits(dev, x.dtype, p.width, w13.data, x.data) &&
                       skinny_fits(dev, x.dtype, p.ffn, w2.data, hidden.data);

@@ -140,7 +140,7 @@ static moe_status do_router(const layer *w) {
   return moe_norm_router(dev, n, w->router, moe_tensor_none(), probs, lse, experts, gates, stats);
 }
 static moe_status do_experts(const layer *w) {
-  return moe_experts_decode(dev, h, experts, gates, w->w13, w->w2, hidden, y);
+  return moe_experts_decode(dev, h, experts, gates, 0, w->w13, w->w2, hidden, y);
 }
 
 typedef moe_status (*operation)(const layer *w);

@@ -68,12 +68,12 @@ static void decode_experts(moe_dtype act, expert_shape n) {
   both w2 = both_random("w2", act, SHAPE(n.e, n.d, n.f), 0.02);
   both hidden = both_output("hidden", act, SHAPE(n.t * n.k, n.f));
   both out = both_output("out", act, SHAPE(n.t, n.d));
-  BOTH(moe_experts_decode(dev, x.t[s], experts.t[s], gates.t[s], w13.t[s], w2.t[s], hidden.t[s],
+  BOTH(moe_experts_decode(dev, x.t[s], experts.t[s], gates.t[s], 0, w13.t[s], w2.t[s], hidden.t[s],
                           out.t[s]));
   AGREE(out, 2.0 * rounding(act) + 2e-5);
   uint64_t first = both_hash(out);
-  ON_GPU(moe_experts_decode(dev, x.t[s], experts.t[s], gates.t[s], w13.t[s], w2.t[s], hidden.t[s],
-                            out.t[s]));
+  ON_GPU(moe_experts_decode(dev, x.t[s], experts.t[s], gates.t[s], 0, w13.t[s], w2.t[s],
+                            hidden.t[s], out.t[s]));
   cr_assert_eq(both_hash(out), first, "other bits the second time");
 }
 

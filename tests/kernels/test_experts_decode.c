@@ -39,7 +39,7 @@ static setup make(moe_device *dev, moe_dtype act, shape s) {
 }
 
 static void run(moe_device *dev, setup *u) {
-  op_ok(moe_experts_decode(dev, u->x.t, u->experts.t, u->gates.t, u->w13.t, u->w2.t, u->hidden.t,
+  op_ok(moe_experts_decode(dev, u->x.t, u->experts.t, u->gates.t, 0, u->w13.t, u->w2.t, u->hidden.t,
                            u->out.t));
 }
 
@@ -118,25 +118,22 @@ Test(experts_decode, skips_numbers_that_name_no_expert) {
 /* Some of the experts, as a rank has them, and the terms they make. */
 typedef struct {
   int64_t begin, count;
-  op_tensor experts, gates, terms;
   moe_tensor w13, w2;
+  op_tensor terms;
 } share;
 
 static share share_of(moe_device *dev, const setup *u, int64_t begin, int64_t count,
                       moe_dtype terms) {
   share h = {.begin = begin, .count = count};
-  h.experts = op_clone(dev, u->experts);
-  h.gates = op_clone(dev, u->gates);
   h.terms = op_output(dev, "terms", terms, OP_SHAPE(u->s.t * u->s.k, u->s.d));
   h.w13 = moe_tensor_rows(u->w13.t, begin, count);
   h.w2 = moe_tensor_rows(u->w2.t, begin, count);
-  op_ok(moe_localize_experts(dev, h.experts.t, h.gates.t, begin, count));
   return h;
 }
 
 static void few_terms(moe_device *dev, setup *u, share *h) {
-  op_ok(moe_experts_decode(dev, u->x.t, h->experts.t, h->gates.t, h->w13, h->w2, u->hidden.t,
-                           h->terms.t));
+  op_ok(moe_experts_decode(dev, u->x.t, u->experts.t, u->gates.t, h->begin, h->w13, h->w2,
+                           u->hidden.t, h->terms.t));
 }
 
 /* The same by sorting, as training does it, in segments as GPUs want them. */
@@ -144,6 +141,7 @@ static void sorted_terms(moe_device *dev, setup *u, share *h) {
   shape s = u->s;
   moe_dtype act = u->x.t.dtype;
   int64_t pad = 128, most = s.t * s.k + h->count * pad;
+  op_tensor experts = op_clone(dev, u->experts), all_gates = op_clone(dev, u->gates);
   op_tensor offsets = op_output(dev, "offsets", MOE_I32, OP_SHAPE(h->count + 1));
   op_tensor pair = op_output(dev, "pair", MOE_I32, OP_SHAPE(most));
   op_tensor slot = op_output(dev, "slot", MOE_I32, OP_SHAPE(s.t, s.k));
@@ -153,9 +151,10 @@ static void sorted_terms(moe_device *dev, setup *u, share *h) {
   op_tensor a = op_output(dev, "a", act, OP_SHAPE(most, s.f));
   op_tensor y = op_output(dev, "y", act, OP_SHAPE(most, s.d));
   op_scratch(dev, moe_expert_scratch(dev, most, s.d, s.f, act));
-  op_ok(moe_permute_plan(dev, h->experts.t, pad, offsets.t, pair.t, slot.t));
+  op_ok(moe_localize_experts(dev, experts.t, all_gates.t, h->begin, h->count));
+  op_ok(moe_permute_plan(dev, experts.t, pad, offsets.t, pair.t, slot.t));
   op_ok(moe_gather_rows(dev, u->x.t, pair.t, s.k, rows.t));
-  op_ok(moe_gather_gates(dev, h->gates.t, pair.t, gates.t));
+  op_ok(moe_gather_gates(dev, all_gates.t, pair.t, gates.t));
   op_ok(moe_expert_up(dev, rows.t, offsets.t, h->w13, gates.t, gu.t, a.t));
   op_ok(moe_expert_down(dev, a.t, offsets.t, h->w2, y.t));
   op_ok(moe_gather_rows(dev, y.t, moe_tensor_1d(slot.t.data, MOE_I32, s.t * s.k), 1, h->terms.t));
@@ -271,13 +270,15 @@ static void refusals(moe_device *dev) {
   moe_tensor w2 = moe_tensor_3d(block, MOE_F32, 1, 4, 3),
              wide = moe_tensor_3d(block, MOE_F32, 1, 4, 5);
   op_refuses(MOE_INVALID, "experts_decode: w2 is fp32 [1, 4, 5]: it must be fp32 [1, 4, 3]",
-             moe_experts_decode(dev, x, experts, pairs, w13, wide, hidden, x));
+             moe_experts_decode(dev, x, experts, pairs, 0, w13, wide, hidden, x));
   op_refuses(MOE_INVALID, "hidden is fp32 [2, 4]: it must be fp32 [2, 3]",
-             moe_experts_decode(dev, x, experts, pairs, w13, w2, x, x));
+             moe_experts_decode(dev, x, experts, pairs, 0, w13, w2, x, x));
   op_refuses(MOE_INVALID, "experts is fp32",
-             moe_experts_decode(dev, x, pairs, pairs, w13, w2, hidden, x));
+             moe_experts_decode(dev, x, pairs, pairs, 0, w13, w2, hidden, x));
+  op_refuses(MOE_INVALID, "first must be the number of an expert",
+             moe_experts_decode(dev, x, experts, pairs, -1, w13, w2, hidden, x));
   op_refuses(MOE_INVALID, "out is fp32 [2, 3]: it must be fp32 [2, 4]",
-             moe_experts_decode(dev, x, experts, pairs, w13, w2, hidden, hidden));
+             moe_experts_decode(dev, x, experts, pairs, 0, w13, w2, hidden, hidden));
   op_refuses(MOE_INVALID, "sum_choices: terms is bf16 [2, 4]: it must be fp32",
              moe_sum_choices(dev, moe_tensor_2d(block, MOE_BF16, 2, 4), x));
   op_refuses(MOE_INVALID, "the rows of terms must be a multiple of the rows of out",
