@@ -49,7 +49,8 @@ typedef struct moe_backend {
                             float std, moe_tensor out);
   moe_status (*copy)(moe_device *dev, moe_tensor dst, moe_tensor src);
   moe_status (*add)(moe_device *dev, moe_tensor y, moe_tensor x);
-  moe_status (*sum_rows)(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out);
+  moe_status (*sum_rows)(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out,
+                         moe_tensor squares);
   moe_status (*scale)(moe_device *dev, moe_tensor x, float s);
   moe_status (*sum_squares)(moe_device *dev, moe_tensor x, moe_tensor out);
   moe_status (*embed)(moe_device *dev, moe_tensor tokens, moe_tensor weight, moe_tensor out);

@@ -50,12 +50,15 @@ moe_status moe_add(moe_device *dev, moe_tensor y, moe_tensor x) {
 }
 
 /* Not looked at in debug mode, as sum_squares below. */
-moe_status moe_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out) {
+moe_status moe_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out,
+                        moe_tensor squares) {
   MOE_TRY(moe_check_2d("sum_rows", "x", x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
   MOE_TRY(moe_check_1d("sum_rows", "out", out, moe_same_type(x), x.shape[1]));
   MOE_TRY(
       moe_check_rule("sum_rows", own >= -1 && own < x.shape[0], "own must be a row of x, or -1"));
-  return dev->backend->sum_rows(dev, x, own, out);
+  if (moe_tensor_present(squares))
+    MOE_TRY(moe_check_1d("sum_rows", "squares", squares, MOE_IS_F64, 1));
+  return dev->backend->sum_rows(dev, x, own, out, squares);
 }
 
 moe_status moe_scale(moe_device *dev, moe_tensor x, float s) {

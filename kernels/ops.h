@@ -31,8 +31,10 @@ moe_status moe_copy(moe_device *dev, moe_tensor dst, moe_tensor src);
 /* y += x. act or f32 each. */
 moe_status moe_add(moe_device *dev, moe_tensor y, moe_tensor x);
 /* out [n] = the sum of x's rows [k, n], from the first to the last, one type. What out holds before
- * stands for row `own`, which is not read; -1: for none. */
-moe_status moe_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out);
+ * stands for row `own`, which is not read; -1: for none. squares f64 [1] or absent: += the sum of
+ * out^2 as stored. */
+moe_status moe_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out,
+                        moe_tensor squares);
 /* x *= s. */
 moe_status moe_scale(moe_device *dev, moe_tensor x, float s);
 /* out f64 [1] += sum of x^2, summed in f64. A NaN or infinity in x reaches out. */

@@ -69,8 +69,9 @@ static moe_status timed_copy(moe_device *dev, moe_tensor dst, moe_tensor src) {
 static moe_status timed_add(moe_device *dev, moe_tensor y, moe_tensor x) {
   TIMED(add, 0.0, (dev, y, x));
 }
-static moe_status timed_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out) {
-  TIMED(sum_rows, 0.0, (dev, x, own, out));
+static moe_status timed_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out,
+                                 moe_tensor squares) {
+  TIMED(sum_rows, 0.0, (dev, x, own, out, squares));
 }
 static moe_status timed_scale(moe_device *dev, moe_tensor x, float s) {
   TIMED(scale, 0.0, (dev, x, s));

@@ -46,7 +46,7 @@ static moe_status sum_at_owner(moe_device *dev, moe_grad_pool *pool, moe_range b
   if (owner != moe_comm_rank(pool->beside))
     return moe_comm_gather(pool->beside, part, parts, owner);
   MOE_TRY(moe_comm_gather(pool->beside, moe_tensor_rows(parts, owner, 1), parts, owner));
-  return moe_sum_rows(dev, parts, owner, part);
+  return moe_sum_rows(dev, parts, owner, part, pool->squares);
 }
 
 /* Buckets of what is not summed yet, from the end, as long as they begin at `begin` or after. The
@@ -71,6 +71,11 @@ static bool goes_to_owners(const moe_grad_pool *pool) {
   return moe_tensor_present(pool->staging) && moe_comm_size(pool->beside) <= MOE_OWNER_RANKS;
 }
 
+/* Whether the squares of a pool are known with its sums. */
+static bool adds_squares(const moe_grad_pool *pool) {
+  return goes_to_owners(pool) && moe_tensor_present(pool->squares);
+}
+
 static moe_status sum_everywhere(moe_grad_pool *pool, int64_t begin) {
   int64_t n = moe_tensor_count(pool->grads) - pool->summed - begin;
   if (n * moe_dtype_size(pool->grads.dtype) < moe_grad_bucket && begin > 0) return MOE_OK;
@@ -87,6 +92,11 @@ moe_status moe_grad_sum_from(moe_device *dev, moe_grad_pool *pool, int64_t begin
     status = pool->shard ? sum_at_owners(dev, pool, begin) : sum_everywhere(pool, begin);
   moe_device_use_lane(dev, before);
   return status;
+}
+
+moe_status moe_grad_final(moe_device *dev, moe_grad_pool *pool, moe_tensor first) {
+  int64_t bytes = (const char *)first.data - (const char *)pool->grads.data;
+  return moe_grad_sum_from(dev, pool, bytes / moe_dtype_size(first.dtype));
 }
 
 static moe_status sync_pool(moe_device *dev, moe_grad_pool *pool, moe_tensor sum_squares) {
@@ -106,11 +116,13 @@ static moe_status sync_pool(moe_device *dev, moe_grad_pool *pool, moe_tensor sum
                     size);
   if (count == 0 || pool->counted) return MOE_OK;
   moe_tensor left = moe_tensor_rows(pool->grads, 0, count - pool->summed);
+  bool known = pool->summed == count && adds_squares(pool);
   if (!pool->shard)
     MOE_TRY(moe_comm_all_reduce(pool->group, left, MOE_SUM));
   else if (pool->summed < count)
     MOE_TRY(moe_comm_reduce_scatter(pool->group, pool->grads));
   pool->summed = 0;
+  if (known) return MOE_OK;
   moe_range own = moe_pool_chunk(count, size, rank);
   return moe_sum_squares(dev, moe_tensor_rows(pool->grads, own.begin, moe_range_size(own)),
                          sum_squares);
@@ -120,7 +132,7 @@ moe_status moe_grad_sync(moe_device *dev, moe_comm *world, moe_grad_pool *pools,
                          moe_tensor sum_squares) {
   bool begun = false, beside = false;
   for (int i = 0; i < n; i++) {
-    begun = begun || pools[i].counted;
+    begun = begun || pools[i].counted || adds_squares(&pools[i]);
     beside = beside || pools[i].beside;
     if (pools[i].shard) MOE_TRY(moe_grad_sum_from(dev, &pools[i], 0));
   }

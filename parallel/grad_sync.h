@@ -28,6 +28,8 @@ typedef struct {
   bool counted; /* sum_squares has this pool's squares already; only where the group is one rank */
   moe_comm *beside; /* the group once more, for moe_grad_sum_from; NULL: all is summed at the end */
   moe_tensor staging; /* sharded, with beside: where parts of all ranks meet; else absent */
+  moe_tensor squares; /* with staging: moe_grad_sync's sum_squares, 0 at first, to which owners add
+                       * what they sum; absent: all is read again at the end */
   int64_t summed;     /* so many elements, the last ones, are summed or on their way; 0 at first */
 } moe_grad_pool;
 
@@ -49,6 +51,8 @@ enum { MOE_OWNER_RANKS = 4 };
  * pool's group. */
 extern int64_t moe_grad_bucket; /* for tests to lower */
 moe_status moe_grad_sum_from(moe_device *dev, moe_grad_pool *pool, int64_t begin);
+/* The same, begin being where `first` lies in the pool. */
+moe_status moe_grad_final(moe_device *dev, moe_grad_pool *pool, moe_tensor first);
 
 /* Collective over the world: sum what is left of each pool over its group, then sum_squares f64 [1]
  * (device) = squared global norm, each parameter counted once. What it holds before counts if a

@@ -65,7 +65,8 @@ typedef struct {
   moe_dtype dtype;
   moe_work work;
   moe_due_grad due;
-  moe_tensor grad_squares; /* f64 [1] of the experts' gradients, or absent: see model.h */
+  moe_tensor grad_squares; /* f64 [1] of the experts' gradients as they are made, or absent */
+  moe_grad_pool *sums;     /* of the experts' gradients; NULL: others will add to them */
   moe_tensor forced;  /* i32 [T, K] experts in place of the router's; absent but in benchmarks */
   int32_t *rows_host; /* [1], pinned: a row count on its way to the host */
   moe_mark rows_asked;

@@ -68,7 +68,8 @@ moe_status moe_model_step_begin(moe_model *m) {
   for (int i = 0; i < MOE_POOLS; i++) {
     if (i != MOE_POOL_EXPERT) MOE_TRY(moe_zero(m->env.dev, m->grads[i]));
   }
-  if (moe_tensor_present(m->env.grad_squares)) MOE_TRY(moe_zero(m->env.dev, m->env.grad_squares));
+  moe_tensor squares = moe_model_grad_squares(m);
+  if (moe_tensor_present(squares)) MOE_TRY(moe_zero(m->env.dev, squares));
   return moe_zero(m->env.dev, m->loss);
 }
 
@@ -106,22 +107,18 @@ moe_status moe_model_forward(moe_model *m, int64_t micro, double grad_scale) {
 
 /* The gradients of `pool` are final from those of `first` on. */
 static moe_status final_from(moe_model *m, moe_pool_kind pool, moe_tensor first) {
-  moe_tensor grads = m->grads[pool];
-  int64_t bytes = (const char *)first.data - (const char *)grads.data;
   if (m->micro + 1 < m->options.micro_batches) return MOE_OK; /* others will add to them */
-  return moe_grad_sum_from(m->env.dev, &m->sums[pool], bytes / moe_dtype_size(grads.dtype));
+  return moe_grad_final(m->env.dev, &m->sums[pool], first);
 }
 
 /* Layer l's experts, then the rest of it. Weights' gradients that experts leave for later cover the
- * next layer's exchange (moe_layer.c); where there is none, now is the time, and the attention
- * covers how they travel. */
+ * next layer's exchange (moe_layer.c), which the last layer has none of. */
 static moe_status backward_layer(moe_model *m, int64_t l) {
   moe_block_env *env = &m->env;
   moe_block *b = &m->blocks[l];
   b->accumulate = m->micro > 0;
   MOE_TRY(moe_block_backward_experts(env, b, m->aux_scale, m->z_scale));
-  if (l == 0 || m->options.mesh->ep == 1) MOE_TRY(moe_experts_backward_end(env));
-  MOE_TRY(final_from(m, MOE_POOL_EXPERT, moe_tensor_present(env->due.left) ? b->g.w2 : b->g.w13));
+  if (l == 0) MOE_TRY(moe_experts_backward_end(env));
   MOE_TRY(moe_block_backward_attention(env, b));
   MOE_TRY(final_from(m, MOE_POOL_DENSE, b->g.qkv));
   MOE_TRY(final_from(m, MOE_POOL_ROUTER, b->g.router));
@@ -140,8 +137,9 @@ static moe_status backward_pass(moe_model *m) {
 }
 
 moe_status moe_model_backward(moe_model *m) {
-  bool sums = m->options.mesh->world_beside && m->micro + 1 == m->options.micro_batches;
-  if (sums) moe_device_lend(m->env.dev, MOE_COMM_BESIDE);
+  bool last = m->micro + 1 == m->options.micro_batches;
+  m->env.sums = last ? &m->sums[MOE_POOL_EXPERT] : NULL;
+  if (last && m->options.mesh->world_beside) moe_device_lend(m->env.dev, MOE_COMM_BESIDE);
   moe_status status = backward_pass(m);
   moe_device_lend(m->env.dev, 0);
   return status;

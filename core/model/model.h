@@ -50,8 +50,9 @@ const moe_params *moe_model_params(const moe_model *m);
 /* Flat pools [padded]: weights in moe_pool_dtype, gradients f32 (absent unless training). */
 moe_tensor moe_model_weights(const moe_model *m, moe_pool_kind pool);
 moe_tensor moe_model_grads(const moe_model *m, moe_pool_kind pool);
-/* f64 [1] on the device: after backward the sum of squares of the experts' gradients, which comes
- * with their making where those are final: one micro-batch to a step, no replicas. Else absent. */
+/* f64 [1] on the device: after backward the sum of squares of the experts' gradients. It comes with
+ * their making where those are final: one micro-batch to a step, no replicas; or with their sums
+ * over replicas (grad_sync.h), of this rank's chunk. Else absent. */
 moe_tensor moe_model_grad_squares(const moe_model *m);
 /* The gradients of all pools [MOE_POOLS], for moe_grad_sync; backward may have begun to sum them.
  */

@@ -16,7 +16,7 @@ moe_comm *moe_model_pool_group(const moe_model *m, moe_pool_kind pool) {
 
 /* The sums of a pool's gradients over its ranks. Staging lies with the gradients, because what
  * travels together shares one piece of memory with the other ranks (engine.c). */
-static moe_grad_pool sums_of(const moe_model *m, moe_pool_kind pool, moe_arena *arena) {
+static moe_grad_pool sums_of(const moe_model *m, moe_pool_kind pool, moe_memory *memory) {
   const moe_mesh *mesh = m->options.mesh;
   moe_grad_pool sums = {.grads = m->grads[pool],
                         .group = moe_model_pool_group(m, pool),
@@ -26,7 +26,8 @@ static moe_grad_pool sums_of(const moe_model *m, moe_pool_kind pool, moe_arena *
   if (!sums.shard || !sums.beside) return sums;
   moe_dtype dtype = sums.grads.dtype;
   int64_t n = moe_pool_staging(sums.grads.shape[0], moe_comm_size(sums.beside), dtype);
-  sums.staging = moe_arena_tensor_1d(arena, dtype, n);
+  sums.staging = moe_arena_tensor_1d(&memory->arena[MOE_MEM_GRADIENTS], dtype, n);
+  sums.squares = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F64, 1);
   return sums;
 }
 
@@ -40,7 +41,7 @@ static void create_pools(moe_model *m, moe_memory *memory) {
     if (!m->options.training) continue;
     moe_dtype sums = pool == MOE_POOL_EXPERT ? moe_config_grad_dtype(&m->config) : MOE_F32;
     m->grads[i] = moe_arena_tensor_1d(&memory->arena[MOE_MEM_GRADIENTS], sums, n);
-    m->sums[i] = sums_of(m, pool, &memory->arena[MOE_MEM_GRADIENTS]);
+    m->sums[i] = sums_of(m, pool, memory);
   }
   const moe_grad_pool *experts = &m->sums[MOE_POOL_EXPERT];
   if (moe_tensor_present(experts->staging))
@@ -271,7 +272,8 @@ moe_tensor moe_model_grads(const moe_model *m, moe_pool_kind pool) {
 }
 
 moe_tensor moe_model_grad_squares(const moe_model *m) {
-  return m->env.grad_squares;
+  bool as_made = moe_tensor_present(m->env.grad_squares);
+  return as_made ? m->env.grad_squares : m->sums[MOE_POOL_EXPERT].squares;
 }
 
 moe_grad_pool *moe_model_grad_pools(moe_model *m) {

@@ -11,7 +11,9 @@
  *
  * Exchanges hide behind arithmetic (kernels/lanes.h). Forward, the rows set out while the router
  * still chooses. Backward, the gradients that only the optimizer waits for, those of the expert
- * weights, are put off: w2's covers the rows' way back, w1's and w3's the next layer's exchange. */
+ * weights, are put off: w2's covers the rows' way back, w1's and w3's the next layer's exchange.
+ * Where every rank has all experts no row travels, but those gradients may: they come first, and
+ * the rest of the layer covers their way. */
 #include <math.h>
 
 #include "core/base/integers.h"
@@ -120,12 +122,17 @@ moe_status moe_experts_forward(moe_block_env *env, moe_block *b, moe_tensor stat
 
 /* ---- backward ------------------------------------------------------------------------------ */
 
+/* The gradients of the experts are final from dw on. */
+static moe_status final_from(moe_block_env *env, moe_tensor dw) {
+  return env->sums ? moe_grad_final(env->dev, env->sums, dw) : MOE_OK;
+}
+
 static moe_status due_grad(moe_block_env *env, moe_due_grad *due) {
   if (!moe_tensor_present(due->left)) return MOE_OK;
   MOE_TRY(moe_expert_weight_grad(env->dev, due->left, due->right, env->work.window, due->accumulate,
                                  due->dw, due->last ? env->grad_squares : moe_tensor_none()));
   due->left = moe_tensor_none();
-  return MOE_OK;
+  return due->last ? final_from(env, due->dw) : MOE_OK;
 }
 
 moe_status moe_experts_backward_end(moe_block_env *env) {
@@ -139,24 +146,30 @@ static moe_status prepare_round(moe_block_env *env, moe_block *b, const round_vi
   return moe_expert_up(env->dev, r->xs, env->work.window, b->w.w13, r->gates, r->gu, r->a);
 }
 
-/* Gradients of a prepared round's rows (into r->dxs) and gates, and what its weights' ones need: dY
- * in r->ys, those of gate and up in place of r->gu. */
-static moe_status round_backward(moe_block_env *env, moe_block *b, const round_view *r) {
+/* What the gradients of a prepared round's weights need: dY in r->ys, those of gate and up in place
+ * of r->gu. */
+static moe_status down_backward(moe_block_env *env, moe_block *b, const round_view *r) {
   moe_work *w = &env->work;
-  moe_stash *s = b->stash;
-  moe_tensor drows = moe_tensor_rows(w->drows, 0, s->route.rows);
-  moe_tensor rows = moe_tensor_rows(w->rows, 0, s->route.rows);
-  moe_tensor row_dgates = moe_tensor_rows(w->row_dgates, 0, s->route.rows);
+  moe_tensor drows = moe_tensor_rows(w->drows, 0, b->stash->route.rows);
   moe_a_role role = r->keeps_a ? MOE_A_WORK : r->again ? MOE_A_THERE : MOE_A_WANTED;
   MOE_TRY(moe_gather_rows(env->dev, drows, r->pair, env->dims.top_k, r->ys));
-  MOE_TRY(moe_expert_down_backward(env->dev, r->ys, w->window, b->w.w2, r->gates, r->gu, role,
-                                   moe_tensor_rows(w->a, 0, r->rows), r->dgates));
+  return moe_expert_down_backward(env->dev, r->ys, w->window, b->w.w2, r->gates, r->gu, role,
+                                  moe_tensor_rows(w->a, 0, r->rows), r->dgates);
+}
+
+/* Then the gradients of its rows (into r->dxs) and gates. */
+static moe_status up_backward(moe_block_env *env, moe_block *b, const round_view *r) {
+  moe_work *w = &env->work;
+  moe_stash *s = b->stash;
+  moe_tensor rows = moe_tensor_rows(w->rows, 0, s->route.rows);
+  moe_tensor row_dgates = moe_tensor_rows(w->row_dgates, 0, s->route.rows);
   MOE_TRY(moe_expert_up_backward(env->dev, r->gu, w->window, b->w.w13, r->dxs));
   MOE_TRY(moe_combine_rows(env->dev, r->dxs, s->slot, r->begin, r->begin > 0, rows));
   return moe_combine_gates(env->dev, r->dgates, s->slot, r->begin, r->begin > 0, row_dgates);
 }
 
-/* All rounds; of the last one the weights' gradients are left in grad_w2 and env->due. */
+/* All rounds; of the last one the weights' gradients are left in grad_w2 and env->due, if there is
+ * an exchange to cover. */
 static moe_status rounds_backward(moe_block_env *env, moe_block *b, moe_due_grad *grad_w2) {
   for (int64_t begin = 0; begin < b->stash->sorted_rows; begin += env->round_rows) {
     round_view r = round_at(env, b, begin);
@@ -165,11 +178,14 @@ static moe_status rounds_backward(moe_block_env *env, moe_block *b, moe_due_grad
       MOE_TRY(due_grad(env, &env->due));
       MOE_TRY(prepare_round(env, b, &r));
     }
-    MOE_TRY(round_backward(env, b, &r));
+    MOE_TRY(down_backward(env, b, &r));
     bool last = begin + env->round_rows >= b->stash->sorted_rows;
     int accumulate = b->accumulate || begin > 0;
     *grad_w2 = (moe_due_grad){r.ys, r.a, b->g.w2, accumulate, last};
     env->due = (moe_due_grad){r.gu, r.xs, b->g.w13, accumulate, last};
+    if (env->mesh->ep == 1) MOE_TRY(due_grad(env, grad_w2));
+    if (env->mesh->ep == 1) MOE_TRY(due_grad(env, &env->due));
+    MOE_TRY(up_backward(env, b, &r));
   }
   return MOE_OK;
 }
@@ -180,9 +196,11 @@ static moe_status no_rows_backward(moe_block_env *env, moe_block *b) {
   int64_t rows = b->stash->route.rows;
   MOE_TRY(moe_zero(env->dev, moe_tensor_rows(w->rows, 0, rows)));
   MOE_TRY(moe_zero(env->dev, moe_tensor_rows(w->row_dgates, 0, rows)));
-  if (b->accumulate) return MOE_OK;
-  MOE_TRY(moe_zero(env->dev, b->g.w2));
-  return moe_zero(env->dev, b->g.w13);
+  if (!b->accumulate) {
+    MOE_TRY(moe_zero(env->dev, b->g.w2));
+    MOE_TRY(moe_zero(env->dev, b->g.w13));
+  }
+  return final_from(env, b->g.w13);
 }
 
 moe_status moe_experts_backward(moe_block_env *env, moe_block *b, float aux_scale, float z_scale) {

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 #include "core/base/startup.h"
+#include "kernels/lanes.h"
 #include "kernels/ops.h"
 #include "parallel/grad_sync.h"
 
@@ -17,6 +18,8 @@ struct moe_optimizer {
   moe_params whole;       /* with bf16 moments: all experts, for the elements' numbers */
   moe_tensor sum_squares; /* f64 [1]; the model's where it adds the experts' gradients itself */
   moe_tensor scale;       /* f32 [1] */
+  bool gathers;           /* weights of whole pools, with zero1; */
+  moe_mark gathered;      /* when they are everyone's */
   moe_tensor now;         /* f64 [MOE_ADAMW_NUMBERS], uploaded by each step */
   struct {
     double now[MOE_ADAMW_NUMBERS], sum_squares;
@@ -71,6 +74,7 @@ moe_status moe_optimizer_create(const moe_config *config, moe_device *dev, const
 void moe_optimizer_destroy(moe_optimizer *o) {
   if (!o) return;
   moe_device_free_host(o->dev, o->host);
+  moe_device_forget(o->dev, &o->gathered);
   moe_params_destroy(&o->whole);
   free(o);
 }
@@ -161,14 +165,25 @@ static moe_status update_pieces(moe_optimizer *o, moe_pool_kind kind, moe_pool_g
   return moe_pool_gather_end(gather);
 }
 
+/* Updated weights of a whole pool to all ranks, beside the update of the next. */
+static moe_status gather_pool(moe_optimizer *o, moe_pool_kind kind) {
+  moe_comm *group = moe_model_pool_group(o->model, kind);
+  if (!o->config.parallel.zero1 || moe_comm_size(group) == 1) return MOE_OK;
+  moe_device_use_lane(o->dev, MOE_LANE_EXCHANGE);
+  moe_status status = moe_device_wait_lane(o->dev, MOE_LANE_MAIN);
+  if (status == MOE_OK) status = moe_comm_all_gather(group, moe_model_weights(o->model, kind));
+  moe_device_mark(o->dev, &o->gathered);
+  o->gathers = true;
+  moe_device_use_lane(o->dev, MOE_LANE_MAIN);
+  return status;
+}
+
 static moe_status update_pool(moe_optimizer *o, moe_pool_kind kind, moe_adamw_args args) {
   moe_pool_gather *gather = moe_model_gather(o->model, kind);
   if (!moe_pool_decays(kind)) args.weight_decay = 0.0;
   if (gather) return update_pieces(o, kind, gather, args);
   MOE_TRY(update_part(o, kind, o->pool[kind].owned, args));
-  if (!o->config.parallel.zero1) return MOE_OK;
-  return moe_comm_all_gather(moe_model_pool_group(o->model, kind),
-                             moe_model_weights(o->model, kind));
+  return gather_pool(o, kind);
 }
 
 static moe_adamw_args constants(const moe_optimizer *o) {
@@ -187,8 +202,9 @@ moe_status moe_optimizer_step(moe_optimizer *o, double unscale) {
   moe_device_label(o->dev, "optimizer", -1);
   MOE_TRY(moe_device_upload(o->dev, o->now.data, o->host->now, moe_tensor_bytes(o->now)));
   MOE_TRY(moe_clip_scale(o->dev, o->sum_squares, o->config.optim.clip, unscale, o->scale));
-  /* From the last, the experts: what is left of their journey goes on beside the others. */
-  for (int i = MOE_POOLS - 1; i >= 0; i--) MOE_TRY(update_pool(o, (moe_pool_kind)i, args));
+  /* The experts' last: beside their update the others' weights travel. */
+  for (int i = 0; i < MOE_POOLS; i++) MOE_TRY(update_pool(o, (moe_pool_kind)i, args));
+  if (o->gathers) MOE_TRY(moe_device_follow(o->dev, &o->gathered));
   return moe_device_download(o->dev, &o->host->sum_squares, o->sum_squares.data,
                              moe_tensor_bytes(o->sum_squares));
 }

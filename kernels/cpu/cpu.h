@@ -14,7 +14,8 @@ moe_status moe_cpu_draw_normal(moe_device *dev, uint64_t seed, uint64_t stream, 
                                float std, moe_tensor out);
 moe_status moe_cpu_copy(moe_device *dev, moe_tensor dst, moe_tensor src);
 moe_status moe_cpu_add(moe_device *dev, moe_tensor y, moe_tensor x);
-moe_status moe_cpu_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out);
+moe_status moe_cpu_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out,
+                            moe_tensor squares);
 moe_status moe_cpu_scale(moe_device *dev, moe_tensor x, float s);
 moe_status moe_cpu_sum_squares(moe_device *dev, moe_tensor x, moe_tensor out);
 moe_status moe_cpu_embed(moe_device *dev, moe_tensor tokens, moe_tensor weight, moe_tensor out);

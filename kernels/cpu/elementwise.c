@@ -78,8 +78,8 @@ moe_status moe_cpu_add(moe_device *dev, moe_tensor y, moe_tensor x) {
   return MOE_OK;
 }
 
-moe_status moe_cpu_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out) {
-  (void)dev;
+moe_status moe_cpu_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out,
+                            moe_tensor squares) {
   int64_t rows = x.shape[0], width = x.shape[1];
 #pragma omp parallel for if (rows * width > PARALLEL)
   for (int64_t at = 0; at < width; at += PIECE) {
@@ -92,7 +92,7 @@ moe_status moe_cpu_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_tens
     }
     moe_cpu_store(out, at, n, sum);
   }
-  return MOE_OK;
+  return moe_tensor_present(squares) ? moe_cpu_sum_squares(dev, out, squares) : MOE_OK;
 }
 
 moe_status moe_cpu_scale(moe_device *dev, moe_tensor x, float s) {

@@ -39,30 +39,6 @@ template <typename Y, typename X, int N> __global__ void add_kernel(Y *y, const 
       [=](int64_t i) { add<Y, X, 1>(y + i, x + i); });
 }
 
-template <typename X> struct sum_rows_args {
-  X *out;
-  const X *x;
-  int64_t rows, width, own;
-};
-
-/* N elements of the sum, from the i-th. */
-template <typename X, int N>
-__device__ __forceinline__ void sum_rows(const sum_rows_args<X> &p, int64_t i) {
-  float sum[N] = {}, v[N];
-#pragma unroll 4
-  for (int64_t r = 0; r < p.rows; r++) {
-    load<X, N>(v, r == p.own ? p.out + i : p.x + r * p.width + i);
-#pragma unroll
-    for (int j = 0; j < N; j++) sum[j] += v[j];
-  }
-  store<X, N>(p.out + i, sum);
-}
-
-template <typename X, int N> __global__ void sum_rows_kernel(sum_rows_args<X> p) {
-  stride<N>(
-      p.width, [=](int64_t i) { sum_rows<X, N>(p, i); }, [=](int64_t i) { sum_rows<X, 1>(p, i); });
-}
-
 template <typename X, int N> __device__ __forceinline__ void scale(X *x, float s) {
   float v[N];
   load<X, N>(v, x);
@@ -126,25 +102,6 @@ moe_status moe_cuda_add(moe_device *dev, moe_tensor y, moe_tensor x) {
         cuda_data<Y>(y), cuda_data<X>(x), n);
     CUDA_LAUNCHED(dev);
     return MOE_OK;
-  });
-}
-
-moe_status moe_cuda_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out) {
-  int64_t width = x.shape[1];
-  if (width == 0) return MOE_OK;
-  return cuda_act(x.dtype, [&](auto act) {
-    using X = decltype(act);
-    sum_rows_args<X> p = {cuda_data<X>(out), cuda_data<X>(x), x.shape[0], width, own};
-    return cuda_width(
-        width,
-        [&](auto w) {
-          constexpr int N = decltype(w)::value;
-          sum_rows_kernel<X, N>
-              <<<cuda_blocks(dev, div_up(width, N), 256), 256, 0, cuda_of(dev)->stream>>>(p);
-          CUDA_LAUNCHED(dev);
-          return MOE_OK;
-        },
-        (char *)out.data, (char *)x.data);
   });
 }
 
@@ -240,4 +197,81 @@ moe_status moe_cuda_sum_squares(moe_device *dev, moe_tensor x, moe_tensor out) {
         (char *)x.data);
   }));
   return MOE_OK;
+}
+
+/* ---- sum of rows --------------------------------------------------------------------------- */
+
+template <typename X> struct sum_rows_args {
+  X *out;
+  const X *x;
+  int64_t rows, width, own;
+  double *squares; /* NULL: nobody asks */
+  double *partial; /* [blocks], after how many blocks have ended */
+};
+
+/* N elements of the sum, from the i-th; returns the squares of what is stored. */
+template <typename X, int N>
+__device__ __forceinline__ double sum_rows(const sum_rows_args<X> &p, int64_t i) {
+  float sum[N] = {}, v[N];
+#pragma unroll 4
+  for (int64_t r = 0; r < p.rows; r++) {
+    load<X, N>(v, r == p.own ? p.out + i : p.x + r * p.width + i);
+#pragma unroll
+    for (int j = 0; j < N; j++) sum[j] += v[j];
+  }
+  cuda_pack<X, N> stored;
+#pragma unroll
+  for (int j = 0; j < N; j++) stored.v[j] = from_float<X>(sum[j]);
+  stored.store(p.out + i);
+  return p.squares != nullptr ? squares<X, N>(stored.v) : 0.0;
+}
+
+/* *out += the sum of s over all threads, by the block that ends last, in the order of blocks. A
+ * second kernel would have to wait for a multiprocessor again where others run beside. */
+__device__ __forceinline__ void add_over_blocks(double s, double *partial, double *out) {
+  __shared__ bool last;
+  s = block_sum(s);
+  if (threadIdx.x == 0) {
+    partial[1 + blockIdx.x] = s;
+    __threadfence();
+    unsigned *ended = reinterpret_cast<unsigned *>(partial);
+    last = atomicInc(ended, gridDim.x - 1) == gridDim.x - 1; /* which sets it back to 0 */
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  s = 0;
+  for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) s += __ldcg(partial + 1 + i);
+  s = block_sum(s);
+  if (threadIdx.x == 0) *out += s;
+}
+
+template <typename X, int N> __global__ void sum_rows_kernel(sum_rows_args<X> p) {
+  double s = 0;
+  stride<N>(
+      p.width, [&](int64_t i) { s += sum_rows<X, N>(p, i); },
+      [&](int64_t i) { s += sum_rows<X, 1>(p, i); });
+  if (p.squares != nullptr) add_over_blocks(s, p.partial, p.squares);
+}
+
+moe_status moe_cuda_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_tensor out,
+                             moe_tensor squares) {
+  cuda_state *s = cuda_of(dev);
+  int64_t width = x.shape[1];
+  if (width == 0) return MOE_OK;
+  return cuda_act(x.dtype, [&](auto act) {
+    using X = decltype(act);
+    sum_rows_args<X> p = {cuda_data<X>(out),          cuda_data<X>(x), x.shape[0], width, own,
+                          cuda_data<double>(squares), s->beside};
+    return cuda_width(
+        width,
+        [&](auto w) {
+          constexpr int N = decltype(w)::value;
+          unsigned blocks = cuda_blocks(dev, div_up(width, N), 256);
+          sum_rows_kernel<X, N><<<blocks, 256, 0, s->stream>>>(p);
+          CUDA_LAUNCHED(dev);
+          return MOE_OK;
+        },
+        (char *)out.data, (char *)x.data);
+  });
 }

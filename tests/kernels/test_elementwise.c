@@ -106,7 +106,8 @@ Test(elementwise, add_rounds_the_float_sum_once) {
   op_each(adds);
 }
 
-/* Each row in turn is what out holds before, and -1: none is. */
+/* Each row in turn is what out holds before, and -1: none is. Squares are added to, by every second
+ * call: the kernel's own state must survive both. */
 static void sums_rows(moe_device *dev, moe_dtype act) {
   const int64_t counts[] = {1, 2, 5};
   for (int i = 0; i < LENGTHS; i++)
@@ -122,8 +123,12 @@ static void sums_rows(moe_device *dev, moe_dtype act) {
             sum += (float)(r == own ? out.v[j] : x.v[r * n + j]);
           reference[j] = op_round(act, (double)sum);
         }
-        op_ok(moe_sum_rows(dev, x.t, own, out.t));
+        op_tensor squares = op_filled(dev, "squares", MOE_F64, OP_SHAPE(1), 0.5);
+        bool asks = (i + c + own) % 2 != 0;
+        op_ok(moe_sum_rows(dev, x.t, own, out.t, asks ? squares.t : moe_tensor_none()));
         op_equal(out, reference);
+        double sum = 0.5 + (asks ? op_dot(reference, reference, n) : 0.0);
+        op_close(squares, &sum, 1e-12);
       }
 }
 

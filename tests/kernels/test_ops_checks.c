@@ -40,9 +40,11 @@ static void elementwise(moe_device *dev) {
   REFUSES("copy: dst and src must have the same number", moe_copy(dev, f32_1d(4), bf16_2d(1, 3)));
   REFUSES("add: x is int32", moe_add(dev, f32_1d(4), i32_1d(4)));
   REFUSES("sum_rows: out is fp32 [3]: it must be bf16 [4]",
-          moe_sum_rows(dev, bf16_2d(2, 4), -1, f32_1d(3)));
+          moe_sum_rows(dev, bf16_2d(2, 4), -1, f32_1d(3), none()));
   REFUSES("sum_rows: own must be a row of x",
-          moe_sum_rows(dev, bf16_2d(2, 4), 2, moe_tensor_1d(block, MOE_BF16, 4)));
+          moe_sum_rows(dev, bf16_2d(2, 4), 2, moe_tensor_1d(block, MOE_BF16, 4), none()));
+  REFUSES("sum_rows: squares is fp32 [1]: it must be fp64 [1]",
+          moe_sum_rows(dev, f32_2d(2, 4), 0, f32_1d(4), f32_1d(1)));
   REFUSES("sum_squares: out is fp32 [1]: it must be fp64 [1]",
           moe_sum_squares(dev, f32_1d(4), f32_1d(1)));
   REFUSES("embed: out is fp32 [2, 3]: it must be bf16 [2, 4]",

@@ -96,9 +96,10 @@ static void check_buckets(const worker *w, moe_mesh *m, int64_t bucket, bool sha
 }
 
 /* A pool whose buckets are summed by their owners: two slots of `piece` elements a rank. The sums,
- * of numbers that round, have the bits of a reduce-scatter; twice, as step follows step. */
+ * of numbers that round, have the bits of a reduce-scatter; twice, as step follows step. Their
+ * squares come with them, or are read at the end. */
 static void check_owners(const worker *w, const moe_mesh *m, moe_dtype type, int64_t piece,
-                         int64_t stride) {
+                         int64_t stride, bool counts) {
   moe_grad_pool pool = make_pool(w, type, m->replicas, EXPERT, true);
   moe_tensor whole = worker_tensor(type, 1, moe_tensor_count(pool.grads));
   int size = moe_comm_size(pool.group);
@@ -110,6 +111,7 @@ static void check_owners(const worker *w, const moe_mesh *m, moe_dtype type, int
   for (int step = 0; step < 2; step++) {
     double squares = 0.0, reference = 0.0;
     moe_tensor sums = moe_tensor_1d(&squares, MOE_F64, 1);
+    pool.squares = counts ? sums : moe_tensor_none();
     for (int64_t i = 0; i < count; i++)
       set(pool.grads, i, i < EXPERT ? gradient(w->rank, i) * (1.1 + step) : 0.0);
     memcpy(whole.data, pool.grads.data, (size_t)moe_tensor_bytes(whole));
@@ -170,8 +172,8 @@ static void check_staged(const worker *w, const moe_mesh *m) {
   const int64_t pieces[] = {1, 5, 64, 1000}, strides[] = {1, 7, 50, 1000};
   for (int p = 0; p < 4; p++) {
     for (int s = 0; s < 4; s++) {
-      check_owners(w, m, MOE_F32, pieces[p], strides[s]);
-      check_owners(w, m, MOE_BF16, pieces[p], strides[s]);
+      check_owners(w, m, MOE_F32, pieces[p], strides[s], s % 2 == 0);
+      check_owners(w, m, MOE_BF16, pieces[p], strides[s], s % 2 == 1);
     }
     check_pool_gather(w, m, MOE_F32, pieces[p]);
     check_pool_gather(w, m, MOE_BF16, pieces[p]);
