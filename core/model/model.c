@@ -91,18 +91,34 @@ static moe_tensor stats_now(const moe_model *m) {
   return moe_tensor_rows(m->stats, m->options.micro_batches - 1, 1);
 }
 
+/* Whether the routers' losses need all ranks' statistics. They travel beside the head, and so does
+ * the wait for a rank that is late. */
+static bool shares_stats(const moe_model *m) {
+  bool sequence = m->config.train.aux_scope == MOE_AUX_SEQUENCE;
+  return !sequence && moe_comm_size(m->options.mesh->world) > 1;
+}
+
+static moe_status share_stats(moe_model *m) {
+  moe_device *dev = m->env.dev;
+  if (!shares_stats(m)) return MOE_OK;
+  moe_device_use_lane(dev, MOE_LANE_EXCHANGE);
+  moe_status status = moe_device_wait_lane(dev, MOE_LANE_MAIN);
+  if (status == MOE_OK) status = moe_comm_all_reduce(m->options.mesh->world, stats_now(m), MOE_SUM);
+  moe_device_use_lane(dev, MOE_LANE_MAIN);
+  return status;
+}
+
 moe_status moe_model_forward(moe_model *m, int64_t micro, double grad_scale) {
   moe_block_env *env = &m->env;
   m->micro = micro;
   set_router_scales(m, grad_scale);
   MOE_TRY(moe_zero(env->dev, stats_now(m)));
   MOE_TRY(forward_blocks(m));
+  MOE_TRY(share_stats(m));
   moe_device_label(env->dev, "head", -1);
   double n = (double)env->tokens * moe_comm_size(m->options.mesh->world);
-  MOE_TRY(moe_head_loss(env, &m->head, last_mid(m), env->work.delta, (float)(grad_scale / n), true,
-                        m->loss));
-  if (m->config.train.aux_scope == MOE_AUX_SEQUENCE) return MOE_OK;
-  return moe_comm_all_reduce(m->options.mesh->world, stats_now(m), MOE_SUM);
+  return moe_head_loss(env, &m->head, last_mid(m), env->work.delta, (float)(grad_scale / n), true,
+                       m->loss);
 }
 
 /* The gradients of `pool` are final from those of `first` on. */
@@ -130,6 +146,7 @@ static moe_status backward_pass(moe_model *m) {
   moe_device_label(env->dev, "head backward", -1);
   MOE_TRY(moe_head_backward(env, &m->head));
   MOE_TRY(final_from(m, MOE_POOL_DENSE, m->head.dweight));
+  if (shares_stats(m)) MOE_TRY(moe_device_wait_lane(env->dev, MOE_LANE_EXCHANGE));
   for (int64_t l = env->dims.layers - 1; l >= 0; l--) MOE_TRY(backward_layer(m, l));
   moe_device_label(env->dev, "embedding backward", -1);
   MOE_TRY(moe_embed_backward(env->dev, env->tokens_in, env->work.dx, m->dembed));
