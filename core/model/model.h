@@ -54,11 +54,11 @@ moe_tensor moe_model_grads(const moe_model *m, moe_pool_kind pool);
  * their making where those are final: one micro-batch to a step, no replicas; or with their sums
  * over replicas (grad_sync.h), of this rank's chunk. Else absent. */
 moe_tensor moe_model_grad_squares(const moe_model *m);
-/* The gradients of all pools [MOE_POOLS], for moe_grad_sync; backward may have begun to sum them.
- */
 /* How the experts' weights come to all replicas after an update; NULL when they need not, or come
  * all at once. A forward pass waits for those of a layer when it gets there. */
 moe_pool_gather *moe_model_gather(moe_model *m, moe_pool_kind pool);
+/* The gradients of all pools [MOE_POOLS], for moe_grad_sync; backward may have begun to sum them.
+ */
 moe_grad_pool *moe_model_grad_pools(moe_model *m);
 /* Who shares a pool: the world, or the experts' replicas. */
 moe_comm *moe_model_pool_group(const moe_model *m, moe_pool_kind pool);
