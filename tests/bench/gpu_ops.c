@@ -200,6 +200,9 @@ static void make_moe(void) {
   X("embed", 4.0 * T * D, 0, moe_embed(dev, at(tokens), at(embedding), at(x)))                     \
   X("embed_backward", 10.0 * T * D, 0, moe_embed_backward(dev, at(tokens), at(x), at(dembedding))) \
   X("sum_squares, 105 M", 4.0 * PARAMETERS, 0, moe_sum_squares(dev, at(grad), at(squares)))        \
+  X("sum_rows of 2, bf16, 52 M", 3.0 * PARAMETERS, 0,                                              \
+    moe_sum_rows(dev, moe_tensor_2d(at(half_grad).data, MOE_BF16, 2, PARAMETERS / 2), 0,           \
+                 moe_tensor_rows(at(half_grad), 0, PARAMETERS / 2), at(squares)))                  \
   X("adamw, 105 M", 28.0 * PARAMETERS, 0,                                                          \
     moe_adamw(dev, ADAMW, at(now), at(grad), at(scale), at(master), at(m), at(v), at(weight)))     \
   X("adamw, bf16 gradients", 26.0 * PARAMETERS, 0,                                                 \
