@@ -12,7 +12,8 @@
  *   MOE_TRY(moe_device_wait_lane(dev, MOE_LANE_EXCHANGE));   before the result is used
  *
  * Operations that need scratch memory or partial sums (products, attention, reductions) belong on
- * MAIN: there is one such buffer. All calls are local. */
+ * MAIN: there is one such buffer. moe_sum_rows has its own, for one lane at a time. All calls are
+ * local. */
 #ifndef MOE_KERNELS_LANES_H
 #define MOE_KERNELS_LANES_H
 

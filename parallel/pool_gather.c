@@ -38,8 +38,9 @@ moe_pool_gather moe_pool_gather_of(moe_device *dev, const moe_grad_pool *pool, m
 
 void moe_pool_gather_release(moe_pool_gather *g) {
   if (!g->dev) return;
-  moe_range all = {0, moe_tensor_count(g->weights)};
-  if (moe_pool_gather_need(g, all) == MOE_OK) moe_device_sync(g->dev);
+  moe_status status = moe_device_wait_lane(g->dev, MOE_LANE_REDUCE);
+  if (status == MOE_OK) status = moe_device_wait_lane(g->dev, MOE_LANE_EXCHANGE);
+  if (status == MOE_OK) moe_device_sync(g->dev);
   for (int i = 0; i < MOE_GATHER_MARKS; i++) moe_device_forget(g->dev, &g->there[i]);
 }
 

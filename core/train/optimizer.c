@@ -18,8 +18,8 @@ struct moe_optimizer {
   moe_params whole;       /* with bf16 moments: all experts, for the elements' numbers */
   moe_tensor sum_squares; /* f64 [1]; the model's where it adds the experts' gradients itself */
   moe_tensor scale;       /* f32 [1] */
-  bool gathers;           /* weights of whole pools, with zero1; */
-  moe_mark gathered;      /* when they are everyone's */
+  bool gathers;           /* with zero1: weights of whole pools travel, */
+  moe_mark gathered;      /* and from here on are everyone's */
   moe_tensor now;         /* f64 [MOE_ADAMW_NUMBERS], uploaded by each step */
   struct {
     double now[MOE_ADAMW_NUMBERS], sum_squares;
