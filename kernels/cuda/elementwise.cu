@@ -209,21 +209,37 @@ template <typename X> struct sum_rows_args {
   double *partial; /* [blocks], after how many blocks have ended */
 };
 
-/* N elements of the sum, from the i-th; returns the squares of what is stored. */
+/* Groups of N elements that a thread adds at once, a block's width apart: as many loads are under
+ * way. */
+constexpr int sum_groups = 4;
+
+/* The sums of such groups, from `first` on; returns the squares of what is stored. */
 template <typename X, int N>
-__device__ __forceinline__ double sum_rows(const sum_rows_args<X> &p, int64_t i) {
-  float sum[N] = {}, v[N];
-#pragma unroll 4
+__device__ __forceinline__ double sum_rows(const sum_rows_args<X> &p, int64_t first) {
+  cuda_pack<X, N> v[sum_groups];
+  float sum[sum_groups][N] = {};
+  auto place = [&](int g) { return (first + g * (int)blockDim.x) * N; };
+#pragma unroll 2
   for (int64_t r = 0; r < p.rows; r++) {
-    load<X, N>(v, r == p.own ? p.out + i : p.x + r * p.width + i);
+    const X *row = r == p.own ? p.out : p.x + r * p.width;
 #pragma unroll
-    for (int j = 0; j < N; j++) sum[j] += v[j];
+    for (int g = 0; g < sum_groups; g++)
+      if (place(g) < p.width) v[g].load(row + place(g));
+#pragma unroll
+    for (int g = 0; g < sum_groups; g++)
+#pragma unroll
+      for (int j = 0; j < N; j++) sum[g][j] += to_float(v[g].v[j]);
   }
-  cuda_pack<X, N> stored;
+  double s = 0;
 #pragma unroll
-  for (int j = 0; j < N; j++) stored.v[j] = from_float<X>(sum[j]);
-  stored.store(p.out + i);
-  return p.squares != nullptr ? squares<X, N>(stored.v) : 0.0;
+  for (int g = 0; g < sum_groups; g++) {
+    if (place(g) >= p.width) break;
+#pragma unroll
+    for (int j = 0; j < N; j++) v[g].v[j] = from_float<X>(sum[g][j]);
+    v[g].store(p.out + place(g));
+    if (p.squares != nullptr) s += squares<X, N>(v[g].v);
+  }
+  return s;
 }
 
 /* *out += the sum of s over all threads, by the block that ends last, in the order of blocks. A
@@ -248,9 +264,9 @@ __device__ __forceinline__ void add_over_blocks(double s, double *partial, doubl
 
 template <typename X, int N> __global__ void sum_rows_kernel(sum_rows_args<X> p) {
   double s = 0;
-  stride<N>(
-      p.width, [&](int64_t i) { s += sum_rows<X, N>(p, i); },
-      [&](int64_t i) { s += sum_rows<X, 1>(p, i); });
+  int64_t tile = sum_groups * (int)blockDim.x;
+  for (int64_t at = blockIdx.x * tile; at * N < p.width; at += gridDim.x * tile)
+    s += sum_rows<X, N>(p, at + threadIdx.x);
   if (p.squares != nullptr) add_over_blocks(s, p.partial, p.squares);
 }
 
@@ -267,7 +283,7 @@ moe_status moe_cuda_sum_rows(moe_device *dev, moe_tensor x, int64_t own, moe_ten
         width,
         [&](auto w) {
           constexpr int N = decltype(w)::value;
-          unsigned blocks = cuda_blocks(dev, div_up(width, N), 256);
+          unsigned blocks = cuda_blocks(dev, div_up(width, N * sum_groups), 256);
           sum_rows_kernel<X, N><<<blocks, 256, 0, s->stream>>>(p);
           CUDA_LAUNCHED(dev);
           return MOE_OK;
