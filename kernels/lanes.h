@@ -11,6 +11,10 @@
  *   ...queue work that covers it...
  *   MOE_TRY(moe_device_wait_lane(dev, MOE_LANE_EXCHANGE));   before the result is used
  *
+ * A graph (device.h) is recorded and launched on MAIN. Another lane takes part in it from where it
+ * waits for MAIN to where MAIN waits for it; what it was given before is not in the graph, which
+ * does not wait for that: a mark can (moe_device_follow).
+ *
  * Operations that need scratch memory or partial sums (products, attention, reductions) belong on
  * MAIN: there is one such buffer. moe_sum_rows has its own, for one lane at a time. All calls are
  * local. */
@@ -29,7 +33,8 @@ typedef enum { MOE_LANE_MAIN, MOE_LANE_EXCHANGE, MOE_LANE_REDUCE, MOE_LANES } mo
 moe_lane moe_device_use_lane(moe_device *dev, moe_lane lane);
 /* What is queued on the current lane from now on starts after what is on `other` by now. */
 moe_status moe_device_wait_lane(moe_device *dev, moe_lane other);
-/* The same after `mark`, which was made on another lane (device.h). */
+/* The same after `mark`, which was made on another lane (device.h). In a graph that is recorded:
+ * after the mark as it was made last before a launch; it must have been made, and not in there. */
 moe_status moe_device_follow(moe_device *dev, const moe_mark *mark);
 /* From now on kernels that would keep every multiprocessor to their end leave this many to REDUCE,
  * whose own would else wait for that end and then hold them up. 0, as at first: none. */

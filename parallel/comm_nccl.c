@@ -71,7 +71,8 @@ static moe_status find_by_copies(moe_comm *c) {
 static moe_status nccl_open(moe_comm *c) {
   ncclUniqueId id;
   moe_status status = MOE_OK;
-  setenv("NCCL_NVLS_ENABLE", "0", 0); /* NVLink multicast: forbidden on some hosts */
+  setenv("NCCL_NVLS_ENABLE", "0", 0);    /* NVLink multicast: forbidden on some hosts */
+  setenv("NCCL_GRAPH_REGISTER", "0", 0); /* recording needs no other rank, and changes no sum */
   if (c->beside) MOE_TRY(find_by_copies(c));
   if (c->rank == 0) status = nccl_check(ncclGetUniqueId(&id), "ncclGetUniqueId");
   MOE_TRY(moe_agree(c, status));

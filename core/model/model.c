@@ -65,6 +65,7 @@ static moe_tensor last_mid(const moe_model *m) {
 }
 
 moe_status moe_model_step_begin(moe_model *m) {
+  m->gather.awaited = 0; /* if it is recorded, others of its kind will have to wait */
   for (int i = 0; i < MOE_POOLS; i++) {
     if (i != MOE_POOL_EXPERT) MOE_TRY(moe_zero(m->env.dev, m->grads[i]));
   }

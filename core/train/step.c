@@ -20,9 +20,13 @@ static bool is_last(const moe_engine *e) {
   return e->micro + 1 == e->accumulation;
 }
 
+/* Updated weights go to the other replicas beside what comes next, which for a graph means after
+ * all of it. So the update then comes after the graph. */
+static bool update_is_apart(const moe_engine *e) {
+  return moe_model_gather(e->model, MOE_POOL_EXPERT) != NULL;
+}
+
 static moe_status queue_update(moe_engine *e) {
-  MOE_TRY(moe_optimizer_reduce(e->optimizer));
-  moe_step_clock_lap(&e->clock, MOE_PART_GRAD_SYNC);
   MOE_TRY(moe_optimizer_step(e->optimizer, 1.0 / e->loss_scale));
   moe_step_clock_lap(&e->clock, MOE_PART_OPTIMIZER);
   return moe_model_step_end(e->model);
@@ -35,28 +39,43 @@ static moe_status queue(moe_engine *e) {
   moe_step_clock_lap(&e->clock, MOE_PART_FORWARD);
   MOE_TRY(moe_model_backward(e->model));
   moe_step_clock_lap(&e->clock, MOE_PART_BACKWARD);
-  return is_last(e) ? queue_update(e) : MOE_OK;
+  if (!is_last(e)) return MOE_OK;
+  MOE_TRY(moe_optimizer_reduce(e->optimizer));
+  moe_step_clock_lap(&e->clock, MOE_PART_GRAD_SYNC);
+  return update_is_apart(e) ? MOE_OK : queue_update(e);
 }
 
 /* ---- recorded -----------------------------------------------------------------------------------
  */
 
-/* A graph saves the host's launches: a thousand and more per pass. It needs no other rank: an
- * exchange's sizes are known to the host alone. */
+/* A graph saves the host's launches: a thousand and more per pass. What tokens' exchanges carry is
+ * planned by the host, so experts must be on every rank; sums of gradients are always the same. All
+ * ranks come to the same answer. */
 static bool can_record(const moe_engine *e) {
-  return e->records && e->warm && moe_comm_size(e->world) == 1 && moe_device_has_graphs(e->dev) &&
+  return e->records && e->warm && e->mesh.ep == 1 && moe_device_has_graphs(e->dev) &&
          !moe_profile_is_on(e->dev);
 }
 
-/* Expert products by cuBLAS and the like read sizes back and cannot be recorded: never mind. */
-static moe_status record(moe_engine *e, moe_recorded *r) {
-  moe_graph_destroy(e->dev, r->graph);
-  *r = (moe_recorded){.loss_scale = e->loss_scale, .first_lap = e->clock.count};
+static moe_status record_here(moe_engine *e, moe_recorded *r) {
   MOE_TRY(moe_device_graph_begin(e->dev));
   moe_status recorded = queue(e), ended = moe_device_graph_end(e->dev, &r->graph);
   r->laps = moe_step_clock_rewind(&e->clock, r->first_lap);
-  if (recorded == MOE_OK && ended == MOE_OK) return MOE_OK;
+  return recorded != MOE_OK ? recorded : ended;
+}
+
+/* Expert products by cuBLAS and the like read sizes back and cannot be recorded: never mind, if no
+ * rank can. Where only some fail, groups have counted different numbers of calls on their ranks,
+ * which would wait for each other for ever. */
+static moe_status record(moe_engine *e, moe_recorded *r) {
+  moe_graph_destroy(e->dev, r->graph);
+  *r = (moe_recorded){.loss_scale = e->loss_scale, .first_lap = e->clock.count};
+  moe_status mine = record_here(e, r);
+  int64_t failed = mine != MOE_OK;
+  MOE_TRY(moe_comm_host_all_reduce_i64(e->world, &failed, 1, MOE_SUM));
+  if (failed == 0) return MOE_OK;
+  moe_status status = moe_agree(e->world, mine);
   moe_info("steps are not recorded as device graphs: %s", moe_error_message());
+  if (failed < moe_comm_size(e->world)) return status;
   moe_error_clear();
   e->records = false;
   return MOE_OK;
@@ -74,6 +93,7 @@ static moe_status launch(moe_engine *e) {
 moe_status moe_step_micro_batch(moe_engine *e, const moe_batch *batch) {
   MOE_TRY(moe_model_load(e->model, batch));
   MOE_TRY(can_record(e) ? launch(e) : queue(e));
+  if (is_last(e) && update_is_apart(e)) MOE_TRY(queue_update(e));
   MOE_TRY(moe_model_keep_stats(e->model, e->micro));
   e->micro++;
   return MOE_OK;

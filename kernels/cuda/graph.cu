@@ -1,6 +1,6 @@
 /* Device graphs (kernels/device.h): the stream is put into capture, and what it caught is made
  * ready to be launched. The relaxed mode lets libraries load code and other threads allocate while
- * this one records. */
+ * this one records. Operations keep the priorities of the lanes that they were recorded on. */
 #include <cstdlib>
 
 #include "kernels/cuda/common.cuh"
@@ -27,8 +27,9 @@ moe_status cuda_graph_end(moe_device *dev, moe_graph **out) {
   cudaError_t error = cudaStreamEndCapture(cuda_of(dev)->stream, &recorded);
   if (error != cudaSuccess || recorded == nullptr) return capture_failed(dev, error);
   moe_graph *graph = static_cast<moe_graph *>(calloc(1, sizeof *graph));
-  error =
-      graph == nullptr ? cudaErrorMemoryAllocation : cudaGraphInstantiate(&graph->run, recorded, 0);
+  error = graph == nullptr ? cudaErrorMemoryAllocation
+                           : cudaGraphInstantiate(&graph->run, recorded,
+                                                  cudaGraphInstantiateFlagUseNodePriority);
   cudaGraphDestroy(recorded);
   if (error != cudaSuccess) {
     free(graph);

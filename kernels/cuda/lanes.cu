@@ -57,8 +57,18 @@ void cuda_lend(moe_device *dev, int multiprocessors) {
   cuda_of(dev)->lent = moe_cuda_has_lanes(dev) ? multiprocessors : 0;
 }
 
+/* Whether a lane has no part in the graph that is being recorded: nothing to wait for in it, and
+ * what was queued before cannot be waited for. */
+static bool is_left_out(const moe_device *dev, moe_lane lane) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (!dev->recording) return false;
+  return cudaStreamIsCapturing(cuda_of(dev)->lane[lane], &status) == cudaSuccess &&
+         status == cudaStreamCaptureStatusNone;
+}
+
 moe_status cuda_wait_lane(moe_device *dev, moe_lane other) {
   cuda_state *s = cuda_of(dev);
+  if (is_left_out(dev, other)) return MOE_OK;
   CUDA_TRY(dev, cudaEventRecord(s->passed[other], s->lane[other]));
   CUDA_TRY(dev, cudaStreamWaitEvent(s->stream, s->passed[other], 0));
   return MOE_OK;
@@ -66,9 +76,12 @@ moe_status cuda_wait_lane(moe_device *dev, moe_lane other) {
 
 moe_status cuda_follow(moe_device *dev, const moe_mark *mark) {
   if (mark->event != nullptr) {
-    CUDA_TRY(dev, cudaStreamWaitEvent(cuda_of(dev)->stream, (cudaEvent_t)mark->event, 0));
+    unsigned kind = dev->recording ? cudaEventWaitExternal : cudaEventWaitDefault;
+    CUDA_TRY(dev, cudaStreamWaitEvent(cuda_of(dev)->stream, (cudaEvent_t)mark->event, kind));
     return MOE_OK;
   }
+  if (dev->recording)
+    return moe_fail(MOE_INVALID, "graph: a mark that was never made cannot be followed in it");
   for (int i = 0; i < MOE_LANES; i++) /* no event was to be had */
     MOE_TRY(cuda_wait_lane(dev, (moe_lane)i));
   return MOE_OK;
