@@ -146,8 +146,8 @@ ENUM(run, backend, 0, "auto|cpu|cuda", "where the mathematics runs")
 INT(run, threads, 0, 0, 4096, "CPU threads per rank; 0: the node's cores shared by its ranks")
 BOOL(run, deterministic, false, "the same bits from run to run at fixed ranks")
 BOOL(run, graphs, true,
-     "on one GPU, record a step (with accumulation: its kinds of micro-batches) as a device graph "
-     "and launch that")
+     "on GPUs that each hold all experts, record a step (with accumulation: its kinds of "
+     "micro-batches) as a device graph and launch that")
 BOOL(run, debug, false,
      "after every operation check for non-finite values and name the first that made one")
 REAL(run, memory_gib, 0.0, 0.0, 1e6,

@@ -72,9 +72,9 @@ moe_status moe_model_router_bias_changed(moe_model *m);
  *                           moe_model_keep_stats(i)
  *   moe_model_step_end, moe_device_sync, moe_model_step_losses
  *
- * On one rank begin, forward, backward and end queue the same work in every step, whatever the
- * batch: they can be recorded (kernels/device.h) for a micro-batch that is the first, the last,
- * both or neither, and a grad_scale. */
+ * Where every rank has all experts begin, forward, backward and end queue the same work in every
+ * step, whatever the batch: they can be recorded (kernels/device.h) for a micro-batch that is the
+ * first, the last, both or neither, and a grad_scale. */
 
 /* The tokens of the next pass. Local; the batch is not needed any more when this returns. */
 moe_status moe_model_load(moe_model *m, const moe_batch *batch);

@@ -74,8 +74,11 @@ static moe_status record(moe_engine *e, moe_recorded *r) {
   MOE_TRY(moe_comm_host_all_reduce_i64(e->world, &failed, 1, MOE_SUM));
   if (failed == 0) return MOE_OK;
   moe_status status = moe_agree(e->world, mine);
+  if (failed < moe_comm_size(e->world)) {
+    moe_warn("some ranks could not record a step as a device graph: run.graphs = false has none");
+    return status;
+  }
   moe_info("steps are not recorded as device graphs: %s", moe_error_message());
-  if (failed < moe_comm_size(e->world)) return status;
   moe_error_clear();
   e->records = false;
   return MOE_OK;

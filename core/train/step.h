@@ -4,10 +4,13 @@
  *   for each of e->accumulation micro-batches: moe_step_micro_batch(e, &batch);
  *   moe_step_end(e, &result);
  *
- * On one GPU a micro-batch is recorded as a device graph (kernels/device.h) once a step has run as
- * it is, and launched from then on. The first micro-batch also begins the step and the last one
- * ends it, so without accumulation one graph holds the whole step. Several ranks, CPUs, run.debug,
- * run.graphs = false and timed operations (kernels/profile.h) queue each operation anew. */
+ * On GPUs that each hold all experts (one, or parallel.ep = 1) a micro-batch is recorded as a
+ * device graph (kernels/device.h) once a step has run as it is, and launched from then on. The
+ * first micro-batch also begins the step and the last one sums the gradients and ends it, so
+ * without accumulation one graph holds the whole step; only an update whose weights travel beside
+ * the next step's forward pass (parallel/pool_gather.h) follows its graph as it is. Experts shared
+ * out over ranks, CPUs, run.debug, run.graphs = false and timed operations (kernels/profile.h)
+ * queue each operation anew. */
 #ifndef MOE_CORE_TRAIN_STEP_H
 #define MOE_CORE_TRAIN_STEP_H
 

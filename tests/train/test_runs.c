@@ -10,6 +10,7 @@
 
 #include "core/base/rng.h"
 #include "data/token_file.h"
+#include "tests/parallel/expect_passed.h"
 #include "tests/support/run_command.h"
 
 enum { STEPS = 6, LONG = 200, VOCAB = 97 };
@@ -386,4 +387,9 @@ Test(runs, dry_run_prints_the_plan_and_touches_nothing) {
   cr_assert_eq(moe_shell("grep -q 'experts   0 to   7 of every layer: rank 0' %s/dry.log", folder),
                0);
   cr_assert_neq(moe_shell("test -e %s/dry", folder), 0);
+}
+
+Test(recorded_steps, of_several_ranks_give_the_same_bits) {
+  expect_passed(moe_command_run(60, MOE_MPIRUN("recorded"), 2));
+  expect_passed(moe_command_run(60, MOE_MPIRUN("recorded"), 3));
 }
