@@ -7,8 +7,9 @@
 #   ONLY='router gpu_router' tests/gpu/run.sh ...            these suites
 #   tests/gpu/run.sh .gpu/bin/gpu_tests .gpu/run             through what finds its libraries
 #
-# Where moe-train and moe-data lie beside PROGRAM, whole runs move between devices, too (moves.sh);
-# with mpi_generate and two GPUs, texts of both are those of one.
+# Where moe-train and moe-data lie beside PROGRAM, whole runs move between devices, too (moves.sh).
+# With two GPUs, where they lie there: mpi_generate, texts of both are those of one; mpi_recorded,
+# recorded steps are those that are not.
 # Prints one line per suite and what a failing one said; ends with 1 when any failed.
 set -u
 program=${1:?usage: run.sh PROGRAM [LAUNCHER...]}
@@ -64,9 +65,11 @@ programs=$(dirname "$program")
 if [ -z "${ONLY:-}" ] && [ -x "$programs/moe-train" ] && [ -x "$programs/moe-data" ]; then
   check "runs, saved and continued elsewhere" "$(dirname "$0")/moves.sh" "$programs" "$@"
 fi
-if [ -z "${ONLY:-}" ] && [ -x "$programs/mpi_generate" ] &&
-  [ "$(nvidia-smi -L | grep -c '^GPU')" -ge 2 ]; then
+if [ -z "${ONLY:-}" ] && [ "$(nvidia-smi -L | grep -c '^GPU')" -ge 2 ]; then
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-  check "texts on 1 and 2 GPUs" "$@" mpirun --bind-to none -np 2 "$programs/mpi_generate"
+  [ ! -x "$programs/mpi_generate" ] ||
+    check "texts on 1 and 2 GPUs" "$@" mpirun --bind-to none -np 2 "$programs/mpi_generate"
+  [ ! -x "$programs/mpi_recorded" ] ||
+    check "recorded steps of 2 GPUs" "$@" mpirun --bind-to none -np 2 "$programs/mpi_recorded"
 fi
 exit $failed
