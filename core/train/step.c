@@ -60,7 +60,10 @@ static moe_status record_here(moe_engine *e, moe_recorded *r) {
   MOE_TRY(moe_device_graph_begin(e->dev));
   moe_status recorded = queue(e), ended = moe_device_graph_end(e->dev, &r->graph);
   r->laps = moe_step_clock_rewind(&e->clock, r->first_lap);
-  return recorded != MOE_OK ? recorded : ended;
+  if (recorded == MOE_OK) return ended;
+  moe_graph_destroy(e->dev, r->graph); /* of a part of it */
+  r->graph = NULL;
+  return recorded;
 }
 
 /* Expert products by cuBLAS and the like read sizes back and cannot be recorded: never mind, if no

@@ -213,4 +213,5 @@ Test(step, runs_as_it_is_where_kernels_cannot_be_recorded) {
   outcome out = train(true, 1, "precision.dtype=fp32"),
           again = train(false, 1, "precision.dtype=fp32");
   cr_assert_eq(out.state, again.state);
+  cr_assert_eq(out.graphs, out.records && moe_device_has_graphs(dev) ? 1 : 0);
 }
