@@ -35,6 +35,9 @@ typedef struct moe_backend {
   moe_status (*wait)(moe_device *dev, const moe_mark *mark);
   double (*between)(moe_device *dev, const moe_mark *from, const moe_mark *to);
   void (*forget)(moe_device *dev, moe_mark *mark);
+  /* Queue: slot[0] = cycles of the processors' clock so far, slot[1] = nanoseconds, both u64 in
+   * device memory; between two slots they make a mean clock. NULL where there is no such count. */
+  void (*count_cycles)(moe_device *dev, uint64_t *slot);
 
   /* Graphs (device.h); NULL where there are none. end takes the recording off the stream even when
    * it fails, and sets *out only when it succeeds. */
@@ -142,6 +145,7 @@ struct moe_device {
   const moe_backend *backend;
   moe_device_options options;
   char name[128];
+  char bus_id[32]; /* a GPU's place on the PCI bus; empty for a host */
   void *scratch;
   int64_t scratch_bytes;
   moe_lane lane;     /* where operations go now */

@@ -7,6 +7,7 @@
 #include "kernels/backend.h"
 
 enum { SPANS = 1 << 15, MAX_ROWS = 256 };
+enum { COUNT_BYTES = (SPANS + 1) * 2 * (int)sizeof(uint64_t) };
 
 typedef struct {
   const char *op, *label;
@@ -18,7 +19,8 @@ struct moe_profile {
   const moe_backend *inner;
   moe_backend timed;
   int64_t spans;
-  int open; /* depth: what runs inside a span is part of it */
+  uint64_t *clock, *counts; /* [SPANS + 1][2] of the device and the host; NULL: not counted */
+  int open;                 /* depth: what runs inside a span is part of it */
   span span[SPANS];
 };
 
@@ -33,6 +35,7 @@ void moe_profile_begin(moe_device *dev, const char *op, double flops) {
   if (!sees(dev, p) || p->open++ > 0) return;
   span *s = &p->span[p->spans];
   *s = (span){.op = op, .label = dev->label ? dev->label : "", .flops = flops};
+  if (p->clock) p->inner->count_cycles(dev, p->clock + 2 * p->spans);
   p->inner->mark(dev, &s->begin);
 }
 
@@ -269,10 +272,24 @@ static void wrap(moe_backend *table) {
   table->advance = timed_advance;
 }
 
-moe_status moe_profile_start(moe_device *dev) {
+static void destroy(moe_device *dev, struct moe_profile *p) {
+  if (p->clock) p->inner->free(dev, p->clock);
+  free(p->counts);
+  free(p);
+}
+
+moe_status moe_profile_start(moe_device *dev, bool clocks) {
   struct moe_profile *p = calloc(1, sizeof *p);
   if (!p) return moe_fail(MOE_NO_MEMORY, "out of memory: profile");
   p->inner = dev->backend;
+  if (clocks && p->inner->count_cycles) {
+    p->clock = p->inner->alloc(dev, COUNT_BYTES);
+    p->counts = calloc(1, COUNT_BYTES);
+    if (!p->clock || !p->counts) {
+      destroy(dev, p);
+      return moe_fail(MOE_NO_MEMORY, "out of memory: clocks of a profile");
+    }
+  }
   p->timed = *dev->backend;
   wrap(&p->timed);
   dev->profile = p;
@@ -284,8 +301,19 @@ bool moe_profile_is_on(const moe_device *dev) {
   return dev->profile != NULL;
 }
 
-/* Add a span to the row of its name. */
-static int add_span(moe_profile_row *rows, int count, const span *s, double seconds) {
+/* What was counted from the begin of span i to that of the next, unless either was missed. */
+static void add_cycles(const struct moe_profile *p, int64_t i, moe_profile_row *row) {
+  if (!p->counts) return;
+  const uint64_t *from = p->counts + 2 * i, *to = from + 2;
+  if (from[1] == 0 || to[1] <= from[1]) return;
+  row->cycles += (double)(to[0] - from[0]);
+  row->cycle_seconds += 1e-9 * (double)(to[1] - from[1]);
+}
+
+/* Add span i to the row of its name. */
+static int add_span(const struct moe_profile *p, int64_t at, moe_profile_row *rows, int count,
+                    double seconds) {
+  const span *s = &p->span[at];
   int i = 0;
   while (i < count && (strcmp(rows[i].op, s->op) != 0 || strcmp(rows[i].label, s->label) != 0)) i++;
   if (i == MAX_ROWS) return count;
@@ -293,6 +321,7 @@ static int add_span(moe_profile_row *rows, int count, const span *s, double seco
   rows[i].calls++;
   rows[i].seconds += seconds;
   rows[i].flops += s->flops;
+  add_cycles(p, at, &rows[i]);
   return count;
 }
 
@@ -301,14 +330,22 @@ static int by_seconds(const void *a, const void *b) {
   return (x < y) - (x > y);
 }
 
+static moe_status fetch_counts(moe_device *dev, struct moe_profile *p) {
+  if (p->clock) {
+    p->inner->count_cycles(dev, p->clock + 2 * p->spans);
+    MOE_TRY(moe_device_download(dev, p->counts, p->clock, COUNT_BYTES));
+  }
+  return moe_device_sync(dev);
+}
+
 moe_status moe_profile_stop(moe_device *dev, moe_profile_row *rows, int room, int *count) {
   struct moe_profile *p = dev->profile;
   moe_profile_row all[MAX_ROWS];
   int found = 0;
-  moe_status status = moe_device_sync(dev);
+  moe_status status = fetch_counts(dev, p);
   for (int64_t i = 0; i < p->spans && status == MOE_OK; i++) {
     const span *s = &p->span[i];
-    found = add_span(all, found, s, p->inner->between(dev, &s->begin, &s->end));
+    found = add_span(p, i, all, found, p->inner->between(dev, &s->begin, &s->end));
   }
   for (int64_t i = 0; i < p->spans; i++) {
     p->inner->forget(dev, &p->span[i].begin);
@@ -319,6 +356,6 @@ moe_status moe_profile_stop(moe_device *dev, moe_profile_row *rows, int room, in
   memcpy(rows, all, (size_t)*count * sizeof *rows);
   dev->backend = p->inner;
   dev->profile = NULL;
-  free(p);
+  destroy(dev, p);
   return status;
 }

@@ -18,7 +18,7 @@ static const char help[] =
     "Measure, in one run: the rate of a large matrix product and of a copy on all ranks at once, "
     "the\n"
     "collectives, and training steps on random tokens with a waterfall of where the time goes.\n"
-    "Without CFG: preset `small`.\n"
+    "Without CFG: preset `small`. Of GPUs whose driver tells it, also power, clock and energy.\n"
     "\n"
     "  --set SECTION.KEY=VALUE  a setting of docs/config.md; may be repeated\n"
     "  --steps N                steps measured (default 8)\n"
@@ -28,6 +28,8 @@ static const char help[] =
     "routing\n"
     "                           from initial weights is included\n"
     "  --operations             also list every operation of the timed steps\n"
+    "  --clocks                 count a GPU's clock during each part and operation, which takes\n"
+    "                           some 2 us for each operation of the timed steps\n"
     "  --json FILE              also write the figures as JSON\n"
     "  --help, --version\n";
 
@@ -35,7 +37,7 @@ typedef struct {
   moe_config config;
   const char *answer, *json;
   int64_t steps, warmup;
-  bool collectives, operations, balanced;
+  bool collectives, operations, balanced, clocks;
 } command;
 
 typedef struct {
@@ -49,12 +51,17 @@ static const int collective_mib[3] = {1, 8, 64};
 enum { MOST_STEPS = 100000 };
 
 static moe_status parse(int argc, char **argv, command *cmd) {
-  static const struct option options[] = {
-      {"set", required_argument, NULL, 's'},    {"steps", required_argument, NULL, 'n'},
-      {"warmup", required_argument, NULL, 'w'}, {"no-collectives", no_argument, NULL, 'c'},
-      {"operations", no_argument, NULL, 'o'},   {"balanced", no_argument, NULL, 'b'},
-      {"json", required_argument, NULL, 'j'},   {"help", no_argument, NULL, 'h'},
-      {"version", no_argument, NULL, 'v'},      {NULL, 0, NULL, 0}};
+  static const struct option options[] = {{"set", required_argument, NULL, 's'},
+                                          {"steps", required_argument, NULL, 'n'},
+                                          {"warmup", required_argument, NULL, 'w'},
+                                          {"no-collectives", no_argument, NULL, 'c'},
+                                          {"operations", no_argument, NULL, 'o'},
+                                          {"balanced", no_argument, NULL, 'b'},
+                                          {"clocks", no_argument, NULL, 'k'},
+                                          {"json", required_argument, NULL, 'j'},
+                                          {"help", no_argument, NULL, 'h'},
+                                          {"version", no_argument, NULL, 'v'},
+                                          {NULL, 0, NULL, 0}};
   moe_config file;
   int option;
   moe_config_defaults(&cmd->config);
@@ -72,6 +79,7 @@ static moe_status parse(int argc, char **argv, command *cmd) {
       if (option == 'c') cmd->collectives = false;
       if (option == 'o') cmd->operations = true;
       if (option == 'b') cmd->balanced = true;
+      if (option == 'k') cmd->clocks = true;
       if (option == 'j') cmd->json = optarg;
       if (option == 'n') MOE_TRY(moe_option_int("steps", optarg, 1, MOST_STEPS, &cmd->steps));
       if (option == 'w') MOE_TRY(moe_option_int("warmup", optarg, 0, MOST_STEPS, &cmd->warmup));
@@ -110,7 +118,7 @@ static moe_status measure_step(moe_engine *e, const command *cmd, figures *f) {
   MOE_TRY(moe_optimizer_init_weights(e->optimizer, (uint64_t)e->config.train.seed));
   if (cmd->balanced) MOE_TRY(moe_model_force_balance(e->model));
   moe_startup_tell();
-  return moe_bench_step(e, (int)cmd->warmup, (int)cmd->steps, &f->step);
+  return moe_bench_step(e, (int)cmd->warmup, (int)cmd->steps, cmd->clocks, &f->step);
 }
 
 /* The plan, and what came to be held: no step allocates, so what is held after them is the peak of
@@ -125,12 +133,34 @@ static moe_status measure_memory(moe_engine *e, int64_t free_at_start, figures *
   return MOE_OK;
 }
 
+/* "687 W of 700, 1523 MHz of 1980, held down by the power limit 98 % of the time" of this rank;
+ * what the driver does not tell is left out. */
+static void print_power(const moe_bench_power *power, int ranks) {
+  const moe_power_use *own = &power->own, *mean = &power->mean;
+  printf("%.0f W", own->watts);
+  if (own->limit_watts > 0.0) printf(" of %.0f", own->limit_watts);
+  if (own->sm_mhz > 0.0) printf(", %.0f MHz of %.0f", own->sm_mhz, own->sm_max_mhz);
+  printf(", held down by the power limit %.0f %% of the time", 100.0 * own->capped);
+  if (own->slowed > 0.0) printf(", by heat or supply %.0f %%", 100.0 * own->slowed);
+  if (ranks > 1) printf(" (mean of the ranks: %.0f W, %.0f MHz)", mean->watts, mean->sm_mhz);
+}
+
+static double lasting_pj(const moe_ceilings *c) {
+  return c->lasting_tflops > 0.0 ? c->power.mean.watts / c->lasting_tflops : 0.0;
+}
+
 static void print_ceilings(const moe_engine *e, const command *cmd, const figures *f) {
   int ranks = moe_comm_size(e->world);
   printf("ceilings, %d rank%s at once (%s)\n", ranks, ranks > 1 ? "s" : "",
          moe_device_name(e->dev));
   printf("  product %" PRId64 "^3          %8.3f TFLOP/s per rank\n", f->ceilings.product,
          f->ceilings.product_tflops);
+  if (lasting_pj(&f->ceilings) > 0.0) {
+    printf("    for a second        %8.3f TFLOP/s, %.3f pJ/FLOP: ", f->ceilings.lasting_tflops,
+           lasting_pj(&f->ceilings));
+    print_power(&f->ceilings.power, ranks);
+    printf("\n");
+  }
   printf("  copy                  %8.1f GB/s per rank, read and written\n", f->ceilings.copy_gbs);
   for (int c = 0; c < MOE_BENCH_COLLECTIVES && cmd->collectives && ranks > 1; c++) {
     printf("  %-20s  %8.2f %8.2f %8.2f GB/s on the bus at %d, %d, %d MiB\n",
@@ -162,6 +192,23 @@ static void print_step(const moe_engine *e, const command *cmd, const figures *f
          1e3 * s->exchange, 1e3 * s->exchange_least, moe_text_bytes(used, (double)f->used_bytes));
 }
 
+/* Joules, and what the model's FLOPs alone would take at the lone product's rate. */
+static void print_energy(const moe_engine *e, const figures *f) {
+  const moe_bench_step_result *s = &f->step;
+  int ranks = moe_comm_size(e->world);
+  if (s->power.own.samples <= 0.0) return;
+  double joules = s->power.mean.joules / s->timed_steps; /* of a rank and step */
+  double least = s->model_tflops * s->seconds * lasting_pj(&f->ceilings);
+  printf("  power: ");
+  print_power(&s->power, ranks);
+  printf("\n  energy: %.1f J a step%s, %.2f mJ a token", joules, ranks > 1 ? " and rank" : "",
+         1e3 * joules * ranks / (double)s->tokens);
+  if (least > 0.0)
+    printf("; the model's FLOPs at the lone product's pJ: %.1f J, %.1f %%", least,
+           100.0 * least / joules);
+  printf("\n");
+}
+
 static void print_parts(const figures *f) {
   const moe_bench_step_result *s = &f->step;
   for (int i = 0; i < MOE_BENCH_PARTS; i++) {
@@ -172,6 +219,7 @@ static void print_parts(const figures *f) {
       printf("  %8.3f TFLOP/s, %5.1f %% of the product", tflops,
              100.0 * tflops / f->ceilings.product_tflops);
     }
+    if (p->mhz > 0.0) printf("%s%.0f MHz", p->flops > 0.0 ? ", " : "  ", p->mhz);
     printf("\n");
   }
 }
@@ -185,6 +233,7 @@ static void print_operations(const moe_bench_step_result *s) {
     printf("  %-22s %-20s %7.0f calls %9.3f ms %9.1f us each", r->op, r->label,
            (double)r->calls / steps, 1e3 * r->seconds / steps, 1e6 * r->seconds / (double)r->calls);
     if (r->flops > 0.0) printf("  %8.3f TFLOP/s", 1e-12 * r->flops / r->seconds);
+    if (r->cycle_seconds > 0.0) printf("  %5.0f MHz", 1e-6 * r->cycles / r->cycle_seconds);
     printf("\n");
   }
 }
@@ -210,6 +259,18 @@ static void write_step(const moe_engine *e, const figures *f, FILE *out) {
           f->planned_bytes, f->used_bytes);
 }
 
+/* Means of the ranks; zeros where the driver does not tell. */
+static void write_power(const figures *f, FILE *out) {
+  const moe_power_use *step = &f->step.power.mean, *product = &f->ceilings.power.mean;
+  fprintf(out,
+          "\"watts\": %.6g, \"limit_watts\": %.6g, \"sm_mhz\": %.6g, \"capped\": %.6g, "
+          "\"joules\": %.6g, \"product_lasting_tflops\": %.6g, \"product_watts\": %.6g, "
+          "\"product_sm_mhz\": %.6g, ",
+          step->watts, step->limit_watts, step->sm_mhz, step->capped,
+          step->joules / f->step.timed_steps, f->ceilings.lasting_tflops, product->watts,
+          product->sm_mhz);
+}
+
 static moe_status write_json(const moe_engine *e, const char *path, const figures *f) {
   FILE *out = fopen(path, "w");
   if (!out) return moe_fail(MOE_IO, "cannot write: %s: choose another --json FILE", path);
@@ -220,11 +281,12 @@ static moe_status write_json(const moe_engine *e, const char *path, const figure
           moe_dtype_name(moe_config_compute_dtype(&e->config)), f->ceilings.product,
           f->ceilings.product_tflops, f->ceilings.copy_gbs);
   write_step(e, f, out);
+  write_power(f, out);
   fprintf(out, "\"parts\": [");
   for (int i = 0; i < MOE_BENCH_PARTS; i++) {
     const moe_bench_part *p = &f->step.part[i];
-    fprintf(out, "%s{\"name\": \"%s\", \"seconds\": %.6g, \"flops\": %.6g}", i ? ", " : "", p->name,
-            p->seconds, p->flops);
+    fprintf(out, "%s{\"name\": \"%s\", \"seconds\": %.6g, \"flops\": %.6g, \"mhz\": %.6g}",
+            i ? ", " : "", p->name, p->seconds, p->flops, p->mhz);
   }
   fprintf(out, "]}\n");
   if (fclose(out) == 0) return MOE_OK;
@@ -234,6 +296,7 @@ static moe_status write_json(const moe_engine *e, const char *path, const figure
 static moe_status tell(const moe_engine *e, const command *cmd, const figures *f) {
   print_ceilings(e, cmd, f);
   print_step(e, cmd, f);
+  print_energy(e, f);
   print_parts(f);
   if (cmd->operations) print_operations(&f->step);
   return cmd->json ? write_json(e, cmd->json, f) : MOE_OK;

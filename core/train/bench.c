@@ -13,6 +13,21 @@
 
 enum { RUNS = 5, PROFILE_ROWS = 128 };
 
+/* ---- power ----------------------------------------------------------------------------------- */
+
+/* Collective. All figures are doubles; ranks that know none leave no mean. */
+static moe_status share_power(moe_comm *world, moe_bench_power *power) {
+  enum { FIGURES = sizeof(moe_power_use) / sizeof(double) };
+  double mean[FIGURES], least = power->own.samples;
+  memcpy(mean, &power->own, sizeof mean);
+  MOE_TRY(moe_comm_host_all_reduce_f64(world, &least, 1, MOE_MIN));
+  MOE_TRY(moe_comm_host_all_reduce_f64(world, mean, FIGURES, MOE_SUM));
+  for (int i = 0; i < FIGURES; i++) mean[i] /= moe_comm_size(world);
+  memcpy(&power->mean, mean, sizeof mean);
+  if (least <= 0.0) memset(power, 0, sizeof *power);
+  return MOE_OK;
+}
+
 /* ---- ceilings -------------------------------------------------------------------------------- */
 
 static moe_status copy_rate(moe_device *dev, double *gbs) {
@@ -35,6 +50,20 @@ static moe_status copy_rate(moe_device *dev, double *gbs) {
   return status;
 }
 
+static moe_status product_power(moe_device *dev, moe_comm *world, moe_dtype dtype,
+                                moe_ceilings *out) {
+  double tflops = 0.0;
+  moe_power *meter = moe_power_open(dev);
+  moe_status status = MOE_OK;
+  if (meter) status = moe_matrix_power(dev, out->product, dtype, meter, &tflops, &out->power.own);
+  moe_power_close(meter);
+  MOE_TRY(moe_agree(world, status));
+  MOE_TRY(share_power(world, &out->power));
+  MOE_TRY(moe_comm_host_all_reduce_f64(world, &tflops, 1, MOE_SUM));
+  if (out->power.mean.samples > 0.0) out->lasting_tflops = tflops / moe_comm_size(world);
+  return MOE_OK;
+}
+
 moe_status moe_bench_ceilings(moe_device *dev, moe_comm *world, moe_dtype dtype,
                               moe_ceilings *out) {
   out->product = moe_device_what(dev) == MOE_DEVICE_CUDA ? 8192 : 2048;
@@ -45,7 +74,7 @@ moe_status moe_bench_ceilings(moe_device *dev, moe_comm *world, moe_dtype dtype,
   MOE_TRY(moe_comm_host_all_reduce_f64(world, rates, 2, MOE_MIN));
   out->product_tflops = rates[0];
   out->copy_gbs = rates[1];
-  return MOE_OK;
+  return product_power(dev, world, dtype, out);
 }
 
 /* ---- collectives ----------------------------------------------------------------------------- */
@@ -190,58 +219,83 @@ static moe_status one_step(moe_engine *e, const moe_batch *batch, int64_t step, 
 /* Fold the timed operations into parts of one step, scaled to the median of the steps. */
 static void fill_parts(moe_bench_step_result *out) {
   moe_bench_part *part = out->part;
-  double known = 0.0, seconds = out->timed_seconds;
+  double known = 0.0, seconds = out->timed_seconds, counted[MOE_BENCH_PARTS] = {0};
   for (int i = 0; i < MOE_BENCH_PARTS; i++) part[i] = (moe_bench_part){.name = part_names[i]};
   for (int i = 0; i < out->ops; i++) {
     const moe_profile_row *r = &out->op[i];
     moe_bench_part *p = &part[part_of(r)];
     p->seconds += r->seconds;
     p->flops += r->flops / out->timed_steps;
+    p->mhz += 1e-6 * r->cycles; /* for now */
+    counted[part_of(r)] += r->cycle_seconds;
     known += r->seconds;
   }
   part[REST].seconds = seconds > known ? seconds - known : 0.0;
   double whole = known + part[REST].seconds;
-  for (int i = 0; i < MOE_BENCH_PARTS; i++) part[i].seconds *= out->seconds / whole;
+  for (int i = 0; i < MOE_BENCH_PARTS; i++) {
+    part[i].seconds *= out->seconds / whole;
+    part[i].mhz = counted[i] > 0.0 ? part[i].mhz / counted[i] : 0.0;
+  }
 }
 
-moe_status moe_bench_step(moe_engine *e, int warmup, int steps, moe_bench_step_result *out) {
+/* `steps` steps as they are in training. */
+static moe_status plain_steps(moe_engine *e, const moe_batch *batch, int warmup, int steps,
+                              double *times, moe_bench_step_result *out) {
+  double waited = 0.0, spent = 0.0, bytes = 0.0;
+  moe_status status = MOE_OK;
+  moe_power *meter = moe_power_open(e->dev);
+  for (int i = 0; i < warmup && status == MOE_OK; i++) status = one_step(e, batch, i + 1, &spent);
+  moe_model_exchange_cost(e->model, &spent, &bytes); /* the warm-up's */
+  moe_power_begin(meter);
+  for (int i = 0; i < steps && status == MOE_OK; i++) {
+    status = one_step(e, batch, warmup + i + 1, &times[i]);
+    moe_model_exchange_cost(e->model, &spent, &bytes);
+    waited += spent;
+  }
+  out->power.own = moe_power_end(meter);
+  moe_power_close(meter);
+  MOE_TRY(status);
+  MOE_TRY(share_power(e->world, &out->power));
+  return share_exchange(e->world, waited, steps, out);
+}
+
+/* And as many with their operations timed. */
+static moe_status timed_steps(moe_engine *e, const moe_batch *batch, int64_t before, int steps,
+                              bool clocks, moe_bench_step_result *out) {
+  double spent = 0.0;
+  moe_status status = MOE_OK;
+  out->timed_steps = steps;
+  MOE_TRY(moe_profile_start(e->dev, clocks));
+  for (int i = 0; i < steps && status == MOE_OK; i++) {
+    status = one_step(e, batch, before + i + 1, &spent);
+    out->timed_seconds += spent;
+  }
+  moe_status stopped = moe_profile_stop(e->dev, out->op, MOE_BENCH_OPS, &out->ops);
+  return status == MOE_OK ? stopped : status;
+}
+
+moe_status moe_bench_step(moe_engine *e, int warmup, int steps, bool clocks,
+                          moe_bench_step_result *out) {
   moe_dims d = moe_dims_of(&e->config);
   int64_t seq = e->config.data.sequence_length;
   int ranks = moe_comm_size(e->world);
   random_batch random;
+  *out = (moe_bench_step_result){0};
   MOE_TRY(random_batch_create(e, &random));
-  double *times = calloc((size_t)steps, sizeof *times), spent = 0.0, total = 0.0;
-  double waited = 0.0, bytes = 0.0;
+  double *times = calloc((size_t)steps, sizeof *times);
   moe_status status = MOE_OK;
   if (!times) {
     status = moe_fail(MOE_NO_MEMORY, "out of memory: step times");
     goto done;
   }
-  for (int i = 0; i < warmup && status == MOE_OK; i++) {
-    MOE_TRY_OR(status, done, one_step(e, &random.batch, i + 1, &spent));
-  }
-  moe_model_exchange_cost(e->model, &spent, &bytes); /* the warm-up's */
-  for (int i = 0; i < steps && status == MOE_OK; i++) {
-    MOE_TRY_OR(status, done, one_step(e, &random.batch, warmup + i + 1, &times[i]));
-    moe_model_exchange_cost(e->model, &spent, &bytes);
-    waited += spent;
-  }
-  MOE_TRY_OR(status, done, share_exchange(e->world, waited, steps, out));
-  MOE_TRY_OR(status, done, moe_profile_start(e->dev));
-  for (int i = 0; i < steps && status == MOE_OK; i++) {
-    status = one_step(e, &random.batch, warmup + steps + i + 1, &spent);
-    total += spent;
-  }
-  moe_status stopped = moe_profile_stop(e->dev, out->op, MOE_BENCH_OPS, &out->ops);
-  MOE_TRY_OR(status, done, status == MOE_OK ? stopped : status);
+  MOE_TRY_OR(status, done, plain_steps(e, &random.batch, warmup, steps, times, out));
+  MOE_TRY_OR(status, done, timed_steps(e, &random.batch, warmup + steps, steps, clocks, out));
   out->seconds = moe_median(times, steps);
   out->fastest = times[0];
   out->slowest = times[steps - 1];
   out->tokens = e->config.train.micro_batch * e->accumulation * ranks * seq;
   out->model_tflops =
       1e-12 * (double)out->tokens * moe_dims_flops_per_token(&d, seq) / out->seconds / ranks;
-  out->timed_steps = steps;
-  out->timed_seconds = total;
   fill_parts(out);
 done:
   free(times);

@@ -5,15 +5,23 @@
 #define MOE_CORE_TRAIN_BENCH_H
 
 #include "core/train/engine.h"
+#include "kernels/power.h"
 #include "kernels/profile.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
+/* What a card draws (kernels/power.h). samples is 0 where it is not told on every rank. */
+typedef struct {
+  moe_power_use own, mean; /* of this rank; the mean of all ranks */
+} moe_bench_power;
+
 typedef struct {
   int64_t product;       /* n of the n x n x n product */
   double product_tflops; /* per rank, all ranks at once: the slowest */
+  double lasting_tflops; /* repeated for a second, mean of the ranks; 0 where power is not told */
+  moe_bench_power power; /* of that second */
   double copy_gbs;       /* device memory to itself, bytes read and written; the slowest rank */
 } moe_ceilings;
 
@@ -39,6 +47,7 @@ enum { MOE_BENCH_PARTS = 10, MOE_BENCH_OPS = 128 };
 typedef struct {
   const char *name;
   double seconds, flops; /* per step; of rank 0 */
+  double mhz;            /* the mean clock in it; 0 where it was not counted */
 } moe_bench_part;
 
 typedef struct {
@@ -46,6 +55,7 @@ typedef struct {
   double fastest, slowest;
   int64_t tokens;                       /* per step, all ranks */
   double model_tflops;                  /* per rank */
+  moe_bench_power power;                /* of all steps, of which there are timed_steps */
   double exchange, exchange_least;      /* seconds arithmetic waits for exchanges (on a CPU: all
                                          * they take): mean of the ranks, and the rank that waits
                                          * least. What others wait more they wait for the slowest */
@@ -58,8 +68,10 @@ typedef struct {
 } moe_bench_step_result;
 
 /* Collective. `steps` training steps on random tokens after `warmup`; the same number again with
- * operations timed, for the parts, which are scaled to sum to the median. */
-moe_status moe_bench_step(moe_engine *e, int warmup, int steps, moe_bench_step_result *out);
+ * operations timed, for the parts, which are scaled to sum to the median; with `clocks` a GPU's
+ * clock is counted in them (kernels/profile.h). */
+moe_status moe_bench_step(moe_engine *e, int warmup, int steps, bool clocks,
+                          moe_bench_step_result *out);
 
 #ifdef __cplusplus
 }

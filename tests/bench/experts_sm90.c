@@ -1,6 +1,7 @@
 /* The experts' products on Hopper: own kernels against cuBLAS, at the 6.9b model's sizes.
  *
  *   experts_sm90 [EXPERTS] [NAME]       default 8 experts; products whose name contains NAME
+ *   experts_sm90 EXPERTS NAME SECONDS   what they draw, each repeated for SECONDS
  *
  * Three contestants take turns, one launch each, so that all meet the same clocks and temperature:
  *   own      the fused kernel
@@ -11,12 +12,14 @@
  * rules. Inputs are random and, where they would fit the cache, rotate over several copies.
  * down_backward, which where the forward's a was kept need not make it again, changes gu in place:
  * in its unbroken run each launch has a fresh copy, and there are as many launches as FRESH_GB
- * holds copies. */
+ * holds copies. For SECONDS it takes turns with a copy, whose time and joules, measured alone, are
+ * taken off again. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "kernels/backend.h"
+#include "kernels/power.h"
 #include "tests/bench/draws.h"
 
 enum { D = 768, F = 6144, MOST_EXPERTS = 16, FEW_COPIES = 3, ROUNDS = 21, SUSTAINED = 40 };
@@ -39,6 +42,7 @@ static moe_device *own, *cublas;
 static int64_t e, C, bounds[MOST_EXPERTS + 1]; /* experts, rows, where segments begin */
 static int turn;                               /* which copy of rotating inputs */
 static moe_tensor draws;
+static moe_power *meter;
 
 /* ---- tensors --------------------------------------------------------------------------------- */
 
@@ -190,6 +194,10 @@ static double launches(int who, product k, int count) {
   return s;
 }
 
+static double tera_flops(product k) {
+  return 1e-12 * (double)C * D * F * (k == UP || k == UP_BACKWARD || k == GRAD_W13 ? 4 : 2);
+}
+
 /* ---- measuring ------------------------------------------------------------------------------- */
 
 static int by_value(const void *p, const void *q) {
@@ -221,7 +229,7 @@ static void measure(product k) {
     }
   for (int who = 0; who < CONTESTANTS; who++) qsort(s[who], ROUNDS, sizeof(double), by_value);
   sustain(k, sustained);
-  double tera = 1e-12 * (double)C * D * F * (k == UP || k == UP_BACKWARD || k == GRAD_W13 ? 4 : 2);
+  double tera = tera_flops(k);
   double *m[] = {&s[OWN][ROUNDS / 2], &s[GEMM][ROUNDS / 2], &s[CUBLAS][ROUNDS / 2]};
   printf("%-21s %8.4f %8.4f %8.4f  %6.1f %6.1f %6.1f   %5.2f %5.2f   %6.1f %6.1f %5.2f\n", names[k],
          1e3 * *m[0], 1e3 * *m[1], 1e3 * *m[2], tera / *m[0], tera / *m[1], tera / *m[2],
@@ -229,6 +237,60 @@ static void measure(product k) {
          sustained[1] / sustained[0]);
   fflush(stdout);
 }
+
+/* ---- power ----------------------------------------------------------------------------------- */
+
+typedef struct {
+  double seconds, joules; /* of a call */
+  moe_power_use use;
+} drawn;
+
+static drawn repeat(int who, product k, double seconds, bool fresh, bool work) {
+  moe_power_run run = {.dev = who == OWN ? own : cublas, .meter = meter, .seconds = seconds};
+  settle();
+  for (; moe_power_goes_on(&run); turn++) {
+    if (fresh) must(moe_copy(own, at(gu), at(pristine)));
+    if (work) contest(who, k);
+  }
+  must(run.status);
+  double s = run.use.seconds / (double)run.calls;
+  return (drawn){.seconds = s, .joules = s * run.use.watts, .use = run.use};
+}
+
+static void draw(product k, double seconds) {
+  printf("%-21s", names[k]);
+  for (int who = OWN; who <= GEMM; who++) {
+    bool fresh = who == OWN && changes_gu(k);
+    drawn d = repeat(who, k, seconds, fresh, true);
+    if (fresh) {
+      drawn copy = repeat(who, k, seconds, true, false);
+      d.seconds -= copy.seconds, d.joules -= copy.joules;
+    }
+    printf("   %8.4f %6.1f %5.0f %5.0f %4.0f%% %7.1f %6.3f%c", 1e3 * d.seconds,
+           tera_flops(k) / d.seconds, d.use.watts, d.use.sm_mhz, 100.0 * d.use.capped,
+           1e3 * d.joules, d.joules / tera_flops(k), fresh ? '*' : ' ');
+    fflush(stdout);
+  }
+  printf("\n");
+}
+
+/* With 8192 rows for each expert. */
+static void draw_all(double seconds, const char *only) {
+  int64_t rows[MOST_EXPERTS];
+  for (int64_t j = 0; j < e; j++) rows[j] = 8192;
+  set_up(rows);
+  printf(
+      "%lld experts, 8192 rows each, D %d, F %d; own, then GEMM; *: W and MHz with a copy\n%-21s",
+      (long long)e, D, F, "product");
+  for (int who = OWN; who <= GEMM; who++)
+    printf("   %8s %6s %5s %5s %5s %7s %6s ", "ms", "TFLOPs", "W", "MHz", "capped", "mJ", "pJ/F");
+  printf("\n");
+  for (int k = 0; k < PRODUCTS; k++)
+    if (strstr(names[k], only) != NULL) draw((product)k, seconds);
+  tear_down();
+}
+
+/* ---- all ------------------------------------------------------------------------------------- */
 
 /* 4096 rows for each expert on average, the j-th with 1 / j of the first one's; whole tiles. */
 static void zipf(int64_t *rows) {
@@ -261,6 +323,7 @@ static moe_device *device(const char *products) {
 
 int main(int argc, char **argv) {
   const char *only = argc > 2 ? argv[2] : "";
+  double seconds = argc > 3 ? atof(argv[3]) : 0.0;
   e = argc > 1 ? atoll(argv[1]) : 8;
   if (e < 1 || e > MOST_EXPERTS) {
     fprintf(stderr, "experts_sm90: EXPERTS must be from 1 to %d\n", MOST_EXPERTS);
@@ -271,6 +334,12 @@ int main(int argc, char **argv) {
   cublas = device("cublas");
   draws = make_draws(own);
   printf("%s, bf16\n", moe_device_name(own));
+  if (seconds > 0.0) {
+    meter = moe_power_open(own);
+    draw_all(seconds, only);
+    moe_power_close(meter);
+    return 0;
+  }
   const int64_t each[] = {2048, 4096, 8192};
   for (int i = 0; i < 3; i++) {
     int64_t rows[MOST_EXPERTS];

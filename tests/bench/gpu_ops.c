@@ -1,16 +1,21 @@
 /* How far each operation is from its floor, at one layer's sizes of the 6.9b model.
  *
- *   gpu_ops [TOKENS] [NAME] [S]     default 16384 tokens in sequences of 4096, every operation
- *                                   whose name contains NAME
+ *   gpu_ops [TOKENS] [NAME] [S] [SECONDS]    default 16384 tokens in sequences of 4096, every
+ *                                            operation whose name contains NAME
  *
  * The floor is the larger of bytes over the copy rate and products over the matrix rate, both as
  * measured on an H200 (4.26 TB/s, 780 TFLOP/s); bytes are each input read and each output written
  * once. Inputs are random; those that would fit the cache rotate over several copies. Each line is
- * the median of ROUNDS rounds of several calls. */
+ * the median of ROUNDS rounds of several calls. With SECONDS each operation is then repeated
+ * without a pause for so long, for what it draws: time, power and joules of a call, and the clock.
+ * (Not where a call changes its input, which would drift to values that are cheaper to multiply.)
+ */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
+#include "kernels/power.h"
 #include "tests/bench/draws.h"
 
 static const double COPY_RATE = 4.26e12, MATRIX_RATE = 780e12;
@@ -20,6 +25,8 @@ enum { ROUNDS = 9, MOST_COPIES = 4, CHUNK = 8192 };
 static moe_device *dev;
 static int64_t T, S, C;
 static int turn; /* which copy of rotating inputs */
+static moe_power *meter;
+static double lasting_s;
 static moe_tensor draws;
 
 /* ---- tensors: up to MOST_COPIES copies of what would fit the cache ----------------------------
@@ -244,21 +251,41 @@ static void refresh(void) {
       if (round >= 0) seconds[round] = (moe_clock_s() - start) / calls;             \
     }                                                                               \
     show(text, seconds, floor_s, (bytes_), (products_));                            \
+    if (lasting_s > 0.0 && !changes_input(text)) {                                  \
+      moe_power_run run = {.dev = dev, .meter = meter, .seconds = lasting_s};       \
+      for (; moe_power_goes_on(&run); turn++) must(call);                           \
+      show_power(&run, (bytes_), (products_));                                      \
+    }                                                                               \
+    printf("\n");                                                                   \
+    fflush(stdout);                                                                 \
   }
+
+static bool changes_input(const char *operation) {
+  return strcmp(operation, "expert_down_backward") == 0 || strstr(operation, "cross_entropy");
+}
 
 static void show(const char *text, double *seconds, double floor_s, double bytes, double products) {
   qsort(seconds, ROUNDS, sizeof *seconds, by_value);
   double s = seconds[ROUNDS / 2];
-  printf("%-28s %9.4f %9.4f %6.2f %8.2f %8.1f %9.4f %9.4f\n", text, 1e3 * s, 1e3 * floor_s,
+  printf("%-28s %9.4f %9.4f %6.2f %8.2f %8.1f %9.4f %9.4f", text, 1e3 * s, 1e3 * floor_s,
          s / floor_s, 1e-12 * bytes / s, 1e-12 * products / s, 1e3 * seconds[0],
          1e3 * seconds[ROUNDS - 1]);
-  fflush(stdout);
+}
+
+static void show_power(const moe_power_run *run, double bytes, double products) {
+  must(run->status);
+  double s = run->use.seconds / (double)run->calls, joules = run->use.watts * s;
+  printf("   %9.4f %6.0f %6.0f %5.0f%% %9.3f", 1e3 * s, run->use.watts, run->use.sm_mhz,
+         100.0 * run->use.capped, 1e3 * joules);
+  printf(" %8.1f", 1e12 * joules / bytes);
+  if (products > 0.0) printf(" %8.3f", 1e12 * joules / products);
 }
 
 int main(int argc, char **argv) {
   T = argc > 1 ? atoll(argv[1]) : 16384;
   const char *only = argc > 2 ? argv[2] : "";
   S = argc > 3 ? atoll(argv[3]) : 4096;
+  lasting_s = argc > 4 ? atof(argv[4]) : 0.0;
   if (T < CHUNK || S < 1 || T % S != 0) {
     fprintf(stderr, "gpu_ops: TOKENS must be a multiple of S and at least %d\n", CHUNK);
     return 2;
@@ -267,14 +294,26 @@ int main(int argc, char **argv) {
   moe_log_init("gpu_ops", -1);
   moe_device_options options = {.kind = MOE_DEVICE_CUDA};
   must(moe_device_open(&options, &dev));
+  meter = lasting_s > 0.0 ? moe_power_open(dev) : NULL;
   draws = make_draws(dev);
   make_dense();
   make_moe();
   printf("%s, %lld tokens, bf16; floors at %.2f TB/s and %.0f TFLOP/s\n", moe_device_name(dev),
          (long long)T, 1e-12 * COPY_RATE, 1e-12 * MATRIX_RATE);
-  printf("%-28s %9s %9s %6s %8s %8s %9s %9s\n", "operation", "ms", "floor", "ratio", "TB/s",
+  printf("%-28s %9s %9s %6s %8s %8s %9s %9s", "operation", "ms", "floor", "ratio", "TB/s",
          "TFLOP/s", "least", "most");
+  if (lasting_s > 0.0)
+    printf("   %9s %6s %6s %6s %9s %8s %8s", "repeated", "W", "MHz", "capped", "mJ", "pJ/byte",
+           "pJ/FLOP");
+  printf("\n");
+  if (meter) {
+    moe_power_run idle = {.dev = dev, .meter = meter, .seconds = lasting_s};
+    while (moe_power_goes_on(&idle)) (void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    printf("(nothing: %.0f W of %.0f, %.0f MHz of %.0f)\n", idle.use.watts, idle.use.limit_watts,
+           idle.use.sm_mhz, idle.use.sm_max_mhz);
+  }
   OPERATIONS(MEASURE)
+  moe_power_close(meter);
   moe_device_close(dev); /* with all that it holds */
   return 0;
 }

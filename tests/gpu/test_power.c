@@ -1,0 +1,72 @@
+/* What a GPU's driver tells of its power and clocks against what work must draw, and against the
+ * count of the clock in profiles. */
+#include <criterion/criterion.h>
+#include <unistd.h>
+
+#include "kernels/power.h"
+#include "kernels/profile.h"
+#include "tests/gpu/both.h"
+
+enum { N = 4096 };
+static moe_device *gpu;
+static both a, b, c;
+
+static void set_up(void) {
+  both_open();
+  gpu = both_dev[GPU_SIDE];
+  a = both_random("a", MOE_F16, SHAPE(N, N), 1.0), b = both_random("b", MOE_F16, SHAPE(N, N), 1.0);
+  c = both_output("c", MOE_F16, SHAPE(N, N));
+}
+
+static void multiply(void) {
+  ON_GPU(moe_gemm(dev, MOE_NT, a.t[s], b.t[s], 0.0f, c.t[s]));
+}
+
+TestSuite(gpu_power, .init = set_up, .fini = both_close, .timeout = 60);
+
+Test(gpu_power, products_draw_more_than_waiting) {
+  moe_power *meter = moe_power_open(gpu);
+  if (!meter) cr_skip_test("the driver does not tell");
+  moe_power_run idle = {.dev = gpu, .meter = meter, .seconds = 0.5}, busy = idle;
+  while (moe_power_goes_on(&idle)) usleep(1000);
+  while (moe_power_goes_on(&busy)) multiply();
+  moe_power_close(meter);
+  cr_expect(busy.use.samples >= 5 && busy.calls > 10);
+  cr_expect(busy.use.watts > 1.3 * idle.use.watts, "%g W, idle %g W", busy.use.watts,
+            idle.use.watts);
+  cr_expect(busy.use.limit_watts == 0.0 || busy.use.watts < 1.1 * busy.use.limit_watts);
+  cr_expect(busy.use.sm_mhz <= busy.use.sm_max_mhz, "%g MHz", busy.use.sm_mhz);
+}
+
+/* Rows of what has run since the profile began, which are all products. */
+static moe_profile_row profile_of_products(bool clocks, int times) {
+  moe_profile_row row[2];
+  int rows = 0;
+  cr_assert_eq(moe_profile_start(gpu, clocks), MOE_OK);
+  for (int i = 0; i < times; i++) multiply();
+  cr_assert_eq(moe_profile_stop(gpu, row, 2, &rows), MOE_OK);
+  cr_assert_eq(rows, 1);
+  cr_assert_eq(row[0].calls, times);
+  return row[0];
+}
+
+Test(gpu_power, clocks_of_a_profile_are_what_the_driver_tells) {
+  moe_power *meter = moe_power_open(gpu);
+  if (!meter) cr_skip_test("the driver does not tell");
+  (void)profile_of_products(true, 1000); /* clocks settle */
+  moe_power_begin(meter);
+  moe_profile_row counted = profile_of_products(true, 3000);
+  moe_power_use told = moe_power_end(meter);
+  moe_power_close(meter);
+  double mhz = 1e-6 * counted.cycles / counted.cycle_seconds;
+  cr_expect(mhz > 0.9 * told.sm_mhz && mhz < 1.1 * told.sm_mhz, "counted %g MHz, told %g", mhz,
+            told.sm_mhz);
+}
+
+Test(gpu_power, clocks_are_counted_for_nearly_all_the_time_and_only_when_asked) {
+  (void)profile_of_products(false, 10); /* code is loaded */
+  moe_profile_row counted = profile_of_products(true, 100);
+  cr_expect(counted.cycle_seconds > 0.9 * counted.seconds, "%g of %g s", counted.cycle_seconds,
+            counted.seconds);
+  cr_expect_eq(profile_of_products(false, 10).cycle_seconds, 0.0);
+}
