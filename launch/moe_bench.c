@@ -133,20 +133,19 @@ static moe_status measure_memory(moe_engine *e, int64_t free_at_start, figures *
   return MOE_OK;
 }
 
-/* "687 W of 700, 1523 MHz of 1980, held down by the power limit 98 % of the time" of this rank;
- * what the driver does not tell is left out. */
+/* "687 W of 700, 1523 MHz of 1980, held down by the power limit 98 % of the time", of this rank;
+ * 0: the driver does not tell. */
 static void print_power(const moe_bench_power *power, int ranks) {
   const moe_power_use *own = &power->own, *mean = &power->mean;
-  printf("%.0f W", own->watts);
-  if (own->limit_watts > 0.0) printf(" of %.0f", own->limit_watts);
-  if (own->sm_mhz > 0.0) printf(", %.0f MHz of %.0f", own->sm_mhz, own->sm_max_mhz);
+  printf("%.0f W of %.0f", own->watts, own->limit_watts);
+  printf(", %.0f MHz of %.0f", own->sm_mhz, own->sm_max_mhz);
   printf(", held down by the power limit %.0f %% of the time", 100.0 * own->capped);
   if (own->slowed > 0.0) printf(", by heat or supply %.0f %%", 100.0 * own->slowed);
   if (ranks > 1) printf(" (mean of the ranks: %.0f W, %.0f MHz)", mean->watts, mean->sm_mhz);
 }
 
-static double lasting_pj(const moe_ceilings *c) {
-  return c->lasting_tflops > 0.0 ? c->power.mean.watts / c->lasting_tflops : 0.0;
+static double product_pj(const moe_ceilings *c) {
+  return c->sustained_tflops > 0.0 ? c->power.mean.watts / c->sustained_tflops : 0.0;
 }
 
 static void print_ceilings(const moe_engine *e, const command *cmd, const figures *f) {
@@ -155,9 +154,9 @@ static void print_ceilings(const moe_engine *e, const command *cmd, const figure
          moe_device_name(e->dev));
   printf("  product %" PRId64 "^3          %8.3f TFLOP/s per rank\n", f->ceilings.product,
          f->ceilings.product_tflops);
-  if (lasting_pj(&f->ceilings) > 0.0) {
-    printf("    for a second        %8.3f TFLOP/s, %.3f pJ/FLOP: ", f->ceilings.lasting_tflops,
-           lasting_pj(&f->ceilings));
+  if (product_pj(&f->ceilings) > 0.0) {
+    printf("    for a second        %8.3f TFLOP/s, %.3f pJ/FLOP: ", f->ceilings.sustained_tflops,
+           product_pj(&f->ceilings));
     print_power(&f->ceilings.power, ranks);
     printf("\n");
   }
@@ -198,7 +197,7 @@ static void print_energy(const moe_engine *e, const figures *f) {
   int ranks = moe_comm_size(e->world);
   if (s->power.own.samples <= 0.0) return;
   double joules = s->power.mean.joules / s->timed_steps; /* of a rank and step */
-  double least = s->model_tflops * s->seconds * lasting_pj(&f->ceilings);
+  double least = s->model_tflops * s->seconds * product_pj(&f->ceilings);
   printf("  power: ");
   print_power(&s->power, ranks);
   printf("\n  energy: %.1f J a step%s, %.2f mJ a token", joules, ranks > 1 ? " and rank" : "",
@@ -264,10 +263,10 @@ static void write_power(const figures *f, FILE *out) {
   const moe_power_use *step = &f->step.power.mean, *product = &f->ceilings.power.mean;
   fprintf(out,
           "\"watts\": %.6g, \"limit_watts\": %.6g, \"sm_mhz\": %.6g, \"capped\": %.6g, "
-          "\"joules\": %.6g, \"product_lasting_tflops\": %.6g, \"product_watts\": %.6g, "
+          "\"joules\": %.6g, \"product_sustained_tflops\": %.6g, \"product_watts\": %.6g, "
           "\"product_sm_mhz\": %.6g, ",
           step->watts, step->limit_watts, step->sm_mhz, step->capped,
-          step->joules / f->step.timed_steps, f->ceilings.lasting_tflops, product->watts,
+          step->joules / f->step.timed_steps, f->ceilings.sustained_tflops, product->watts,
           product->sm_mhz);
 }
 

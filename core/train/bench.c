@@ -60,7 +60,7 @@ static moe_status product_power(moe_device *dev, moe_comm *world, moe_dtype dtyp
   MOE_TRY(moe_agree(world, status));
   MOE_TRY(share_power(world, &out->power));
   MOE_TRY(moe_comm_host_all_reduce_f64(world, &tflops, 1, MOE_SUM));
-  if (out->power.mean.samples > 0.0) out->lasting_tflops = tflops / moe_comm_size(world);
+  if (out->power.mean.samples > 0.0) out->sustained_tflops = tflops / moe_comm_size(world);
   return MOE_OK;
 }
 
@@ -219,14 +219,15 @@ static moe_status one_step(moe_engine *e, const moe_batch *batch, int64_t step, 
 /* Fold the timed operations into parts of one step, scaled to the median of the steps. */
 static void fill_parts(moe_bench_step_result *out) {
   moe_bench_part *part = out->part;
-  double known = 0.0, seconds = out->timed_seconds, counted[MOE_BENCH_PARTS] = {0};
+  double known = 0.0, seconds = out->timed_seconds;
+  double cycles[MOE_BENCH_PARTS] = {0}, counted[MOE_BENCH_PARTS] = {0};
   for (int i = 0; i < MOE_BENCH_PARTS; i++) part[i] = (moe_bench_part){.name = part_names[i]};
   for (int i = 0; i < out->ops; i++) {
     const moe_profile_row *r = &out->op[i];
     moe_bench_part *p = &part[part_of(r)];
     p->seconds += r->seconds;
     p->flops += r->flops / out->timed_steps;
-    p->mhz += 1e-6 * r->cycles; /* for now */
+    cycles[part_of(r)] += r->cycles;
     counted[part_of(r)] += r->cycle_seconds;
     known += r->seconds;
   }
@@ -234,7 +235,7 @@ static void fill_parts(moe_bench_step_result *out) {
   double whole = known + part[REST].seconds;
   for (int i = 0; i < MOE_BENCH_PARTS; i++) {
     part[i].seconds *= out->seconds / whole;
-    part[i].mhz = counted[i] > 0.0 ? part[i].mhz / counted[i] : 0.0;
+    if (counted[i] > 0.0) part[i].mhz = 1e-6 * cycles[i] / counted[i];
   }
 }
 

@@ -18,11 +18,11 @@ typedef struct {
 } moe_bench_power;
 
 typedef struct {
-  int64_t product;       /* n of the n x n x n product */
-  double product_tflops; /* per rank, all ranks at once: the slowest */
-  double lasting_tflops; /* repeated for a second, mean of the ranks; 0 where power is not told */
-  moe_bench_power power; /* of that second */
-  double copy_gbs;       /* device memory to itself, bytes read and written; the slowest rank */
+  int64_t product;         /* n of the n x n x n product */
+  double product_tflops;   /* per rank, all ranks at once: the slowest */
+  double sustained_tflops; /* repeated for a second, mean of the ranks; 0 where power is not told */
+  moe_bench_power power;   /* of that second */
+  double copy_gbs;         /* device memory to itself, bytes read and written; the slowest rank */
 } moe_ceilings;
 
 /* Collective over `world` (a group of dev): every rank works at once, as in a step. dtype: of the

@@ -168,9 +168,9 @@ static void forget(moe_device *dev, moe_mark *mark) {
   mark->event = nullptr;
 }
 
-/* The first multiprocessor's count, so that two slots tell of the same one. Each has room for a
- * small block beside whatever runs, but which gets which block is not ours to say. */
-__global__ void read_first_clock(ulonglong2 *slot) {
+/* The first multiprocessor's count, so that two slots tell of the same one. There are enough blocks
+ * for each to get some, since which gets which is not ours to say. */
+static __global__ void read_first_clock(ulonglong2 *slot) {
   unsigned multiprocessor;
   unsigned long long ns;
   asm volatile("mov.u32 %0, %%smid;" : "=r"(multiprocessor));

@@ -26,7 +26,7 @@ static moe_device *dev;
 static int64_t T, S, C;
 static int turn; /* which copy of rotating inputs */
 static moe_power *meter;
-static double lasting_s;
+static double repeat_s;
 static moe_tensor draws;
 
 /* ---- tensors: up to MOST_COPIES copies of what would fit the cache ----------------------------
@@ -251,8 +251,8 @@ static void refresh(void) {
       if (round >= 0) seconds[round] = (moe_clock_s() - start) / calls;             \
     }                                                                               \
     show(text, seconds, floor_s, (bytes_), (products_));                            \
-    if (lasting_s > 0.0 && !changes_input(text)) {                                  \
-      moe_power_run run = {.dev = dev, .meter = meter, .seconds = lasting_s};       \
+    if (repeat_s > 0.0 && !changes_input(text)) {                                   \
+      moe_power_run run = {.dev = dev, .meter = meter, .seconds = repeat_s};        \
       for (; moe_power_goes_on(&run); turn++) must(call);                           \
       show_power(&run, (bytes_), (products_));                                      \
     }                                                                               \
@@ -285,7 +285,7 @@ int main(int argc, char **argv) {
   T = argc > 1 ? atoll(argv[1]) : 16384;
   const char *only = argc > 2 ? argv[2] : "";
   S = argc > 3 ? atoll(argv[3]) : 4096;
-  lasting_s = argc > 4 ? atof(argv[4]) : 0.0;
+  repeat_s = argc > 4 ? atof(argv[4]) : 0.0;
   if (T < CHUNK || S < 1 || T % S != 0) {
     fprintf(stderr, "gpu_ops: TOKENS must be a multiple of S and at least %d\n", CHUNK);
     return 2;
@@ -294,7 +294,7 @@ int main(int argc, char **argv) {
   moe_log_init("gpu_ops", -1);
   moe_device_options options = {.kind = MOE_DEVICE_CUDA};
   must(moe_device_open(&options, &dev));
-  meter = lasting_s > 0.0 ? moe_power_open(dev) : NULL;
+  meter = repeat_s > 0.0 ? moe_power_open(dev) : NULL;
   draws = make_draws(dev);
   make_dense();
   make_moe();
@@ -302,12 +302,12 @@ int main(int argc, char **argv) {
          (long long)T, 1e-12 * COPY_RATE, 1e-12 * MATRIX_RATE);
   printf("%-28s %9s %9s %6s %8s %8s %9s %9s", "operation", "ms", "floor", "ratio", "TB/s",
          "TFLOP/s", "least", "most");
-  if (lasting_s > 0.0)
+  if (repeat_s > 0.0)
     printf("   %9s %6s %6s %6s %9s %8s %8s", "repeated", "W", "MHz", "capped", "mJ", "pJ/byte",
            "pJ/FLOP");
   printf("\n");
   if (meter) {
-    moe_power_run idle = {.dev = dev, .meter = meter, .seconds = lasting_s};
+    moe_power_run idle = {.dev = dev, .meter = meter, .seconds = repeat_s};
     while (moe_power_goes_on(&idle)) (void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
     printf("(nothing: %.0f W of %.0f, %.0f MHz of %.0f)\n", idle.use.watts, idle.use.limit_watts,
            idle.use.sm_mhz, idle.use.sm_max_mhz);

@@ -74,6 +74,15 @@ Test(moe_bench, says_which_exchange_it_measured) {
   cJSON_Delete(json);
 }
 
+Test(moe_bench, tells_no_power_of_a_host) {
+  runs(0, "gaps", TINY "--clocks >all 2>&1; cat all");
+  runs(1, "0", "grep -c -e ' W of ' -e MHz -e 'J a step' -e 'not available' all");
+  cJSON *json = read_json();
+  cr_expect_eq(number(json, "watts"), 0.0);
+  cr_expect_eq(number(json, "joules"), 0.0);
+  cJSON_Delete(json);
+}
+
 Test(moe_bench, wrong_use_is_exit_code_2) {
   runs(2, "--steps 0", "moe-bench --steps 0");
   runs(2, "--warmup x", "moe-bench --warmup x");
