@@ -13,6 +13,8 @@ enum { PERIOD_NS = 10 * 1000 * 1000 };
 
 struct moe_power {
   moe_nvml *gpu;
+  moe_device *dev; /* NULL: no count of cycles */
+  uint64_t *count; /* [2][2] of the device: at begin, at end */
   pthread_t thread;
   bool running;
   atomic_bool stop;
@@ -41,7 +43,7 @@ void moe_power_add(moe_power_sum *sum, double now_s, const moe_nvml_sample *samp
   sum->samples++;
   sum->powers += sample->watts > 0.0;
   sum->watts += sample->watts;
-  sum->sm_mhz += sample->sm_mhz;
+  sum->set_mhz += sample->sm_mhz;
   sum->memory_mhz += sample->memory_mhz;
   sum->capped += (sample->reasons & MOE_CLOCK_POWER_CAP) != 0;
   sum->slowed += (sample->reasons & MOE_CLOCK_SLOWED) != 0;
@@ -55,7 +57,7 @@ moe_power_use moe_power_total(const moe_power_sum *sum, double seconds) {
   else if (sum->powers > 0)
     use.watts = sum->watts / sum->powers;
   use.joules = use.watts * seconds;
-  use.sm_mhz = sum->sm_mhz / sum->samples;
+  use.set_mhz = sum->set_mhz / sum->samples;
   use.memory_mhz = sum->memory_mhz / sum->samples;
   use.capped = (double)sum->capped / sum->samples;
   use.slowed = (double)sum->slowed / sum->samples;
@@ -77,29 +79,45 @@ static void *watch(void *meter) {
   return NULL;
 }
 
+static void count(moe_power *p, int which) {
+  if (p->count) p->dev->backend->count_cycles(p->dev, p->count + 2 * which);
+}
+
+/* Between the two counts; 0 when either was missed. */
+static double counted_mhz(moe_power *p) {
+  uint64_t at[2][2] = {{0}, {0}};
+  count(p, 1);
+  if (!p->count || moe_device_download(p->dev, at, p->count, sizeof at) != MOE_OK ||
+      moe_device_sync(p->dev) != MOE_OK || at[0][1] == 0 || at[1][1] <= at[0][1])
+    return 0.0;
+  return 1e3 * (double)(at[1][0] - at[0][0]) / (double)(at[1][1] - at[0][1]);
+}
+
 void moe_power_begin(moe_power *p) {
   if (!p || p->running) return;
   p->sum = (moe_power_sum){0};
   atomic_store(&p->stop, false);
   p->running = pthread_create(&p->thread, NULL, watch, p) == 0;
   p->begin_s = moe_clock_s();
+  count(p, 0);
 }
 
 moe_power_use moe_power_end(moe_power *p) {
   if (!p || !p->running) return (moe_power_use){0};
-  double seconds = moe_clock_s() - p->begin_s;
+  double mhz = counted_mhz(p), seconds = moe_clock_s() - p->begin_s;
   atomic_store(&p->stop, true);
   pthread_join(p->thread, NULL);
   p->running = false;
   moe_power_use use = moe_power_total(&p->sum, seconds);
+  use.mhz = mhz;
   use.limit_watts = moe_nvml_limit_watts(p->gpu);
-  use.sm_max_mhz = moe_nvml_max_sm_mhz(p->gpu);
+  use.max_mhz = moe_nvml_max_sm_mhz(p->gpu);
   return use;
 }
 
 /* ---- repeated work --------------------------------------------------------------------------- */
 
-enum { SETTLE_MS = 250, BATCH_MS = 10 };
+enum { BATCH_MS = 10 };
 
 /* The host keeps a batch ahead of the device, so that the device never waits. */
 static moe_status end_batch(moe_power_run *run) {
@@ -132,7 +150,7 @@ bool moe_power_goes_on(moe_power_run *run) {
   if (++run->queued < run->batch) return true;
   run->status = end_batch(run);
   double passed = moe_clock_s() - run->begin_s;
-  if (run->status == MOE_OK && passed < (run->settled ? run->seconds : 1e-3 * SETTLE_MS))
+  if (run->status == MOE_OK && passed < (run->settled ? run->seconds : 0.5 * run->seconds))
     return true;
   if (run->status == MOE_OK) run->status = moe_device_sync(run->dev);
   if (run->settled || run->status != MOE_OK) {
@@ -160,12 +178,17 @@ moe_power *moe_power_open_at(const char *library, const char *bus_id) {
 }
 
 moe_power *moe_power_open(moe_device *dev) {
-  return dev->bus_id[0] ? moe_power_open_at("libnvidia-ml.so.1", dev->bus_id) : NULL;
+  moe_power *p = dev->bus_id[0] ? moe_power_open_at("libnvidia-ml.so.1", dev->bus_id) : NULL;
+  if (!p || !dev->backend->count_cycles) return p;
+  p->dev = dev;
+  p->count = moe_device_alloc(dev, 4 * (int64_t)sizeof *p->count);
+  return p;
 }
 
 void moe_power_close(moe_power *p) {
   if (!p) return;
   (void)moe_power_end(p);
   moe_nvml_close(p->gpu);
+  if (p->count) moe_device_free(p->dev, p->count);
   free(p);
 }

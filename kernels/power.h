@@ -6,10 +6,13 @@
  *   moe_power_use use = moe_power_end(meter);   use.samples is 0 where nothing is told
  *   moe_power_close(meter);
  *
- * A thread reads the driver's figures each 10 ms between begin and end; else there is none. Figures
- * are of the whole card, whoever else may use it. The driver counts energy in steps of some 0.1 s,
- * so a span should be several of them; its first and last steps do not matter, because joules are
- * the mean power between two of them times the span. Local. */
+ * A thread reads the driver's figures each 10 ms between begin and end; else there is none. They
+ * are of the whole card, whoever else may use it. An H200's driver renews them each 0.1 s, so a
+ * span should be several of these; its first and last do not matter, because joules are the mean
+ * power between two changes of the energy times the span.
+ *
+ * The clock that the driver sets is not what the processors run at: where products load the supply
+ * they get a tenth less. So the device also counts the cycles from begin to end. Local. */
 #ifndef MOE_KERNELS_POWER_H
 #define MOE_KERNELS_POWER_H
 
@@ -25,24 +28,25 @@ typedef struct {
   double seconds; /* from begin to end */
   double joules;
   double watts, limit_watts;
-  double sm_mhz, sm_max_mhz, memory_mhz; /* means, but for max */
-  double capped; /* share of samples whose clock the power limit held down */
-  double slowed; /* the same for heat and faults of the supply */
+  double mhz;                          /* what the processors ran at: counted */
+  double set_mhz, max_mhz, memory_mhz; /* what the driver told: means, but for max */
+  double capped;                       /* share of samples whose clock the power limit held down */
+  double slowed;                       /* the same for heat and faults of the supply */
 } moe_power_use;
 
 typedef struct moe_power moe_power;
 
 /* NULL for a host, and where the driver tells nothing, which is said once. */
 moe_power *moe_power_open(moe_device *dev);
-/* The same for any management library and GPU (nvml.h). */
+/* The same for any management library and GPU (nvml.h), without a count of cycles. */
 moe_power *moe_power_open_at(const char *library, const char *bus_id);
-/* A meter may be used again and again, not from two threads. */
+/* A meter may be used again and again, not from two threads. end waits for what is queued. */
 void moe_power_begin(moe_power *p);
 moe_power_use moe_power_end(moe_power *p);
 void moe_power_close(moe_power *p);
 
-/* Work repeated without a pause, as within a step, while its power is measured: after a quarter of
- * a second, in which clocks settle, for `seconds`.
+/* Work repeated without a pause, as within a step, while its power is measured: after half of
+ * `seconds`, in which the driver finds its clock, for `seconds`.
  *
  *   moe_power_run run = {.dev = dev, .meter = meter, .seconds = 0.5};
  *   while (moe_power_goes_on(&run)) MOE_TRY(queue the work);
@@ -67,9 +71,9 @@ bool moe_power_goes_on(moe_power_run *run);
 /* What samples add up to. Zero at first. */
 typedef struct {
   int samples, powers, capped, slowed;
-  double watts, sm_mhz, memory_mhz; /* sums */
-  double counted_j, counted_s;      /* of whole steps of the energy counter */
-  int64_t millijoules;              /* the counter's last step, begun at step_s */
+  double watts, set_mhz, memory_mhz; /* sums */
+  double counted_j, counted_s;       /* of whole steps of the energy counter */
+  int64_t millijoules;               /* the counter's last step, begun at step_s */
   double step_s;
   bool stepped; /* whether a step's begin was seen */
 } moe_power_sum;

@@ -133,15 +133,15 @@ static moe_status measure_memory(moe_engine *e, int64_t free_at_start, figures *
   return MOE_OK;
 }
 
-/* "687 W of 700, 1523 MHz of 1980, held down by the power limit 98 % of the time", of this rank;
- * 0: the driver does not tell. */
+/* "687 W of 700, 1398 MHz, set to 1523 of 1980, held down by the power limit 98 % of the time", of
+ * this rank; 0: the driver does not tell. */
 static void print_power(const moe_bench_power *power, int ranks) {
   const moe_power_use *own = &power->own, *mean = &power->mean;
   printf("%.0f W of %.0f", own->watts, own->limit_watts);
-  printf(", %.0f MHz of %.0f", own->sm_mhz, own->sm_max_mhz);
+  printf(", %.0f MHz, set to %.0f of %.0f", own->mhz, own->set_mhz, own->max_mhz);
   printf(", held down by the power limit %.0f %% of the time", 100.0 * own->capped);
   if (own->slowed > 0.0) printf(", by heat or supply %.0f %%", 100.0 * own->slowed);
-  if (ranks > 1) printf(" (mean of the ranks: %.0f W, %.0f MHz)", mean->watts, mean->sm_mhz);
+  if (ranks > 1) printf(" (mean of the ranks: %.0f W, %.0f MHz)", mean->watts, mean->mhz);
 }
 
 static double product_pj(const moe_ceilings *c) {
@@ -261,13 +261,14 @@ static void write_step(const moe_engine *e, const figures *f, FILE *out) {
 /* Means of the ranks; zeros where the driver does not tell. */
 static void write_power(const figures *f, FILE *out) {
   const moe_power_use *step = &f->step.power.mean, *product = &f->ceilings.power.mean;
-  fprintf(out,
-          "\"watts\": %.6g, \"limit_watts\": %.6g, \"sm_mhz\": %.6g, \"capped\": %.6g, "
-          "\"joules\": %.6g, \"product_sustained_tflops\": %.6g, \"product_watts\": %.6g, "
-          "\"product_sm_mhz\": %.6g, ",
-          step->watts, step->limit_watts, step->sm_mhz, step->capped,
-          step->joules / f->step.timed_steps, f->ceilings.sustained_tflops, product->watts,
-          product->sm_mhz);
+  fprintf(
+      out,
+      "\"watts\": %.6g, \"limit_watts\": %.6g, \"mhz\": %.6g, \"set_mhz\": %.6g, \"capped\": %.6g, "
+      "\"joules\": %.6g, \"product_sustained_tflops\": %.6g, \"product_watts\": %.6g, "
+      "\"product_mhz\": %.6g, ",
+      step->watts, step->limit_watts, step->mhz, step->set_mhz, step->capped,
+      step->joules / f->step.timed_steps, f->ceilings.sustained_tflops, product->watts,
+      product->mhz);
 }
 
 static moe_status write_json(const moe_engine *e, const char *path, const figures *f) {

@@ -74,7 +74,7 @@ moe_status moe_matrix_rate(moe_device *dev, int64_t n, moe_dtype dtype, double *
 moe_status moe_matrix_power(moe_device *dev, int64_t n, moe_dtype dtype, moe_power *meter,
                             double *tflops, moe_power_use *use) {
   matrices m;
-  moe_power_run run = {.dev = dev, .meter = meter, .seconds = 0.75};
+  moe_power_run run = {.dev = dev, .meter = meter, .seconds = 1.0};
   moe_status status = make(dev, n, dtype, &m);
   while (status == MOE_OK && moe_power_goes_on(&run)) status = multiply(dev, &m);
   if (status == MOE_OK) status = run.status;

@@ -267,8 +267,8 @@ static void draw(product k, double seconds) {
       d.seconds -= copy.seconds, d.joules -= copy.joules;
     }
     printf("   %8.4f %6.1f %5.0f %5.0f %4.0f%% %7.1f %6.3f%c", 1e3 * d.seconds,
-           tera_flops(k) / d.seconds, d.use.watts, d.use.sm_mhz, 100.0 * d.use.capped,
-           1e3 * d.joules, d.joules / tera_flops(k), fresh ? '*' : ' ');
+           tera_flops(k) / d.seconds, d.use.watts, d.use.mhz, 100.0 * d.use.capped, 1e3 * d.joules,
+           d.joules / tera_flops(k), fresh ? '*' : ' ');
     fflush(stdout);
   }
   printf("\n");

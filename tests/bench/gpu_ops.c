@@ -1,7 +1,8 @@
 /* How far each operation is from its floor, at one layer's sizes of the 6.9b model.
  *
  *   gpu_ops [TOKENS] [NAME] [S] [SECONDS]    default 16384 tokens in sequences of 4096, every
- *                                            operation whose name contains NAME
+ *                                            operation whose name contains NAME, or a part of
+ *                                            NAME between two |
  *
  * The floor is the larger of bytes over the copy rate and products over the matrix rate, both as
  * measured on an H200 (4.26 TB/s, 780 TFLOP/s); bytes are each input read and each output written
@@ -236,8 +237,19 @@ static void refresh(void) {
   for (int i = 0; i < logits.copies; i++) fill(dev, draws, logits.copy[i], 1);
 }
 
+static bool wanted(const char *operation, const char *names) {
+  char name[64];
+  for (;; names++) {
+    int length = (int)strcspn(names, "|");
+    snprintf(name, sizeof name, "%.*s", length, names);
+    if (strstr(operation, name) != NULL) return true;
+    names += length;
+    if (*names == '\0') return false;
+  }
+}
+
 #define MEASURE(text, bytes_, products_, call)                                      \
-  if (strstr(text, only) != NULL) {                                                 \
+  if (wanted(text, only)) {                                                         \
     double floor_s = (bytes_) / COPY_RATE, by_products = (products_) / MATRIX_RATE; \
     if (by_products > floor_s) floor_s = by_products;                               \
     int calls = floor_s > 3e-4 ? 1 : 10;                                            \
@@ -275,8 +287,8 @@ static void show(const char *text, double *seconds, double floor_s, double bytes
 static void show_power(const moe_power_run *run, double bytes, double products) {
   must(run->status);
   double s = run->use.seconds / (double)run->calls, joules = run->use.watts * s;
-  printf("   %9.4f %6.0f %6.0f %5.0f%% %9.3f", 1e3 * s, run->use.watts, run->use.sm_mhz,
-         100.0 * run->use.capped, 1e3 * joules);
+  printf("   %9.4f %6.0f %6.0f %6.0f %5.0f%% %9.3f", 1e3 * s, run->use.watts, run->use.mhz,
+         run->use.set_mhz, 100.0 * run->use.capped, 1e3 * joules);
   printf(" %8.1f", 1e12 * joules / bytes);
   if (products > 0.0) printf(" %8.3f", 1e12 * joules / products);
 }
@@ -303,14 +315,14 @@ int main(int argc, char **argv) {
   printf("%-28s %9s %9s %6s %8s %8s %9s %9s", "operation", "ms", "floor", "ratio", "TB/s",
          "TFLOP/s", "least", "most");
   if (repeat_s > 0.0)
-    printf("   %9s %6s %6s %6s %9s %8s %8s", "repeated", "W", "MHz", "capped", "mJ", "pJ/byte",
-           "pJ/FLOP");
+    printf("   %9s %6s %6s %6s %6s %9s %8s %8s", "repeated", "W", "MHz", "set", "capped", "mJ",
+           "pJ/byte", "pJ/FLOP");
   printf("\n");
   if (meter) {
     moe_power_run idle = {.dev = dev, .meter = meter, .seconds = repeat_s};
     while (moe_power_goes_on(&idle)) (void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
     printf("(nothing: %.0f W of %.0f, %.0f MHz of %.0f)\n", idle.use.watts, idle.use.limit_watts,
-           idle.use.sm_mhz, idle.use.sm_max_mhz);
+           idle.use.set_mhz, idle.use.max_mhz);
   }
   OPERATIONS(MEASURE)
   moe_power_close(meter);

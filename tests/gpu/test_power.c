@@ -35,7 +35,8 @@ Test(gpu_power, products_draw_more_than_waiting) {
   cr_expect(busy.use.watts > 1.3 * idle.use.watts, "%g W, idle %g W", busy.use.watts,
             idle.use.watts);
   cr_expect(busy.use.limit_watts == 0.0 || busy.use.watts < 1.1 * busy.use.limit_watts);
-  cr_expect(busy.use.sm_mhz <= busy.use.sm_max_mhz, "%g MHz", busy.use.sm_mhz);
+  cr_expect(busy.use.mhz > 0.8 * busy.use.set_mhz && busy.use.mhz <= 1.01 * busy.use.max_mhz,
+            "%g MHz, set %g of %g", busy.use.mhz, busy.use.set_mhz, busy.use.max_mhz);
 }
 
 /* Rows of what has run since the profile began, which are all products. */
@@ -50,7 +51,8 @@ static moe_profile_row profile_of_products(bool clocks, int times) {
   return row[0];
 }
 
-Test(gpu_power, clocks_of_a_profile_are_what_the_driver_tells) {
+/* The driver does not know what the supply takes off. */
+Test(gpu_power, clocks_of_a_profile_are_those_of_the_whole) {
   moe_power *meter = moe_power_open(gpu);
   if (!meter) cr_skip_test("the driver does not tell");
   (void)profile_of_products(true, 1000); /* clocks settle */
@@ -59,14 +61,17 @@ Test(gpu_power, clocks_of_a_profile_are_what_the_driver_tells) {
   moe_power_use told = moe_power_end(meter);
   moe_power_close(meter);
   double mhz = 1e-6 * counted.cycles / counted.cycle_seconds;
-  cr_expect(mhz > 0.9 * told.sm_mhz && mhz < 1.1 * told.sm_mhz, "counted %g MHz, told %g", mhz,
-            told.sm_mhz);
+  cr_expect(mhz > 0.97 * told.mhz && mhz < 1.03 * told.mhz, "%g MHz, of the whole %g", mhz,
+            told.mhz);
+  cr_expect(mhz > 0.8 * told.set_mhz && mhz < 1.02 * told.set_mhz, "%g MHz, set %g", mhz,
+            told.set_mhz);
 }
 
 Test(gpu_power, clocks_are_counted_for_nearly_all_the_time_and_only_when_asked) {
   (void)profile_of_products(false, 10); /* code is loaded */
   moe_profile_row counted = profile_of_products(true, 100);
-  cr_expect(counted.cycle_seconds > 0.9 * counted.seconds, "%g of %g s", counted.cycle_seconds,
-            counted.seconds);
+  double counted_s = counted.cycle_seconds, passed_s = counted.seconds;
+  cr_expect(counted_s > 0.9 * passed_s && counted_s < 1.1 * passed_s, "%g of %g s", counted_s,
+            passed_s);
   cr_expect_eq(profile_of_products(false, 10).cycle_seconds, 0.0);
 }
