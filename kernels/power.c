@@ -135,8 +135,9 @@ static moe_status end_batch(moe_power_run *run) {
 }
 
 static void finish(moe_power_run *run) {
+  double seconds = moe_clock_s() - run->begin_s; /* the meter's thread takes some ms to end */
   run->use = moe_power_end(run->meter);
-  run->use.seconds = moe_clock_s() - run->begin_s;
+  run->use.seconds = seconds;
   for (int i = 0; i < 2; i++) moe_device_forget(run->dev, &run->mark[i]);
 }
 
