@@ -207,17 +207,37 @@ Test(power, of_a_host_is_not_told_and_nothing_is_said) {
   cr_expect_stderr_eq_str("");
 }
 
-Test(power, is_measured_of_work_that_goes_on) {
+/* Returns what was measured; *calls of the work in all, *worked_s from the first to the last's end.
+ */
+static moe_power_run go_on(moe_power *meter, int64_t *calls, double *worked_s) {
   moe_device *dev = host();
-  moe_power_run run = {.dev = dev, .seconds = 0.1};
-  int64_t calls = 0;
+  moe_power_run run = {.dev = dev, .meter = meter, .seconds = 0.1};
   double begin = moe_clock_s();
-  for (; moe_power_goes_on(&run); calls++) usleep(1000);
-  double passed = moe_clock_s() - begin;
+  for (*calls = 0; moe_power_goes_on(&run); ++*calls) {
+    usleep(1000);
+    *worked_s = moe_clock_s() - begin;
+  }
   cr_expect_eq(run.status, MOE_OK);
+  moe_device_close(dev);
+  return run;
+}
+
+Test(power, is_measured_of_work_that_goes_on) {
+  int64_t calls;
+  double worked_s;
+  moe_power_run run = go_on(NULL, &calls, &worked_s);
   cr_expect(run.calls >= 1 && run.calls < calls, "%lld of %lld", (long long)run.calls,
             (long long)calls);
-  cr_expect(run.use.seconds >= 0.1 && run.use.seconds + 0.05 <= passed + 1e-6);
+  cr_expect(run.use.seconds >= 0.1 && run.use.seconds + 0.05 <= worked_s + 0.005);
   cr_expect_eq(run.use.samples, 0.0);
-  moe_device_close(dev);
+}
+
+Test(power_library, does_not_lengthen_the_time_of_work) {
+  int64_t calls;
+  double worked_s;
+  moe_power *meter = moe_power_open_at(LIBRARY("new"), place);
+  moe_power_run run = go_on(meter, &calls, &worked_s);
+  moe_power_close(meter);
+  cr_expect(run.use.seconds + 0.05 <= worked_s + 0.005, "%g s of %g", run.use.seconds, worked_s);
+  cr_expect_float_eq(run.use.watts, 500.0, 50.0);
 }
