@@ -133,15 +133,17 @@ static moe_status measure_memory(moe_engine *e, int64_t free_at_start, figures *
   return MOE_OK;
 }
 
-/* "687 W of 700, 1398 MHz, set to 1523 of 1980, held down by the power limit 98 % of the time", of
- * this rank; 0: the driver does not tell. */
+/* "687 W of 700, 1398 MHz, set to 1523 MHz of 1980, held down by the power limit 98 % of the time",
+ * of this rank; 0: the driver does not tell. */
 static void print_power(const moe_bench_power *power, int ranks) {
   const moe_power_use *own = &power->own, *mean = &power->mean;
   printf("%.0f W of %.0f", own->watts, own->limit_watts);
-  printf(", %.0f MHz, set to %.0f of %.0f", own->mhz, own->set_mhz, own->max_mhz);
+  if (own->mhz > 0.0) printf(", %.0f MHz", own->mhz);
+  printf(", set to %.0f MHz of %.0f", own->set_mhz, own->max_mhz);
   printf(", held down by the power limit %.0f %% of the time", 100.0 * own->capped);
   if (own->slowed > 0.0) printf(", by heat or supply %.0f %%", 100.0 * own->slowed);
-  if (ranks > 1) printf(" (mean of the ranks: %.0f W, %.0f MHz)", mean->watts, mean->mhz);
+  if (ranks > 1)
+    printf(" (mean of the ranks: %.0f W, set to %.0f MHz)", mean->watts, mean->set_mhz);
 }
 
 static double product_pj(const moe_ceilings *c) {

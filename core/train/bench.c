@@ -15,16 +15,17 @@ enum { RUNS = 5, PROFILE_ROWS = 128 };
 
 /* ---- power ----------------------------------------------------------------------------------- */
 
-/* Collective. All figures are doubles; ranks that know none leave no mean. */
+/* Collective. All figures are doubles; what one rank does not know has no mean. */
 static moe_status share_power(moe_comm *world, moe_bench_power *power) {
   enum { FIGURES = sizeof(moe_power_use) / sizeof(double) };
-  double mean[FIGURES], least = power->own.samples;
+  double mean[FIGURES], least[2] = {power->own.samples, power->own.mhz};
   memcpy(mean, &power->own, sizeof mean);
-  MOE_TRY(moe_comm_host_all_reduce_f64(world, &least, 1, MOE_MIN));
+  MOE_TRY(moe_comm_host_all_reduce_f64(world, least, 2, MOE_MIN));
   MOE_TRY(moe_comm_host_all_reduce_f64(world, mean, FIGURES, MOE_SUM));
   for (int i = 0; i < FIGURES; i++) mean[i] /= moe_comm_size(world);
   memcpy(&power->mean, mean, sizeof mean);
-  if (least <= 0.0) memset(power, 0, sizeof *power);
+  if (least[1] <= 0.0) power->mean.mhz = 0.0;
+  if (least[0] <= 0.0) memset(power, 0, sizeof *power);
   return MOE_OK;
 }
 

@@ -180,7 +180,7 @@ static __global__ void read_first_clock(ulonglong2 *slot) {
 }
 
 static void count_cycles(moe_device *dev, uint64_t *slot) {
-  unsigned blocks = 2 * static_cast<unsigned>(cuda_of(dev)->sms);
+  unsigned blocks = 8 * static_cast<unsigned>(cuda_of(dev)->sms);
   use(dev);
   read_first_clock<<<blocks, 1, 0, cuda_of(dev)->stream>>>(reinterpret_cast<ulonglong2 *>(slot));
 }
