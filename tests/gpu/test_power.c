@@ -1,7 +1,6 @@
 /* What a GPU's driver tells of its power and clocks against what work must draw, and against the
  * count of the clock in profiles. */
 #include <criterion/criterion.h>
-#include <unistd.h>
 
 #include "kernels/power.h"
 #include "kernels/profile.h"
@@ -24,19 +23,19 @@ static void multiply(void) {
 
 TestSuite(gpu_power, .init = set_up, .fini = both_close, .timeout = 60);
 
-Test(gpu_power, products_draw_more_than_waiting) {
+/* Not more than waiting does: other tests may use the GPU at the same time. */
+Test(gpu_power, products_draw_a_good_part_of_the_limit) {
   moe_power *meter = moe_power_open(gpu);
   if (!meter) cr_skip_test("the driver does not tell");
-  moe_power_run idle = {.dev = gpu, .meter = meter, .seconds = 0.5}, busy = idle;
-  while (moe_power_goes_on(&idle)) usleep(1000);
+  moe_power_run busy = {.dev = gpu, .meter = meter, .seconds = 0.5};
   while (moe_power_goes_on(&busy)) multiply();
   moe_power_close(meter);
-  cr_expect(busy.use.samples >= 5 && busy.calls > 10);
-  cr_expect(busy.use.watts > 1.3 * idle.use.watts, "%g W, idle %g W", busy.use.watts,
-            idle.use.watts);
-  cr_expect(busy.use.limit_watts == 0.0 || busy.use.watts < 1.1 * busy.use.limit_watts);
-  cr_expect(busy.use.mhz > 0.8 * busy.use.set_mhz && busy.use.mhz <= 1.01 * busy.use.max_mhz,
-            "%g MHz, set %g of %g", busy.use.mhz, busy.use.set_mhz, busy.use.max_mhz);
+  moe_power_use u = busy.use;
+  cr_expect(u.samples >= 5 && busy.calls > 10);
+  cr_expect(u.watts > 0.3 * u.limit_watts && u.watts < 1.2 * u.limit_watts, "%g W of %g", u.watts,
+            u.limit_watts);
+  cr_expect(u.mhz > 0.8 * u.set_mhz && u.mhz <= 1.01 * u.max_mhz, "%g MHz, set %g of %g", u.mhz,
+            u.set_mhz, u.max_mhz);
 }
 
 /* Rows of what has run since the profile began, which are all products. */
