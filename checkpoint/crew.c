@@ -2,6 +2,7 @@
 #include "checkpoint/crew.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -45,16 +46,23 @@ static void *take_jobs(void *context) {
   return NULL;
 }
 
-moe_status moe_crew_work(int64_t n, moe_status (*work)(void *context, int worker, int64_t i),
-                         void *context) {
-  pthread_t helper[MOE_CREW - 1];
+int moe_crew_cores(void) {
+  cpu_set_t set;
+  int cores = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : MOE_CREW;
+  return cores < MOE_CREW ? MOE_CREW : cores > MOE_CREW_MOST ? MOE_CREW_MOST : cores;
+}
+
+moe_status moe_crew_work(int threads, int64_t n,
+                         moe_status (*work)(void *context, int worker, int64_t i), void *context) {
+  pthread_t helper[MOE_CREW_MOST];
   sigset_t all, before;
   int helpers = 0;
   crew c = {.work = work, .context = context, .n = n, .fault = n, .status = MOE_OK};
   pthread_mutex_init(&c.lock, NULL);
   sigfillset(&all); /* signals are for the thread that asks */
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  while (helpers < MOE_CREW - 1 && helpers + 1 < n &&
+  if (threads > MOE_CREW_MOST) threads = MOE_CREW_MOST;
+  while (helpers + 1 < threads && helpers + 1 < n &&
          pthread_create(&helper[helpers], NULL, take_jobs, &c) == 0)
     helpers++;
   pthread_sigmask(SIG_SETMASK, &before, NULL);

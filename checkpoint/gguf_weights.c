@@ -13,7 +13,7 @@
 #define KEY(name) "llama." name
 
 enum {
-  PART = 1 << 16,         /* elements at a time */
+  PART = 1 << 14,         /* elements at a time */
   MOST_EXPERTS = 1 << 18, /* of all layers; the largest models have some 16 thousand */
   MOST_LAYERS = 4096,     /* as in config_table.h */
   MOST_EXTENT = 1 << 24
@@ -53,7 +53,6 @@ int64_t moe_gguf_rotary_heads(const moe_param *p, const moe_dims *dims) {
 typedef struct {
   moe_weights base;
   moe_gguf *file;
-  void *raw; /* PART elements as stored */
 } source;
 
 static const moe_gguf_tensor *tensor_of(const source *s, const moe_param *p) {
@@ -62,21 +61,21 @@ static const moe_gguf_tensor *tensor_of(const source *s, const moe_param *p) {
 }
 
 /* Elements [begin, begin + count) of a tensor of the file, which need not be whole blocks. */
-static moe_status read_elements(source *s, const moe_gguf_tensor *t, int64_t begin, int64_t count,
-                                float *out) {
-  float values[256];
+static moe_status read_elements(const source *s, const moe_gguf_tensor *t, int64_t begin,
+                                int64_t count, float *out) {
+  float values[256], raw[PART];
   int64_t block = moe_ggml_block(t->type);
   while (count > 0) {
     int64_t skip = begin % block, n;
     if (skip > 0 || count < block) { /* a part of a block */
       n = block - skip < count ? block - skip : count;
-      MOE_TRY(moe_gguf_read(s->file, t, begin - skip, block, s->raw));
-      moe_ggml_decode(t->type, s->raw, block, values);
+      MOE_TRY(moe_gguf_read(s->file, t, begin - skip, block, raw));
+      moe_ggml_decode(t->type, raw, block, values);
       memcpy(out, values + skip, (size_t)n * sizeof *out);
     } else {
       n = count < PART ? count / block * block : PART;
-      MOE_TRY(moe_gguf_read(s->file, t, begin, n, s->raw));
-      moe_ggml_decode(t->type, s->raw, n, out);
+      MOE_TRY(moe_gguf_read(s->file, t, begin, n, raw));
+      moe_ggml_decode(t->type, raw, n, out);
     }
     begin += n;
     count -= n;
@@ -116,7 +115,6 @@ static moe_dtype gguf_dtype(const moe_weights *w, const moe_param *p) {
 
 static void gguf_close(moe_weights *w) {
   moe_gguf_close(((source *)w)->file);
-  free(((source *)w)->raw);
   free(w);
 }
 
@@ -222,12 +220,12 @@ static moe_status open_source(source *s) {
   MOE_TRY(moe_weights_list(&s->base));
   for (int i = 0; i < s->base.params.count; i++)
     if (s->base.params.list[i].expert <= 0) MOE_TRY(check_tensor(s, &s->base.params.list[i]));
-  s->raw = malloc(PART * sizeof(float));
-  return s->raw ? MOE_OK : moe_fail(MOE_NO_MEMORY, "%s: no memory to read it", s->base.name);
+  return MOE_OK;
 }
 
 moe_status moe_weights_open_gguf(const char *path, moe_weights **out) {
-  static const moe_weights_kind kind = {gguf_read, gguf_dtype, gguf_close};
+  static const moe_weights_kind kind = {
+      .read = gguf_read, .dtype = gguf_dtype, .close = gguf_close};
   MOE_TRY(moe_weights_new(&kind, sizeof(source), path, out));
   moe_status status = open_source((source *)*out);
   if (status == MOE_OK) return MOE_OK;
@@ -240,33 +238,18 @@ moe_status moe_weights_open_gguf(const char *path, moe_weights **out) {
 
 typedef struct {
   moe_weights base;
-  moe_weights *exact; /* borrowed */
   moe_ggml_type type;
-  float *values; /* PART elements */
-  void *raw;
 } stored;
 
-/* A range of whole blocks, encoded and decoded. */
-static moe_status round_trip(stored *s, const moe_param *p, int64_t begin, int64_t count) {
-  moe_ggml_type type = moe_gguf_param_type(p, s->type);
-  MOE_TRY(moe_weights_read(s->exact, p, begin, count, s->values));
-  moe_ggml_encode(type, s->values, count, s->raw);
-  moe_ggml_decode(type, s->raw, count, s->values);
-  return MOE_OK;
-}
-
-static moe_status stored_read(moe_weights *w, const moe_param *p, int64_t begin, int64_t count,
-                              float *out) {
-  stored *s = (stored *)w;
-  int64_t block = moe_ggml_block(moe_gguf_param_type(p, s->type));
-  for (int64_t n; count > 0; begin += n, count -= n, out += n) {
-    int64_t skip = begin % block, whole = (skip + count + block - 1) / block * block;
-    if (whole > PART) whole = PART;
-    n = whole - skip < count ? whole - skip : count;
-    MOE_TRY(round_trip(s, p, begin - skip, whole));
-    memcpy(out, s->values + skip, (size_t)n * sizeof *out);
+/* Encoded and decoded. (Rows of Q8_0 are whole blocks of it, so ranges of ours are, too.) */
+static void stored_round(const moe_weights *w, const moe_param *p, int64_t count, float *values) {
+  float raw[PART];
+  moe_ggml_type type = moe_gguf_param_type(p, ((const stored *)w)->type);
+  for (int64_t at = 0; at < count && type != MOE_GGML_F32; at += PART) {
+    int64_t n = count - at < PART ? count - at : PART;
+    moe_ggml_encode(type, values + at, n, raw);
+    moe_ggml_decode(type, raw, n, values + at);
   }
-  return MOE_OK;
 }
 
 static moe_dtype stored_dtype(const moe_weights *w, const moe_param *p) {
@@ -275,26 +258,21 @@ static moe_dtype stored_dtype(const moe_weights *w, const moe_param *p) {
 }
 
 static void stored_close(moe_weights *w) {
-  free(((stored *)w)->values);
-  free(((stored *)w)->raw);
   free(w);
 }
 
 moe_status moe_weights_as_stored(moe_weights *w, moe_ggml_type type, moe_weights **out) {
-  static const moe_weights_kind kind = {stored_read, stored_dtype, stored_close};
+  static const moe_weights_kind kind = {
+      .round = stored_round, .dtype = stored_dtype, .close = stored_close};
   MOE_TRY(moe_weights_new(&kind, sizeof(stored), w->name, out));
   stored *s = (stored *)*out;
   s->base.dims = w->dims;
   s->base.norm_eps = (double)(float)w->norm_eps; /* as the file's keys keep them */
   s->base.rope_base = (double)(float)moe_weights_theta(w);
   s->base.context = w->context;
-  s->exact = w;
+  s->base.exact = w;
   s->type = type;
-  s->values = malloc(PART * sizeof *s->values);
-  s->raw = malloc(PART * sizeof(float));
-  moe_status status = s->values && s->raw
-                          ? moe_weights_list(&s->base)
-                          : moe_fail(MOE_NO_MEMORY, "%s: no memory to round it", w->name);
+  moe_status status = moe_weights_list(&s->base);
   if (status == MOE_OK) return MOE_OK;
   moe_weights_close(*out);
   *out = NULL;

@@ -20,7 +20,7 @@ enum {
   INDEX_LIMIT = 64 << 20, /* bytes of model.safetensors.index.json */
   MOST_FILES = 512,       /* each stays open */
   FILE_NAME = 256,
-  PART = 1 << 20 /* elements converted at a time */
+  PART = 1 << 15 /* elements converted at a time */
 };
 
 typedef struct {
@@ -35,26 +35,30 @@ typedef struct {
   int files;
   moe_safetensors *file; /* [files] */
   place *places;         /* [params.count] */
-  void *raw;             /* PART elements */
 } source;
 
 /* ---- reading -----------------------------------------------------------------------------------
  */
 
+/* A parameter of the source's own list is there without a search. */
 static const place *place_of(const source *s, const moe_param *p) {
-  const moe_param *own = moe_params_find(&s->base.params, p->name);
+  const moe_params *params = &s->base.params;
+  const moe_param *own = p;
+  if (p < params->list || p >= params->list + params->count) own = moe_params_find(params, p->name);
   return own ? &s->places[own - s->base.params.list] : NULL;
 }
 
 static moe_status hf_read(moe_weights *w, const moe_param *p, int64_t begin, int64_t count,
                           float *out) {
-  source *s = (source *)w;
-  const place *at = place_of(s, p);
+  uint16_t raw[PART];
+  const place *at = place_of((source *)w, p);
   if (!at) return moe_fail(MOE_INVALID, "%s: %s is not one of its tensors", w->name, p->name);
+  if (at->tensor->dtype == MOE_F32)
+    return moe_safetensors_read(at->file, at->tensor, at->begin + begin, count, out);
   for (int64_t done = 0; done < count; done += PART) {
     int64_t n = count - done < PART ? count - done : PART;
-    MOE_TRY(moe_safetensors_read(at->file, at->tensor, at->begin + begin + done, n, s->raw));
-    moe_convert(s->raw, at->tensor->dtype, out + done, MOE_F32, n);
+    MOE_TRY(moe_safetensors_read(at->file, at->tensor, at->begin + begin + done, n, raw));
+    moe_convert(raw, at->tensor->dtype, out + done, MOE_F32, n);
   }
   return MOE_OK;
 }
@@ -69,7 +73,6 @@ static void hf_close(moe_weights *w) {
   for (int i = 0; i < s->files; i++) moe_safetensors_close(&s->file[i]);
   free(s->file);
   free(s->places);
-  free(s->raw);
   free(s);
 }
 
@@ -240,9 +243,7 @@ static moe_status check_leftovers(const source *s) {
 static moe_status find_places(source *s) {
   int64_t n = s->base.params.count;
   s->places = calloc((size_t)n, sizeof *s->places);
-  s->raw = malloc(PART * sizeof(float));
-  if (!s->places || !s->raw)
-    return moe_fail(MOE_NO_MEMORY, "%s: no memory to read it", s->base.name);
+  if (!s->places) return moe_fail(MOE_NO_MEMORY, "%s: no memory to read it", s->base.name);
   for (int64_t i = 0; i < n; i++) MOE_TRY(find_place(s, &s->base.params.list[i], &s->places[i]));
   return check_leftovers(s);
 }
@@ -283,7 +284,7 @@ static moe_status open_source(source *s) {
 }
 
 moe_status moe_weights_open_hf(const char *folder, moe_weights **out) {
-  static const moe_weights_kind kind = {hf_read, hf_dtype, hf_close};
+  static const moe_weights_kind kind = {.read = hf_read, .dtype = hf_dtype, .close = hf_close};
   MOE_TRY(moe_weights_new(&kind, sizeof(source), folder, out));
   moe_status status = open_source((source *)*out);
   if (status == MOE_OK) return MOE_OK;

@@ -197,7 +197,7 @@ static moe_status read_file(loading *l, const moe_manifest *m, const overlap *o,
   l->at[slices] = n;
   moe_hdf5_release(&l->file);
   MOE_TRY(moe_shard_open(dir, m, o->slice->file, &l->file));
-  return moe_crew_work(slices, read_slice, l);
+  return moe_crew_work(MOE_CREW, slices, read_slice, l);
 }
 
 static moe_status read_all(loading *l, const moe_manifest *m, const load_plan *plan,

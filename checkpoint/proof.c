@@ -1,9 +1,9 @@
 /* Comparing what was written with what was meant.
  *
- * Each source runs the same prompts once. On its way through the forward pass every tensor of the
- * source passes by, whole and in order, so the same pass hashes it: the logits say that the model
- * computes the same, the hashes that no tensor, however rarely an expert is chosen, was left out,
- * exchanged or cut. */
+ * All sources run the same prompts, side by side. On its way through the forward pass every tensor
+ * of a source passes by, whole and in order, so the same pass hashes it: the logits say that the
+ * model computes the same, the hashes that no tensor, however rarely an expert is chosen, was left
+ * out, exchanged or cut. */
 #include "checkpoint/proof.h"
 
 #include <inttypes.h>
@@ -11,7 +11,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "checkpoint/manifest.h"
 #include "core/base/log.h"
 #include "core/base/rng.h"
 #include "data/progress.h"
@@ -25,61 +24,18 @@ enum {
   MOST_LOGITS = 16 << 20
 };
 
-/* ---- hashing what passes -----------------------------------------------------------------------
- */
-
-typedef struct {
-  const moe_params *params;
-  XXH128_hash_t *hash; /* [params->count] */
-  bool *whole;         /* [params->count] */
-  XXH3_state_t *state;
-  int64_t at; /* elements of the current tensor hashed so far */
-} hasher;
-
-static moe_status hash_part(hasher *h, const moe_param *p, int64_t begin, int64_t count,
-                            const float *values) {
-  int64_t i = p - h->params->list;
-  if (begin == 0) {
-    XXH3_128bits_reset(h->state);
-    h->at = 0;
-  }
-  if (begin != h->at || h->whole[i])
-    return moe_fail(MOE_INVALID, "%s was not read once, from its beginning to its end", p->name);
-  XXH3_128bits_update(h->state, values, (size_t)count * sizeof *values);
-  h->at += count;
-  if (h->at < p->count) return MOE_OK;
-  h->hash[i] = XXH3_128bits_digest(h->state);
-  h->whole[i] = true;
-  return MOE_OK;
-}
-
-static moe_status hasher_create(const moe_params *params, hasher *h) {
-  h->params = params;
-  h->hash = calloc((size_t)params->count, sizeof *h->hash);
-  h->whole = calloc((size_t)params->count, sizeof *h->whole);
-  h->state = XXH3_createState();
-  if (h->hash && h->whole && h->state) return MOE_OK;
-  return moe_fail(MOE_NO_MEMORY, "no memory for %d hashes", params->count);
-}
-
-static void hasher_destroy(hasher *h) {
-  free(h->hash);
-  free(h->whole);
-  XXH3_freeState(h->state);
-  *h = (hasher){0};
-}
-
 /* ---- comparing ---------------------------------------------------------------------------------
  */
 
 typedef struct {
   const moe_proof_options *options;
   moe_proof_report *report;
+  const moe_params *params; /* of all sources */
   int64_t batch, vocab;
   int32_t *tokens;
   float *original, *expected, *written; /* logits [tokens, V]; original may be expected */
   int64_t *used;
-  hasher expected_hash, written_hash;
+  moe_weights_seen *expected_seen, *written_seen; /* [params->count] */
   moe_progress progress;
   int64_t done, total; /* bytes of f32 values */
 } proof;
@@ -129,25 +85,25 @@ static moe_status check_same_model(const proof *p) {
                         a->norm_eps);
 }
 
-typedef struct {
-  proof *p;
-  hasher *hash; /* or NULL */
-} passer;
-
-static moe_status see(void *context, const moe_param *t, int64_t begin, int64_t count,
-                      const float *values) {
-  passer *at = context;
-  at->p->done += count * (int64_t)sizeof *values;
-  moe_progress_show(&at->p->progress, at->p->done, at->p->total, "");
-  return at->hash ? hash_part(at->hash, t, begin, count, values) : MOE_OK;
+static void show(void *context, int64_t bytes) {
+  proof *p = context;
+  p->done += bytes;
+  moe_progress_show(&p->progress, p->done, p->total, "");
 }
 
-static moe_status logits_of(proof *p, moe_weights *w, hasher *hash, int64_t *used, float *out) {
-  passer passing = {p, hash};
-  moe_weights_watch watch = {.seen = see, .context = &passing, .stop = p->options->stop};
-  watch.used = used;
-  if (hash) MOE_TRY(hasher_create(&w->params, hash));
-  return moe_weights_logits(w, p->tokens, p->batch, PROMPT, &watch, out);
+/* The original goes before the expected, which may be made of it as it passes. */
+static moe_status run_prompts(proof *p) {
+  const moe_proof_options *o = p->options;
+  moe_weights_pass pass[MOE_WEIGHTS_PASSES] = {{.weights = o->original, .logits = p->original}};
+  int passes = o->original == o->expected ? 0 : 1;
+  moe_weights_watch watch = {.passed = show, .context = p, .stop = o->stop};
+  size_t seen = (size_t)p->params->count * sizeof(moe_weights_seen);
+  memset(p->expected_seen, 0, seen);
+  memset(p->written_seen, 0, seen);
+  pass[passes++] = (moe_weights_pass){o->expected, p->expected, p->expected_seen, p->used};
+  pass[passes++] = (moe_weights_pass){o->written, p->written, p->written_seen, NULL};
+  p->total += passes * moe_dims_parameters(&p->params->dims) * (int64_t)sizeof(float);
+  return moe_weights_logits(pass, passes, p->tokens, p->batch, PROMPT, &watch);
 }
 
 static int64_t count_used(const proof *p) {
@@ -156,24 +112,28 @@ static int64_t count_used(const proof *p) {
   return used;
 }
 
-/* Run the expected weights on prompts long enough in all that each expert of a layer can expect
- * eight tokens. Where the model is small, on more, as long as experts are left out. */
-static moe_status run_expected(proof *p) {
-  const moe_dims *d = &p->options->expected->dims;
+static moe_status make_room(proof *p) {
+  size_t count = (size_t)p->params->count;
+  p->used = calloc((size_t)p->report->experts, sizeof *p->used);
+  p->expected_seen = calloc(count, sizeof *p->expected_seen);
+  p->written_seen = calloc(count, sizeof *p->written_seen);
+  if (p->used && p->expected_seen && p->written_seen) return MOE_OK;
+  return moe_fail(MOE_NO_MEMORY, "no memory for %d hashes", p->params->count);
+}
+
+/* Run prompts long enough in all that each expert of a layer can expect eight tokens. Where the
+ * model is small, more, as long as experts are left out. */
+static moe_status run_all(proof *p) {
+  const moe_dims *d = &p->params->dims;
   bool small = moe_dims_parameters(d) <= SMALL_MODEL;
   p->vocab = d->vocab;
   p->report->experts = d->layers * d->experts;
-  p->used = calloc((size_t)p->report->experts, sizeof *p->used);
-  if (!p->used) return moe_fail(MOE_NO_MEMORY, "no memory to count experts");
+  MOE_TRY(make_room(p));
   p->batch = 1 + 8 * d->experts / (PROMPT * d->top_k);
   if (p->batch > FEW_PROMPTS) p->batch = FEW_PROMPTS;
-  int64_t pass = moe_dims_parameters(d) * (int64_t)sizeof(float);
-  p->total = p->options->original == p->options->expected ? pass : 2 * pass; /* after this one */
   for (;; p->batch *= 2) {
-    p->total += pass;
     MOE_TRY(draw_prompts(p));
-    hasher_destroy(&p->expected_hash);
-    MOE_TRY(logits_of(p, p->options->expected, &p->expected_hash, p->used, p->expected));
+    MOE_TRY(run_prompts(p));
     p->report->experts_used = count_used(p);
     if (!small || p->report->experts_used == p->report->experts || 2 * p->batch > MANY_PROMPTS ||
         2 * p->batch * PROMPT * p->vocab > MOST_LOGITS)
@@ -181,37 +141,33 @@ static moe_status run_expected(proof *p) {
   }
 }
 
-static moe_status run_all(proof *p) {
-  const moe_proof_options *o = p->options;
-  MOE_TRY(run_expected(p));
-  MOE_TRY(logits_of(p, o->written, &p->written_hash, NULL, p->written));
-  if (o->original == o->expected) return MOE_OK;
-  return logits_of(p, o->original, NULL, NULL, p->original);
-}
-
 /* Both lists are the table's, of the same sizes, so number i is the same tensor. */
 static moe_status compare_hashes(proof *p) {
-  const moe_params *params = p->expected_hash.params;
-  for (int i = 0; i < params->count; i++) {
+  const char *name = p->options->written->name;
+  const moe_params *params = p->params;
+  XXH3_state_t *all = XXH3_createState();
+  if (!all) return moe_fail(MOE_NO_MEMORY, "no memory for a hash");
+  moe_status status = MOE_OK;
+  XXH3_128bits_reset(all);
+  for (int i = 0; i < params->count && status == MOE_OK; i++) {
     const moe_param *t = &params->list[i];
-    const hasher *a = &p->expected_hash, *b = &p->written_hash;
-    if (!a->whole[i] || !b->whole[i])
-      return moe_fail(MOE_FAILED, "%s: %s was not read", p->options->written->name, t->name);
-    if (!XXH128_isEqual(a->hash[i], b->hash[i]))
-      return moe_fail(MOE_FAILED, "%s: %s does not read back as it was to be written",
-                      p->options->written->name, t->name);
+    const moe_weights_seen *a = &p->expected_seen[i], *b = &p->written_seen[i];
+    if (a->count != t->count || b->count != t->count)
+      status = moe_fail(MOE_FAILED, "%s: %s was not read once, whole", name, t->name);
+    else if (!XXH128_isEqual(a->hash, b->hash))
+      status =
+          moe_fail(MOE_FAILED, "%s: %s does not read back as it was to be written", name, t->name);
+    XXH3_128bits_update(all, &a->hash, sizeof a->hash);
     p->report->tensors++;
     p->report->expert_tensors += t->expert >= 0;
   }
+  moe_hash_text(XXH3_128bits_digest(all), p->report->hash);
+  XXH3_freeState(all);
   const moe_dims *d = &params->dims;
-  if (p->report->expert_tensors != 3 * d->layers * d->experts)
-    return moe_fail(MOE_FAILED,
-                    "%s: has %" PRId64 " tensors of experts, not 3 * %" PRId64 " * %" PRId64,
-                    p->options->written->name, p->report->expert_tensors, d->layers, d->experts);
-  XXH128_hash_t all =
-      XXH3_128bits(p->expected_hash.hash, (size_t)params->count * sizeof(XXH128_hash_t));
-  moe_hash_text(all, p->report->hash);
-  return MOE_OK;
+  if (status != MOE_OK || p->report->expert_tensors == 3 * d->layers * d->experts) return status;
+  return moe_fail(MOE_FAILED,
+                  "%s: has %" PRId64 " tensors of experts, not 3 * %" PRId64 " * %" PRId64, name,
+                  p->report->expert_tensors, d->layers, d->experts);
 }
 
 /* Largest |a - b|; infinite when anything is not finite. */
@@ -259,29 +215,32 @@ static moe_status compare_logits(proof *p) {
 }
 
 moe_status moe_proof(const moe_proof_options *options, moe_proof_report *out) {
-  proof p = {.options = options, .report = out};
+  proof p = {.options = options, .report = out, .params = &options->expected->params};
   moe_status status;
   *out = (moe_proof_report){0};
   MOE_TRY_OR(status, done, check_same_model(&p));
   moe_progress_start(&p.progress, "proving");
   status = run_all(&p);
-  moe_progress_end(&p.progress);
+  out->seconds = moe_progress_end(&p.progress);
+  out->bytes = (double)p.done;
   if (status != MOE_OK) goto done;
   MOE_TRY_OR(status, done, compare_hashes(&p));
   status = compare_logits(&p);
 done:
-  hasher_destroy(&p.expected_hash);
-  hasher_destroy(&p.written_hash);
   free_prompts(&p);
+  free(p.expected_seen);
+  free(p.written_seen);
   free(p.used);
   return status;
 }
 
 void moe_proof_print(const moe_proof_report *r) {
+  char time[MOE_TEXT], bytes[MOE_TEXT];
   moe_info("proof: all %" PRId64 " tensors, %" PRId64 " of them experts', read back as written "
            "(XXH3-128 %s); logits of %" PRId64 " tokens through %" PRId64 " of %" PRId64
            " experts: %.2g of the largest away, %.2g from the unrounded weights', the same best "
-           "token at %.1f %%",
+           "token at %.1f %%; %s of values in %s (%.2f GB/s)",
            r->tensors, r->expert_tensors, r->hash, r->tokens, r->experts_used, r->experts,
-           r->difference, r->rounding, 100.0 * r->agreement);
+           r->difference, r->rounding, 100.0 * r->agreement, moe_text_bytes(bytes, r->bytes),
+           moe_text_seconds(time, r->seconds), 1e-9 * r->bytes / (r->seconds + 1e-9));
 }

@@ -1,34 +1,50 @@
 /* Proof that exported weights are the model: logits and hashes of what was written, compared with
  * those of the checkpoint it came from.
  *
- * The model runs on the CPU, one layer's attention at a time, then one expert at a time, so the
- * memory needed is that of the largest tensor and not of the model. Local. */
+ * The model runs on the CPU, a few rows of a matrix at a time, so the memory needed is that of the
+ * activations; a layer's experts are shared out over the processors. Local. */
 #ifndef MOE_CHECKPOINT_PROOF_H
 #define MOE_CHECKPOINT_PROOF_H
 
 #include <signal.h>
 
+#include "checkpoint/manifest.h"
 #include "checkpoint/weights.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-/* Every tensor is read whole once, in pieces and in order; `seen` (may be NULL) is shown each piece
- * as it passes, so a caller can hash a model in the same pass. used (may be NULL): [L, E] receives
- * how many tokens each expert got. */
+/* What was seen of a tensor's f32 values, all of which pass once, in order. */
 typedef struct {
-  moe_status (*seen)(void *context, const moe_param *p, int64_t begin, int64_t count,
-                     const float *values);
+  XXH128_hash_t hash;
+  int64_t count; /* 0: it was not read to its end */
+} moe_weights_seen;
+
+/* A forward pass. A source that is another one rounded is read with it when it comes right after
+ * it. */
+typedef struct {
+  moe_weights *weights;
+  float *logits;          /* f32 [batch * seq, V], out */
+  moe_weights_seen *seen; /* [params.count], out; or NULL */
+  int64_t *used;          /* [L, E], out: how many tokens each expert got; or NULL */
+} moe_weights_pass;
+
+enum { MOE_WEIGHTS_PASSES = 3 };
+
+typedef struct {
+  /* bytes of f32 values that went into passes, since the last call; from any thread, one at a time
+   */
+  void (*passed)(void *context, int64_t bytes); /* or NULL */
   void *context;
-  int64_t *used;
   const volatile sig_atomic_t *stop; /* becomes non-zero: give up with MOE_STOPPED; or NULL */
 } moe_weights_watch;
 
-/* logits f32 [batch * seq, V] of `batch` sequences of `seq` tokens that start at position 0, in
- * float32. watch may be NULL. MOE_INVALID for tokens outside the vocabulary. */
-moe_status moe_weights_logits(moe_weights *w, const int32_t *tokens, int64_t batch, int64_t seq,
-                              const moe_weights_watch *watch, float *logits);
+/* The logits of 1 to MOE_WEIGHTS_PASSES models of the same sizes for `batch` sequences of `seq`
+ * tokens that start at position 0, in float32. watch may be NULL. MOE_INVALID for tokens outside
+ * the vocabulary, or sizes that differ. */
+moe_status moe_weights_logits(const moe_weights_pass *pass, int passes, const int32_t *tokens,
+                              int64_t batch, int64_t seq, const moe_weights_watch *watch);
 
 typedef struct {
   moe_weights *original; /* what was exported */
@@ -50,6 +66,7 @@ typedef struct {
   int64_t tensors;        /* tensors whose XXH3-128 is the same in expected and written: all */
   int64_t expert_tensors; /* of them, experts': 3 L E */
   int64_t experts, experts_used; /* L E, and those that got a token of the prompts */
+  double seconds, bytes;         /* it took, and f32 values that went through the model */
   char hash[33];                 /* XXH3-128 of all tensors' hashes, in the order of the table */
 } moe_proof_report;
 

@@ -246,7 +246,7 @@ static moe_status check_slice(void *context, int worker, int64_t i) {
 /* The data of all slices of an open file. */
 static moe_status check_all_data(const moe_hdf5 *f, const moe_slice *const *slice, int64_t n) {
   checking c = {.file = f, .slice = slice};
-  moe_status status = moe_crew_work(n, check_slice, &c);
+  moe_status status = moe_crew_work(MOE_CREW, n, check_slice, &c);
   for (int w = 0; w < MOE_CREW; w++) {
     free(c.buffer[w]);
     XXH3_freeState(c.hash[w]);

@@ -1,19 +1,27 @@
 /* A checkpoint's tensors, streamed. */
 #include "checkpoint/tensors.h"
 
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "checkpoint/verify.h"
 
-enum { OPEN_SHARDS = 64 }; /* shard i is kept in place i modulo this */
+/* A shard that is open: it stays so until its place is needed and nobody reads it. */
+typedef struct {
+  moe_hdf5 file;
+  int held;    /* the shard's number + 1; 0: the place is empty */
+  int readers; /* in the middle of one of its slices */
+} place;
 
 struct moe_tensors {
   char folder[MOE_PATH];
   moe_manifest manifest;
-  moe_hdf5 file[OPEN_SHARDS];
-  int held[OPEN_SHARDS]; /* the shard's number + 1 */
+  place place[MOE_TENSOR_READERS];
 };
+
+/* Of the places of all open checkpoints, and of HDF5. */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 moe_status moe_tensors_open(const char *step_folder, moe_tensors **out) {
   *out = NULL;
@@ -33,8 +41,8 @@ moe_status moe_tensors_open(const char *step_folder, moe_tensors **out) {
 
 void moe_tensors_close(moe_tensors *t) {
   if (!t) return;
-  for (int i = 0; i < OPEN_SHARDS; i++)
-    if (t->held[i]) moe_hdf5_release(&t->file[i]);
+  for (int i = 0; i < MOE_TENSOR_READERS; i++)
+    if (t->place[i].held) moe_hdf5_release(&t->place[i].file);
   moe_manifest_clear(&t->manifest);
   free(t);
 }
@@ -52,15 +60,25 @@ int64_t moe_tensors_end(const moe_tensors *t, int64_t first) {
   return end;
 }
 
-/* The shard stays open until another one needs its place. */
-static moe_status open_shard(moe_tensors *t, int number, moe_hdf5 **out) {
-  int place = number % OPEN_SHARDS;
-  *out = &t->file[place];
-  if (t->held[place] == number + 1) return MOE_OK;
-  if (t->held[place]) moe_hdf5_release(&t->file[place]);
-  t->held[place] = 0;
-  MOE_TRY(moe_shard_open(t->folder, &t->manifest, number, &t->file[place]));
-  t->held[place] = number + 1;
+/* The place of an open shard, or of one that may be closed for it; -1: all are in use. */
+static int find_place(const moe_tensors *t, int number) {
+  int found = -1;
+  for (int i = 0; i < MOE_TENSOR_READERS; i++) {
+    if (t->place[i].held == number + 1) return i;
+    if (t->place[i].readers == 0 && (found < 0 || t->place[found].held)) found = i;
+  }
+  return found;
+}
+
+static moe_status open_shard(moe_tensors *t, int number, int *out) {
+  int i = *out = find_place(t, number);
+  if (i < 0) return moe_fail(MOE_INVALID, "%s: too many readers at a time", t->folder);
+  place *p = &t->place[i];
+  if (p->held == number + 1) return MOE_OK;
+  if (p->held) moe_hdf5_release(&p->file);
+  p->held = 0;
+  MOE_TRY(moe_shard_open(t->folder, &t->manifest, number, &p->file));
+  p->held = number + 1;
   return MOE_OK;
 }
 
@@ -78,7 +96,10 @@ moe_status moe_tensor_reader_open(moe_tensors *t, int64_t first, moe_tensor_read
 
 static void leave_slice(moe_tensor_reader *r) {
   if (!r->open) return;
+  pthread_mutex_lock(&lock);
   moe_dataset_close(&r->dataset);
+  r->from->place[r->place].readers--;
+  pthread_mutex_unlock(&lock);
   r->open = false;
 }
 
@@ -89,19 +110,23 @@ void moe_tensor_reader_close(moe_tensor_reader *r) {
 }
 
 static moe_status enter_slice(moe_tensor_reader *r) {
-  moe_hdf5 *file;
-  MOE_TRY(open_shard(r->from, slice_of(r)->file, &file));
-  MOE_TRY(moe_dataset_open(file, slice_of(r), &r->dataset));
+  moe_tensors *t = r->from;
+  pthread_mutex_lock(&lock);
+  moe_status status = open_shard(t, slice_of(r)->file, &r->place);
+  if (status == MOE_OK)
+    status = moe_dataset_open(&t->place[r->place].file, slice_of(r), &r->dataset);
+  r->open = status == MOE_OK;
+  if (r->open) t->place[r->place].readers++;
+  pthread_mutex_unlock(&lock);
   XXH3_128bits_reset(r->hash);
-  r->open = true;
   r->done = 0;
-  return MOE_OK;
+  return status;
 }
 
 static moe_status end_slice(moe_tensor_reader *r) {
   const moe_slice *s = slice_of(r);
-  moe_status status = moe_shard_compare_hash(&r->from->file[s->file % OPEN_SHARDS], s,
-                                             XXH3_128bits_digest(r->hash));
+  moe_status status =
+      moe_shard_compare_hash(&r->from->place[r->place].file, s, XXH3_128bits_digest(r->hash));
   leave_slice(r);
   r->slice++;
   return status;

@@ -21,11 +21,14 @@ const moe_manifest *moe_tensors_manifest(const moe_tensors *t);
 /* Index of the slice after the tensor that begins with slice `first`. */
 int64_t moe_tensors_end(const moe_tensors *t, int64_t first);
 
-/* Where reading is; one reader at a time for an open checkpoint. */
+/* Where reading is. An open checkpoint has any number of readers, up to MOE_TENSOR_READERS of them
+ * in the middle of something, in any threads. */
+enum { MOE_TENSOR_READERS = 64 };
 typedef struct {
   moe_tensors *from;
   int64_t slice, end; /* the one being read, and the end of the tensor's */
   int64_t done;       /* elements of that slice that were read */
+  int place;          /* of the open file */
   bool open;
   moe_dataset dataset;
   XXH3_state_t *hash;

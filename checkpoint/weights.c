@@ -31,11 +31,33 @@ void moe_weights_close(moe_weights *w) {
   w->kind->close(w);
 }
 
+/* Whole blocks where they are to go, the ends of a range from a block of their own. */
+static moe_status read_rounded(moe_weights *w, const moe_param *p, int64_t begin, int64_t count,
+                               float *out) {
+  float block[MOE_WEIGHTS_BLOCK];
+  for (int64_t n; count > 0; begin += n, count -= n, out += n) {
+    int64_t skip = begin % MOE_WEIGHTS_BLOCK, left = p->count - (begin - skip);
+    int64_t size = left < MOE_WEIGHTS_BLOCK ? left : MOE_WEIGHTS_BLOCK;
+    if (skip == 0 && count >= size) {
+      n = begin + count == p->count ? count : count / MOE_WEIGHTS_BLOCK * MOE_WEIGHTS_BLOCK;
+      MOE_TRY(moe_weights_read(w->exact, p, begin, n, out));
+      w->kind->round(w, p, n, out);
+    } else {
+      n = size - skip < count ? size - skip : count;
+      MOE_TRY(moe_weights_read(w->exact, p, begin - skip, size, block));
+      w->kind->round(w, p, size, block);
+      memcpy(out, block + skip, (size_t)n * sizeof *out);
+    }
+  }
+  return MOE_OK;
+}
+
 moe_status moe_weights_read(moe_weights *w, const moe_param *p, int64_t begin, int64_t count,
                             float *out) {
   if (begin < 0 || count < 0 || begin > p->count - count)
     return moe_fail(MOE_INVALID, "%s: %s: its range is outside the tensor", w->name, p->name);
-  return count > 0 ? w->kind->read(w, p, begin, count, out) : MOE_OK;
+  if (count == 0) return MOE_OK;
+  return w->exact ? read_rounded(w, p, begin, count, out) : w->kind->read(w, p, begin, count, out);
 }
 
 moe_dtype moe_weights_dtype(const moe_weights *w, const moe_param *p) {
@@ -54,7 +76,6 @@ enum { PART = 4096 }; /* elements rounded at a time */
 
 typedef struct {
   moe_weights base;
-  moe_weights *exact; /* borrowed */
   moe_dtype dtype;
 } rounded;
 
@@ -62,17 +83,14 @@ static moe_dtype rounded_dtype(const moe_weights *w, const moe_param *p) {
   return moe_pool_dtype(p->row->pool, ((const rounded *)w)->dtype);
 }
 
-static moe_status rounded_read(moe_weights *w, const moe_param *p, int64_t begin, int64_t count,
-                               float *out) {
+static void rounded_round(const moe_weights *w, const moe_param *p, int64_t count, float *values) {
   uint16_t bits[PART];
   moe_dtype dtype = rounded_dtype(w, p);
-  MOE_TRY(moe_weights_read(((rounded *)w)->exact, p, begin, count, out));
   for (int64_t at = 0; at < count && dtype != MOE_F32; at += PART) {
     int64_t n = count - at < PART ? count - at : PART;
-    moe_convert(out + at, MOE_F32, bits, dtype, n);
-    moe_convert(bits, dtype, out + at, MOE_F32, n);
+    moe_convert(values + at, MOE_F32, bits, dtype, n);
+    moe_convert(bits, dtype, values + at, MOE_F32, n);
   }
-  return MOE_OK;
 }
 
 static void rounded_close(moe_weights *w) {
@@ -80,7 +98,8 @@ static void rounded_close(moe_weights *w) {
 }
 
 moe_status moe_weights_round(moe_weights *w, moe_dtype dtype, moe_weights **out) {
-  static const moe_weights_kind kind = {rounded_read, rounded_dtype, rounded_close};
+  static const moe_weights_kind kind = {
+      .round = rounded_round, .dtype = rounded_dtype, .close = rounded_close};
   MOE_TRY(moe_weights_new(&kind, sizeof(rounded), w->name, out));
   moe_weights *r = *out;
   r->dims = w->dims;
@@ -89,7 +108,7 @@ moe_status moe_weights_round(moe_weights *w, moe_dtype dtype, moe_weights **out)
   r->rope_alpha = w->rope_alpha;
   r->context = w->context;
   r->compute = dtype;
-  ((rounded *)r)->exact = w;
+  r->exact = w;
   ((rounded *)r)->dtype = dtype;
   moe_status status = moe_weights_list(r);
   if (status == MOE_OK && w->router_bias) {

@@ -3,8 +3,9 @@
  * The idea: exports, proofs and comparisons want the same thing from a checkpoint, a Hugging Face
  * folder or a GGUF file: element ranges of the parameters of params.h, as f32, in our layout (an
  * opener undoes whatever its file does: merged experts, permuted rotary rows). Everything is read
- * when it is asked for, so a source needs no more memory than its buffers. All functions are local;
- * a source is used by one thread. */
+ * when it is asked for, so a source needs no more memory than its buffers. All functions are local.
+ * Any threads may read from a source at once, up to MOE_WEIGHTS_TENSORS tensors at a time; opening,
+ * closing and changing its settings is one's. */
 #ifndef MOE_CHECKPOINT_WEIGHTS_H
 #define MOE_CHECKPOINT_WEIGHTS_H
 
@@ -17,10 +18,17 @@ extern "C" {
 
 typedef struct moe_weights moe_weights;
 
+enum {
+  MOE_WEIGHTS_TENSORS = 64, /* being read at a time */
+  MOE_WEIGHTS_BLOCK = 32    /* elements that a source may round together */
+};
+
 /* What a source can do. `read`: elements [begin, begin + count) of p, range checked by the caller.
- * `close` releases the source itself. */
+ * `round`, in place of `read` for a source that is another one rounded: its values from that one's,
+ * whole blocks of them (or the tensor's last elements). `close` releases the source itself. */
 typedef struct {
   moe_status (*read)(moe_weights *w, const moe_param *p, int64_t begin, int64_t count, float *out);
+  void (*round)(const moe_weights *w, const moe_param *p, int64_t count, float *values);
   moe_dtype (*dtype)(const moe_weights *w, const moe_param *p);
   void (*close)(moe_weights *w);
 } moe_weights_kind;
@@ -28,6 +36,7 @@ typedef struct {
 /* The part all sources share; a source's own struct begins with it. */
 struct moe_weights {
   const moe_weights_kind *kind;
+  moe_weights *exact;  /* what `round` works on, borrowed; or NULL */
   char name[MOE_PATH]; /* for messages: the file or folder */
   moe_dims dims;
   double norm_eps;

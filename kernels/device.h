@@ -104,6 +104,9 @@ void moe_graph_destroy(moe_device *dev, moe_graph *graph);
 /* Debugging: name what runs next ("layer 3 attention"); errors and debug checks quote it. */
 void moe_device_label(moe_device *dev, const char *what, int64_t layer);
 
+/* For a thread that takes over a CPU device from the one that opened it: how many threads its work
+ * may have is kept by OpenMP, and OpenBLAS with it, per thread. */
+void moe_cpu_enter(const moe_device *dev);
 /* To be called first thing in main, before MPI_Init: picks OpenBLAS's kernels for processors that
  * its release does not know (it takes Zen 4/5 for Haswell) by restarting the program once with
  * OPENBLAS_CORETYPE set. Returns when there is nothing to do. */

@@ -179,6 +179,10 @@ static void name_device(moe_device *dev, int threads) {
   snprintf(dev->name, sizeof dev->name, "%s, %d thread%s", model, threads, threads == 1 ? "" : "s");
 }
 
+void moe_cpu_enter(const moe_device *dev) {
+  omp_set_num_threads(((const moe_cpu_state *)dev->state)->threads);
+}
+
 moe_status moe_cpu_open(moe_device *dev) {
   moe_cpu_state *state = calloc(1, sizeof *state);
   if (state == NULL) return moe_fail(MOE_NO_MEMORY, "CPU device: out of memory");

@@ -31,7 +31,7 @@ Test(crew, does_each_job_once_and_no_two_with_one_worker) {
   static log_book b = {.fails_from = JOBS};
   for (int n = 0; n <= JOBS; n = n * 3 + 1) {
     memset(b.done, 0, sizeof b.done);
-    cr_assert_eq(moe_crew_work(n, job, &b), MOE_OK);
+    cr_assert_eq(moe_crew_work(MOE_CREW, n, job, &b), MOE_OK);
     for (int i = 0; i < JOBS; i++) cr_assert_eq(b.done[i], i < n, "job %d of %d", i, n);
   }
   cr_assert_not(b.wrong);
@@ -39,7 +39,7 @@ Test(crew, does_each_job_once_and_no_two_with_one_worker) {
 
 Test(crew, returns_the_first_failure_and_begins_no_more) {
   static log_book b = {.fails_from = 100};
-  cr_assert_eq(moe_crew_work(JOBS, job, &b), MOE_DAMAGED);
+  cr_assert_eq(moe_crew_work(MOE_CREW, JOBS, job, &b), MOE_DAMAGED);
   cr_assert_str_eq(moe_error_message(), "job 100 is damaged");
   int begun = 0;
   for (int i = 0; i < JOBS; i++) begun += b.done[i];

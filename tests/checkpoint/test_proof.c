@@ -90,7 +90,8 @@ static void swapped_close(moe_weights *w) {
 }
 
 Test(proof, fails_for_two_experts_in_each_others_place) {
-  static const moe_weights_kind kind = {swapped_read, swapped_dtype, swapped_close};
+  static const moe_weights_kind kind = {
+      .read = swapped_read, .dtype = swapped_dtype, .close = swapped_close};
   moe_weights *s;
   open_both(NULL, NULL);
   EXPECT_OK(moe_weights_new(&kind, sizeof(swapped), "swapped", &s));

@@ -115,8 +115,8 @@ static void expect_same_logits(int groups) {
   static float got[TOKENS * 101], expected[TOKENS * 101];
   int64_t used[15], assigned = 0;
   for (int i = 0; i < TOKENS; i++) tokens[i] = (i * 37 + i / 7) % 101;
-  moe_weights_watch watch = {.used = used};
-  EXPECT_OK(moe_weights_logits(w, tokens, BATCH, SEQ, &watch, got));
+  const moe_weights_pass pass = {.weights = w, .logits = got, .used = used};
+  EXPECT_OK(moe_weights_logits(&pass, 1, tokens, BATCH, SEQ, NULL));
   model_logits(c, w, tokens, expected);
   double most = 0.0;
   for (int i = 0; i < TOKENS * 101; i++) {
@@ -143,7 +143,8 @@ Test(weights, logits_refuse_tokens_outside_the_vocabulary) {
   moe_weights *w = open_model(c);
   static float logits[2 * 101];
   int32_t tokens[2] = {5, 101};
-  cr_assert_eq(moe_weights_logits(w, tokens, 1, 2, NULL, logits), MOE_INVALID);
+  const moe_weights_pass pass = {.weights = w, .logits = logits};
+  cr_assert_eq(moe_weights_logits(&pass, 1, tokens, 1, 2, NULL), MOE_INVALID);
   EXPECT_SAYS("token 101");
   moe_weights_close(w);
   free(c);

@@ -27,7 +27,8 @@ static moe_status run(const char *path, int64_t seq) {
   while (n < MOST && scanf("%d", &tokens[n]) == 1) n++;
   MOE_TRY(open_weights(path, &w));
   float *logits = malloc((size_t)(n * w->dims.vocab) * sizeof *logits);
-  moe_status status = moe_weights_logits(w, tokens, n / seq, seq, NULL, logits);
+  const moe_weights_pass pass = {.weights = w, .logits = logits};
+  moe_status status = moe_weights_logits(&pass, 1, tokens, n / seq, seq, NULL);
   if (status == MOE_OK) fwrite(logits, sizeof *logits, (size_t)(n * w->dims.vocab), stdout);
   free(logits);
   moe_weights_close(w);
