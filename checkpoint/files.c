@@ -156,11 +156,23 @@ moe_status moe_files_write_at(int fd, const char *path, int64_t at, int64_t byte
 /* Left alone, the kernel gathers gigabytes before it begins, and the disk idles meanwhile. This
  * flag alone neither waits for the disk nor takes an error from fsync; where it is not supported,
  * fsync does it all. */
+static void begin_sync(int fd, int64_t at, int64_t bytes) {
+  sync_file_range(fd, at, bytes, SYNC_FILE_RANGE_WRITE);
+}
+
 void moe_files_sync_soon(int fd, int64_t end, int64_t *begun) {
   enum { WORTH = 8 << 20 };
   if (end - *begun < WORTH) return;
-  sync_file_range(fd, *begun, end - *begun, SYNC_FILE_RANGE_WRITE);
+  begin_sync(fd, *begun, end - *begun);
   *begun = end;
+}
+
+moe_status moe_files_write_part(int fd, const char *path, int64_t at, int64_t bytes,
+                                const void *data) {
+  enum { WORTH = 512 << 10 };
+  MOE_TRY(moe_files_write_at(fd, path, at, bytes, data));
+  if (bytes >= WORTH) begin_sync(fd, at, bytes);
+  return MOE_OK;
 }
 
 moe_status moe_files_read(const char *path, int64_t limit, char **out, int64_t *length) {

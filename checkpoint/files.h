@@ -33,6 +33,10 @@ moe_status moe_files_open(const char *path, int *fd, int64_t *size);
 moe_status moe_files_read_at(int fd, const char *path, int64_t at, int64_t bytes, void *out);
 moe_status moe_files_write_at(int fd, const char *path, int64_t at, int64_t bytes,
                               const void *data);
+/* The same for a part of a file that threads write together and one fsyncs at its end: what is
+ * worth it begins its way to the disk at once. */
+moe_status moe_files_write_part(int fd, const char *path, int64_t at, int64_t bytes,
+                                const void *data);
 /* For a file that is written from its beginning and fsynced at its end: have the kernel bring to
  * the disk what was written up to byte `end`, as soon as that is worth it, without waiting. *begun,
  * from 0: how far that has come. */

@@ -68,7 +68,7 @@ void moe_ggml_encode(moe_ggml_type type, const float *x, int64_t n, void *out);
 /* The other way. In gguf_read.c. */
 void moe_ggml_decode(moe_ggml_type type, const void *data, int64_t n, float *out);
 
-/* ---- writing: first all keys and tensors, then all data, in the same order */
+/* ---- writing: first all keys and tensors, then all data */
 
 typedef struct moe_gguf_writer moe_gguf_writer;
 
@@ -84,16 +84,17 @@ void moe_gguf_put_strings(moe_gguf_writer *w, const char *key, const char *const
                           int64_t n);
 void moe_gguf_put_f32s(moe_gguf_writer *w, const char *key, const float *values, int64_t n);
 void moe_gguf_put_i32s(moe_gguf_writer *w, const char *key, const int32_t *values, int64_t n);
-/* A tensor; its innermost extent is a multiple of the type's block. */
-void moe_gguf_put_tensor(moe_gguf_writer *w, const char *name, moe_ggml_type type, int dims,
-                         const int64_t *ne);
+/* A tensor; its innermost extent is a multiple of the type's block. Returns where its data is to be
+ * in the file's data. */
+int64_t moe_gguf_put_tensor(moe_gguf_writer *w, const char *name, moe_ggml_type type, int dims,
+                            const int64_t *ne);
 /* Bytes of the whole file. */
 int64_t moe_gguf_writer_size(const moe_gguf_writer *w);
 /* Make the file (new), set its room aside and write everything but the data. MOE_IO, MOE_NO_MEMORY.
  */
 moe_status moe_gguf_writer_open(moe_gguf_writer *w, const char *path);
-/* The next bytes of data; those of one call belong to one tensor. */
-moe_status moe_gguf_writer_append(moe_gguf_writer *w, const void *data, int64_t bytes);
+/* Bytes [at, at + bytes) of the data, of a tensor. Any threads, each byte once. */
+moe_status moe_gguf_writer_write(moe_gguf_writer *w, int64_t at, int64_t bytes, const void *data);
 /* Everything is there: fsync and close. */
 moe_status moe_gguf_writer_finish(moe_gguf_writer *w);
 

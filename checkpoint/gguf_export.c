@@ -17,10 +17,8 @@
 #include "checkpoint/files.h"
 #include "checkpoint/run_tokenizer.h"
 #include "core/base/log.h"
-#include "data/progress.h"
 
 #define KEY(name) "llama." name
-enum { PART = 1 << 20 }; /* elements written at a time, at least one row */
 
 typedef struct {
   const moe_gguf_options *options;
@@ -30,11 +28,8 @@ typedef struct {
   int64_t not_whole; /* matrices whose rows are not whole blocks of `type` */
   moe_gguf_writer *writer;
   char temporary[MOE_PATH + 32];
-  /* one tensor's elements on their way */
-  float *values, *exchanged;
-  void *raw;
-  moe_progress progress;
-  int64_t done, total; /* bytes of data */
+  moe_export_tensor *tensor; /* [tensors] so far, in the order of the file */
+  int64_t tensors;
 } export;
 
 /* ---- keys */
@@ -130,103 +125,98 @@ static moe_status walk(export *e, moe_status (*each)(export *e, const moe_param 
   return MOE_OK;
 }
 
+/* Describe it, and say where it goes; experts follow the first of their layer. */
 static moe_status put_tensor(export *e, const moe_param *p) {
   char name[MOE_GGUF_TENSOR_NAME];
   moe_ggml_type type = moe_gguf_param_type(p, e->type);
-  e->total += moe_ggml_bytes(type, p->count);
-  if (p->expert > 0) return MOE_OK; /* described with the first */
+  moe_export_tensor *t = &e->tensor[e->tensors++];
+  bool rotary = moe_gguf_rotary_heads(p, &e->original->dims) > 0;
+  *t = (moe_export_tensor){.param = p, .file = e->writer};
+  t->rows = rotary ? e->original->dims.head_dim : moe_export_rows(p); /* rows change in a head */
+  t->row_bytes = moe_ggml_bytes(type, p->shape[p->dims - 1]);
+  if (p->expert > 0) {
+    t->offset = t[-1].offset + moe_ggml_bytes(type, p->count);
+    return MOE_OK;
+  }
   const int64_t ne[3] = {p->shape[p->dims - 1], p->shape[0], e->original->dims.experts};
-  moe_gguf_put_tensor(e->writer, moe_gguf_param_name(p, name), type, p->expert == 0 ? 3 : p->dims,
-                      ne);
+  t->offset = moe_gguf_put_tensor(e->writer, moe_gguf_param_name(p, name), type,
+                                  p->expert == 0 ? 3 : p->dims, ne);
   bool matrix = p->row->pool != MOE_POOL_GAIN && p->row->pool != MOE_POOL_ROUTER;
   if (matrix && type != e->type) e->not_whole++;
   return MOE_OK;
 }
 
-/* Our row order to the file's, in one head: pair (j, j + d/2) to (2j, 2j + 1). */
-static const float *exchange_rows(export *e, int64_t rows, int64_t columns) {
-  for (int64_t j = 0; j < rows; j++) {
-    int64_t to = j < rows / 2 ? 2 * j : 2 * (j - rows / 2) + 1;
-    memcpy(e->exchanged + to * columns, e->values + j * columns, (size_t)columns * sizeof(float));
-  }
-  return e->exchanged;
+static moe_status put_tensors(export *e) {
+  e->tensor = calloc((size_t)e->original->params.count, sizeof *e->tensor);
+  if (!e->tensor) return moe_fail(MOE_NO_MEMORY, "no memory for the list of tensors");
+  return walk(e, put_tensor);
 }
 
-/* Rows written at a time: a head where they are exchanged. */
-static int64_t rows_at_once(const export *e, const moe_param *p) {
-  int64_t columns = p->shape[p->dims - 1];
-  if (moe_gguf_rotary_heads(p, &e->original->dims) > 0) return e->original->dims.head_dim;
-  return columns < PART ? PART / columns : 1;
+/* Where our row j of a head of `rows` is in the file: pair (j, j + d/2) lies at (2j, 2j + 1). */
+static int64_t exchanged(int64_t j, int64_t rows) {
+  return j < rows / 2 ? 2 * j : 2 * (j - rows / 2) + 1;
 }
 
 /* Of what was encoded. (Q8_0's scales are too small to overflow unless a value did.) */
-static moe_status check_finite(const export *e, const moe_param *p, moe_ggml_type type, int64_t n) {
+static moe_status check_finite(const export *e, const moe_param *p, moe_ggml_type type, int64_t n,
+                               const float *values, const void *raw) {
   moe_dtype dtype = type == MOE_GGML_BF16 ? MOE_BF16 : type == MOE_GGML_F16 ? MOE_F16 : MOE_F32;
-  const void *data = type == MOE_GGML_Q8_0 ? (const void *)e->values : e->raw;
-  if (moe_all_finite(data, dtype, n)) return MOE_OK;
+  if (moe_all_finite(type == MOE_GGML_Q8_0 ? values : raw, dtype, n)) return MOE_OK;
   return moe_fail(MOE_FAILED,
                   "%s: %s has a value that is not finite in %s: the run diverged, or needs a type "
                   "of wider range",
                   e->original->name, p->name, moe_ggml_name(type));
 }
 
-static moe_status write_param(export *e, const moe_param *p) {
-  const volatile sig_atomic_t *stop = e->options->common.stop;
-  int64_t columns = p->shape[p->dims - 1], rows = p->count / columns, step = rows_at_once(e, p);
-  bool exchanged = moe_gguf_rotary_heads(p, &e->original->dims) > 0;
+static moe_status encode(const void *context, const moe_param *p, const float *values, int64_t rows,
+                         void *out) {
+  const export *e = context;
   moe_ggml_type type = moe_gguf_param_type(p, e->type);
-  for (int64_t row = 0; row < rows; row += step) {
-    int64_t n = rows - row < step ? rows - row : step;
-    if (stop && *stop) return moe_fail(MOE_STOPPED, "stopped on request: nothing was kept");
-    MOE_TRY(moe_weights_read(e->original, p, row * columns, n * columns, e->values));
-    const float *values = exchanged ? exchange_rows(e, n, columns) : e->values;
-    moe_ggml_encode(type, values, n * columns, e->raw);
-    MOE_TRY(check_finite(e, p, type, n * columns));
-    MOE_TRY(moe_gguf_writer_append(e->writer, e->raw, moe_ggml_bytes(type, n * columns)));
-    e->done += moe_ggml_bytes(type, n * columns);
-    moe_progress_show(&e->progress, e->done, e->total, "");
-  }
-  return MOE_OK;
+  int64_t columns = p->shape[p->dims - 1], bytes = moe_ggml_bytes(type, columns);
+  if (moe_gguf_rotary_heads(p, &e->original->dims) == 0)
+    moe_ggml_encode(type, values, rows * columns, out);
+  else
+    for (int64_t j = 0; j < rows; j++)
+      moe_ggml_encode(type, values + j * columns, columns,
+                      (char *)out + exchanged(j, rows) * bytes);
+  return check_finite(e, p, type, rows * columns, values, out);
 }
 
-static moe_status take_buffers(export *e) {
-  int64_t most = 0;
-  for (int i = 0; i < e->original->params.count; i++) {
-    const moe_param *p = &e->original->params.list[i];
-    int64_t columns = p->shape[p->dims - 1], n = rows_at_once(e, p) * columns;
-    if (n > p->count) n = p->count;
-    if (n > most) most = n;
-  }
-  e->values = malloc((size_t)most * sizeof(float));
-  e->exchanged = malloc((size_t)most * sizeof(float));
-  e->raw = malloc((size_t)most * sizeof(float));
-  if (e->values && e->exchanged && e->raw) return MOE_OK;
-  return moe_fail(MOE_NO_MEMORY, "no memory for %" PRId64 " elements at a time", most);
+static moe_status put(void *file, int64_t at, int64_t bytes, const void *data) {
+  return moe_gguf_writer_write(file, at, bytes, data);
+}
+
+static moe_status finish_file(void *context) {
+  return moe_gguf_writer_finish(((export *)context)->writer);
 }
 
 /* ---- the file */
 
 static moe_status write_file(export *e) {
   char bytes[MOE_TEXT], time[MOE_TEXT];
+  int64_t written;
+  double seconds;
   MOE_TRY(moe_gguf_writer_create(&e->writer));
   put_model(e);
   MOE_TRY(put_tokenizer(e));
-  MOE_TRY(walk(e, put_tensor));
+  MOE_TRY(put_tensors(e));
   if (e->not_whole > 0)
     moe_info("%" PRId64 " matrices are kept as F16: their rows are not whole blocks of %s",
              e->not_whole, moe_ggml_name(e->type));
-  MOE_TRY(take_buffers(e));
   MOE_TRY(moe_gguf_writer_open(e->writer, e->temporary));
-  moe_progress_start(&e->progress, "writing");
-  moe_status status = walk(e, write_param);
-  if (status == MOE_OK) status = moe_gguf_writer_finish(e->writer);
-  double seconds = moe_progress_end(&e->progress);
-  if (status == MOE_OK)
-    moe_info("written: %s, %s in %s (%.2f GB/s)", moe_ggml_name(e->type),
-             moe_text_bytes(bytes, (double)moe_gguf_writer_size(e->writer)),
-             moe_text_seconds(time, seconds),
-             1e-9 * (double)moe_gguf_writer_size(e->writer) / (seconds + 1e-9));
-  return status;
+  const moe_export_work work = {.from = e->original,
+                                .tensor = e->tensor,
+                                .tensors = e->tensors,
+                                .encode = encode,
+                                .write = put,
+                                .finish = finish_file,
+                                .context = e,
+                                .stop = e->options->common.stop};
+  MOE_TRY(moe_export_write(&work, &written, &seconds));
+  moe_info("written: %s, %s in %s (%.2f GB/s)", moe_ggml_name(e->type),
+           moe_text_bytes(bytes, (double)written), moe_text_seconds(time, seconds),
+           1e-9 * (double)written / (seconds + 1e-9));
+  return MOE_OK;
 }
 
 static moe_status prove(export *e) {
@@ -291,8 +281,6 @@ moe_status moe_export_gguf(const moe_gguf_options *options) {
   if (status != MOE_OK && made) unlink(e.temporary);
   moe_gguf_writer_destroy(e.writer);
   moe_weights_close(e.original);
-  free(e.values);
-  free(e.exchanged);
-  free(e.raw);
+  free(e.tensor);
   return status;
 }

@@ -50,11 +50,10 @@ void moe_ggml_decode(moe_ggml_type type, const void *data, int64_t n, float *out
     memcpy(out, data, (size_t)n * sizeof *out);
     break;
   case MOE_GGML_F16:
+    moe_convert(data, MOE_F16, out, MOE_F32, n);
+    break;
   case MOE_GGML_BF16:
-    for (int64_t i = 0; i < n; i++) {
-      memcpy(&bits, bytes + 2 * i, sizeof bits);
-      out[i] = type == MOE_GGML_F16 ? moe_f16_to_f32(bits) : moe_bf16_to_f32(bits);
-    }
+    moe_convert(data, MOE_BF16, out, MOE_F32, n);
     break;
   case MOE_GGML_Q8_0:
     for (int64_t b = 0; b < n / 32; b++, bytes += 34) {

@@ -24,14 +24,12 @@ typedef struct {
 struct moe_gguf_writer {
   text keys, tensors; /* as they stand in the file */
   int64_t key_count, tensor_count;
-  int64_t *bytes; /* [tensor_count], of each tensor's data, without padding */
-  int64_t data_bytes;
+  int64_t data_bytes; /* with padding */
+  int64_t left;       /* bytes of tensors that are still to be written */
   bool no_memory;
   /* once open */
-  int fd;            /* -1: not open */
-  int64_t at, begun; /* bytes written; on their way to the disk */
+  int fd; /* -1: not open */
   char path[MOE_PATH];
-  int64_t tensor, done; /* where appending is: bytes of which tensor */
 };
 
 /* ---- element types */
@@ -81,16 +79,15 @@ static void encode_q8_0(const float *x, int64_t blocks, unsigned char *out) {
 }
 
 void moe_ggml_encode(moe_ggml_type type, const float *x, int64_t n, void *out) {
-  uint16_t *half = out;
   switch (type) {
   case MOE_GGML_F32:
     memcpy(out, x, (size_t)n * sizeof *x);
     break;
   case MOE_GGML_F16:
-    for (int64_t i = 0; i < n; i++) half[i] = moe_f32_to_f16(x[i]);
+    moe_convert(x, MOE_F32, out, MOE_F16, n);
     break;
   case MOE_GGML_BF16:
-    for (int64_t i = 0; i < n; i++) half[i] = moe_f32_to_bf16(x[i]);
+    moe_convert(x, MOE_F32, out, MOE_BF16, n);
     break;
   case MOE_GGML_Q8_0:
     encode_q8_0(x, n / 32, out);
@@ -181,8 +178,8 @@ static int64_t padding(int64_t bytes) {
   return (MOE_GGUF_ALIGNMENT - bytes % MOE_GGUF_ALIGNMENT) % MOE_GGUF_ALIGNMENT;
 }
 
-void moe_gguf_put_tensor(moe_gguf_writer *w, const char *name, moe_ggml_type type, int dims,
-                         const int64_t *ne) {
+int64_t moe_gguf_put_tensor(moe_gguf_writer *w, const char *name, moe_ggml_type type, int dims,
+                            const int64_t *ne) {
   int64_t elements = 1;
   put_text(w, &w->tensors, name);
   put_u32(w, &w->tensors, (uint32_t)dims);
@@ -192,15 +189,11 @@ void moe_gguf_put_tensor(moe_gguf_writer *w, const char *name, moe_ggml_type typ
   }
   put_u32(w, &w->tensors, type);
   put_u64(w, &w->tensors, w->data_bytes);
-  int64_t *list = realloc(w->bytes, ((size_t)w->tensor_count + 1) * sizeof *list);
-  if (!list) {
-    w->no_memory = true;
-    return;
-  }
-  w->bytes = list;
-  int64_t bytes = moe_ggml_bytes(type, elements);
-  w->bytes[w->tensor_count++] = bytes;
+  w->tensor_count++;
+  int64_t at = w->data_bytes, bytes = moe_ggml_bytes(type, elements);
+  w->left += bytes;
   w->data_bytes += bytes + padding(bytes);
+  return at;
 }
 
 /* ---- the file */
@@ -228,20 +221,7 @@ void moe_gguf_writer_destroy(moe_gguf_writer *w) {
   if (w->fd >= 0) close(w->fd);
   free(w->keys.data);
   free(w->tensors.data);
-  free(w->bytes);
   free(w);
-}
-
-static moe_status write_all(moe_gguf_writer *w, const void *data, int64_t bytes) {
-  MOE_TRY(moe_files_write_at(w->fd, w->path, w->at, bytes, data));
-  w->at += bytes;
-  moe_files_sync_soon(w->fd, w->at, &w->begun);
-  return MOE_OK;
-}
-
-static moe_status write_padding(moe_gguf_writer *w, int64_t bytes) {
-  static const char zeros[MOE_GGUF_ALIGNMENT];
-  return write_all(w, zeros, padding(bytes));
 }
 
 moe_status moe_gguf_writer_open(moe_gguf_writer *w, const char *path) {
@@ -250,40 +230,38 @@ moe_status moe_gguf_writer_open(moe_gguf_writer *w, const char *path) {
     return moe_fail(MOE_USAGE, "%.60s...: the path is too long", path);
   w->fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
   if (w->fd < 0) return moe_fail(MOE_IO, "%s: cannot create: %s", path, strerror(errno));
-  int full = posix_fallocate(w->fd, 0, moe_gguf_writer_size(w));
-  if (full == ENOSPC || full == EFBIG)
-    return moe_fail(MOE_IO, "%s: no room for its %" PRId64 " bytes: %s", path,
-                    moe_gguf_writer_size(w), strerror(full));
+  int64_t size = moe_gguf_writer_size(w);
+  int full = posix_fallocate(w->fd, 0, size);
+  if (full != ENOSPC && full != EFBIG) full = ftruncate(w->fd, size) == 0 ? 0 : errno;
+  if (full)
+    return moe_fail(MOE_IO, "%s: no room for its %" PRId64 " bytes: %s", path, size,
+                    strerror(full));
   text header = {0};
   put(w, &header, "GGUF", 4);
   put_u32(w, &header, MOE_GGUF_VERSION);
   put_u64(w, &header, w->tensor_count);
   put_u64(w, &header, w->key_count);
+  put(w, &header, w->keys.data, w->keys.size);
+  put(w, &header, w->tensors.data, w->tensors.size);
   moe_status status = w->no_memory ? moe_fail(MOE_NO_MEMORY, "%s: no memory to write it", path)
-                                   : write_all(w, header.data, header.size);
+                                   : moe_files_write_at(w->fd, path, 0, header.size, header.data);
   free(header.data);
-  if (status == MOE_OK) status = write_all(w, w->keys.data, w->keys.size);
-  if (status == MOE_OK) status = write_all(w, w->tensors.data, w->tensors.size);
-  if (status == MOE_OK) status = write_padding(w, HEADER + w->keys.size + w->tensors.size);
   return status;
 }
 
-moe_status moe_gguf_writer_append(moe_gguf_writer *w, const void *data, int64_t bytes) {
-  if (w->tensor >= w->tensor_count || bytes > w->bytes[w->tensor] - w->done)
+/* What is not written, padding, is zeros. */
+moe_status moe_gguf_writer_write(moe_gguf_writer *w, int64_t at, int64_t bytes, const void *data) {
+  if (at < 0 || bytes > w->data_bytes - at)
     return moe_fail(MOE_INVALID, "%s: more data than its tensors have", w->path);
-  MOE_TRY(write_all(w, data, bytes));
-  w->done += bytes;
-  if (w->done < w->bytes[w->tensor]) return MOE_OK;
-  MOE_TRY(write_padding(w, w->done));
-  w->tensor++;
-  w->done = 0;
+  MOE_TRY(moe_files_write_part(w->fd, w->path, front_bytes(w) + at, bytes, data));
+  __atomic_sub_fetch(&w->left, bytes, __ATOMIC_RELAXED);
   return MOE_OK;
 }
 
 moe_status moe_gguf_writer_finish(moe_gguf_writer *w) {
-  if (w->tensor != w->tensor_count)
-    return moe_fail(MOE_INVALID, "%s: tensor %" PRId64 " of %" PRId64 " has not all its data",
-                    w->path, w->tensor, w->tensor_count);
+  if (w->left != 0)
+    return moe_fail(MOE_INVALID, "%s: %" PRId64 " bytes of its tensors were not written", w->path,
+                    w->left);
   int failed = fsync(w->fd) != 0 ? errno : 0;
   if (close(w->fd) != 0 && !failed) failed = errno;
   w->fd = -1;

@@ -15,10 +15,7 @@
 #include "core/base/log.h"
 #include "data/progress.h"
 
-enum {
-  PART = 4 << 20, /* elements on their way at a time */
-  FILE_NAME = 48
-};
+enum { FILE_NAME = 48 };
 #define SHARD_BYTES 5000000000LL
 
 typedef struct {
@@ -31,10 +28,9 @@ typedef struct {
   const moe_param **order; /* [params.count]: as they are written */
   int *file;               /* [params.count]: of order[i] */
   int files;
-  float *values;
-  void *raw;
-  moe_progress progress;
-  int64_t done, total; /* bytes of data */
+  moe_safetensors_writer *writer; /* [files] */
+  moe_export_tensor *tensor;      /* [params.count]: order[i] on its way */
+  int64_t total;                  /* bytes of data */
   moe_proof_report proof;
 } export;
 
@@ -66,9 +62,8 @@ static moe_status plan(export *e) {
   int64_t limit = e->options->shard_bytes > 0 ? e->options->shard_bytes : SHARD_BYTES, used = 0;
   e->order = calloc((size_t)params->count, sizeof *e->order);
   e->file = calloc((size_t)params->count, sizeof *e->file);
-  e->values = malloc(PART * sizeof *e->values);
-  e->raw = malloc(PART * sizeof(float));
-  if (!e->order || !e->file || !e->values || !e->raw)
+  e->tensor = calloc((size_t)params->count, sizeof *e->tensor);
+  if (!e->order || !e->file || !e->tensor)
     return moe_fail(MOE_NO_MEMORY, "no memory to export %d tensors", params->count);
   for (int i = 0; i < params->count; i++) e->order[i] = &params->list[i];
   qsort(e->order, (size_t)params->count, sizeof(void *), by_layer);
@@ -99,30 +94,34 @@ static const char *file_name(const export *e, int file, char name[FILE_NAME]) {
 /* ---- weights -----------------------------------------------------------------------------------
  */
 
-static moe_status write_param(export *e, const moe_param *p, moe_safetensors_writer *w) {
-  const volatile sig_atomic_t *stop = e->options->stop;
+static moe_status encode(const void *context, const moe_param *p, const float *values, int64_t rows,
+                         void *out) {
+  const export *e = context;
   moe_dtype dtype = dtype_of(e, p);
-  for (int64_t at = 0; at < p->count; at += PART) {
-    int64_t n = p->count - at < PART ? p->count - at : PART;
-    if (stop && *stop) return moe_fail(MOE_STOPPED, "stopped on request: nothing was kept");
-    MOE_TRY(moe_weights_read(e->original, p, at, n, e->values));
-    moe_convert(e->values, MOE_F32, e->raw, dtype, n);
-    if (!moe_all_finite(e->raw, dtype, n))
-      return moe_fail(MOE_FAILED,
-                      "%s: %s has a value that is not finite in %s: the run diverged, or needs a "
-                      "type of wider range",
-                      e->original->name, p->name, moe_dtype_name(dtype));
-    MOE_TRY(moe_safetensors_append(w, e->raw, n * moe_dtype_size(dtype)));
-    e->done += n * moe_dtype_size(dtype);
-    moe_progress_show(&e->progress, e->done, e->total, "");
-  }
+  int64_t n = rows * p->shape[p->dims - 1];
+  moe_convert(values, MOE_F32, out, dtype, n);
+  if (moe_all_finite(out, dtype, n)) return MOE_OK;
+  return moe_fail(MOE_FAILED,
+                  "%s: %s has a value that is not finite in %s: the run diverged, or needs a "
+                  "type of wider range",
+                  e->original->name, p->name, moe_dtype_name(dtype));
+}
+
+static moe_status put(void *file, int64_t at, int64_t bytes, const void *data) {
+  return moe_safetensors_write(file, at, bytes, data);
+}
+
+static moe_status finish_files(void *context) {
+  export *e = context;
+  for (int i = 0; i < e->files; i++) MOE_TRY(moe_safetensors_finish(&e->writer[i]));
   return MOE_OK;
 }
 
-/* Tensors [first, end) of the order are those of one file. */
-static moe_status write_shard(export *e, int first, int end) {
+/* Make a file for tensors [first, end) of the order, and say where each goes. */
+static moe_status make_file(export *e, int first, int end) {
   char path[MOE_PATH + FILE_NAME], name[FILE_NAME];
-  moe_safetensors_writer w = {.fd = -1};
+  int64_t offset = 0;
+  moe_safetensors_writer *w = &e->writer[e->file[first]];
   snprintf(path, sizeof path, "%s/%s", e->temporary, file_name(e, e->file[first], name));
   moe_safetensors_entry *entries = calloc((size_t)(end - first), sizeof *entries);
   if (!entries) return moe_fail(MOE_NO_MEMORY, "%s: no memory for its header", path);
@@ -133,29 +132,44 @@ static moe_status write_shard(export *e, int first, int end) {
     t->dtype = dtype_of(e, p);
     t->dims = p->dims;
     memcpy(t->shape, p->shape, sizeof t->shape);
+    int64_t row_bytes = p->shape[p->dims - 1] * moe_dtype_size(t->dtype);
+    e->tensor[i] = (moe_export_tensor){p, moe_export_rows(p), row_bytes, w, offset};
+    offset += bytes_of(e, p);
   }
-  moe_status status = moe_safetensors_create(path, entries, end - first, &w);
-  for (int i = first; i < end && status == MOE_OK; i++) status = write_param(e, e->order[i], &w);
-  if (status == MOE_OK) status = moe_safetensors_finish(&w);
-  moe_safetensors_abandon(&w);
+  moe_status status = moe_safetensors_create(path, entries, end - first, w);
   free(entries);
   return status;
 }
 
+static moe_status make_files(export *e) {
+  int count = e->original->params.count;
+  e->writer = calloc((size_t)e->files, sizeof *e->writer);
+  if (!e->writer) return moe_fail(MOE_NO_MEMORY, "no memory for %d files", e->files);
+  for (int i = 0; i < e->files; i++) e->writer[i].fd = -1;
+  for (int first = 0, end; first < count; first = end) {
+    for (end = first; end < count && e->file[end] == e->file[first];) end++;
+    MOE_TRY(make_file(e, first, end));
+  }
+  return MOE_OK;
+}
+
 static moe_status write_weights(export *e) {
   char bytes[MOE_TEXT], time[MOE_TEXT];
-  int count = e->original->params.count;
-  moe_status status = MOE_OK;
-  moe_progress_start(&e->progress, "writing");
-  for (int first = 0, end; first < count && status == MOE_OK; first = end) {
-    for (end = first; end < count && e->file[end] == e->file[first];) end++;
-    status = write_shard(e, first, end);
-  }
-  double seconds = moe_progress_end(&e->progress);
-  MOE_TRY(status);
+  int64_t written;
+  double seconds;
+  MOE_TRY(make_files(e));
+  const moe_export_work work = {.from = e->original,
+                                .tensor = e->tensor,
+                                .tensors = e->original->params.count,
+                                .encode = encode,
+                                .write = put,
+                                .finish = finish_files,
+                                .context = e,
+                                .stop = e->options->stop};
+  MOE_TRY(moe_export_write(&work, &written, &seconds));
   moe_info("written: %s, %s in %d file%s, %s (%.2f GB/s)", moe_dtype_name(e->dtype),
-           moe_text_bytes(bytes, (double)e->total), e->files, e->files == 1 ? "" : "s",
-           moe_text_seconds(time, seconds), 1e-9 * (double)e->total / (seconds + 1e-9));
+           moe_text_bytes(bytes, (double)written), e->files, e->files == 1 ? "" : "s",
+           moe_text_seconds(time, seconds), 1e-9 * (double)written / (seconds + 1e-9));
   return MOE_OK;
 }
 
@@ -312,9 +326,10 @@ moe_status moe_export_hf(const moe_export_options *options) {
   moe_status status = make(&e);
   if (status == MOE_OK) moe_info("%s: done", options->out);
   moe_weights_close(e.original);
+  for (int i = 0; i < e.files && e.writer; i++) moe_safetensors_abandon(&e.writer[i]);
+  free(e.writer);
+  free(e.tensor);
   free(e.order);
   free(e.file);
-  free(e.values);
-  free(e.raw);
   return status;
 }

@@ -30,9 +30,10 @@ typedef struct {
 } moe_safetensors_entry;
 
 typedef struct {
-  int fd;            /* -1: closed */
-  int64_t at, begun; /* bytes written; on their way to the disk */
-  int64_t left;      /* bytes of data still to come */
+  int fd;       /* -1: closed */
+  int64_t data; /* where it begins in the file */
+  int64_t size; /* its bytes */
+  int64_t left; /* of them, still to come */
   char path[MOE_PATH];
 } moe_safetensors_writer;
 
@@ -40,8 +41,9 @@ typedef struct {
  * write the header. MOE_IO. */
 moe_status moe_safetensors_create(const char *path, const moe_safetensors_entry *entries, int64_t n,
                                   moe_safetensors_writer *out);
-/* The next bytes of the data. */
-moe_status moe_safetensors_append(moe_safetensors_writer *w, const void *data, int64_t bytes);
+/* Bytes [at, at + bytes) of the data. Any threads, each byte once. */
+moe_status moe_safetensors_write(moe_safetensors_writer *w, int64_t at, int64_t bytes,
+                                 const void *data);
 /* All data was given: fsync and close. */
 moe_status moe_safetensors_finish(moe_safetensors_writer *w);
 /* Close a file that is given up; its removal is the caller's. Safe after finish. */

@@ -49,13 +49,6 @@ static char *make_header(const moe_safetensors_entry *entries, int64_t n, int64_
   return text;
 }
 
-static moe_status put(moe_safetensors_writer *w, const void *data, int64_t bytes) {
-  MOE_TRY(moe_files_write_at(w->fd, w->path, w->at, bytes, data));
-  w->at += bytes;
-  moe_files_sync_soon(w->fd, w->at, &w->begun);
-  return MOE_OK;
-}
-
 /* A full disk shows now, not after hours. Where the file system cannot, it shows later. */
 static moe_status set_room_aside(const moe_safetensors_writer *w, int64_t bytes) {
   if (fallocate(w->fd, FALLOC_FL_KEEP_SIZE, 0, bytes) == 0 || errno == EOPNOTSUPP ||
@@ -71,7 +64,7 @@ moe_status moe_safetensors_create(const char *path, const moe_safetensors_entry 
   *out = (moe_safetensors_writer){.fd = -1};
   snprintf(out->path, sizeof out->path, "%s", path);
   int64_t length = 0;
-  char *header = make_header(entries, n, &length, &out->left);
+  char *header = make_header(entries, n, &length, &out->size);
   if (!header) return moe_fail(MOE_NO_MEMORY, "%s: no memory for its header", path);
   moe_status status = MOE_OK;
   if (length > MOE_SAFETENSORS_HEADER)
@@ -79,18 +72,23 @@ moe_status moe_safetensors_create(const char *path, const moe_safetensors_entry 
   else if ((out->fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)) < 0)
     status = moe_fail(MOE_IO, "%s: cannot create: %s", path, strerror(errno));
   uint64_t prefix = (uint64_t)length;
-  if (status == MOE_OK) status = set_room_aside(out, (int64_t)sizeof prefix + length + out->left);
-  if (status == MOE_OK) status = put(out, &prefix, sizeof prefix);
-  if (status == MOE_OK) status = put(out, header, length);
+  out->data = (int64_t)sizeof prefix + length;
+  out->left = out->size;
+  if (status == MOE_OK) status = set_room_aside(out, out->data + out->size);
+  if (status == MOE_OK) status = moe_files_write_at(out->fd, path, 0, sizeof prefix, &prefix);
+  if (status == MOE_OK) status = moe_files_write_at(out->fd, path, sizeof prefix, length, header);
   free(header);
   if (status != MOE_OK) moe_safetensors_abandon(out);
   return status;
 }
 
-moe_status moe_safetensors_append(moe_safetensors_writer *w, const void *data, int64_t bytes) {
-  if (bytes > w->left) return moe_fail(MOE_INVALID, "%s: more data than its header says", w->path);
-  w->left -= bytes;
-  return put(w, data, bytes);
+moe_status moe_safetensors_write(moe_safetensors_writer *w, int64_t at, int64_t bytes,
+                                 const void *data) {
+  if (at < 0 || bytes > w->size - at)
+    return moe_fail(MOE_INVALID, "%s: more data than its header says", w->path);
+  MOE_TRY(moe_files_write_part(w->fd, w->path, w->data + at, bytes, data));
+  __atomic_sub_fetch(&w->left, bytes, __ATOMIC_RELAXED);
+  return MOE_OK;
 }
 
 moe_status moe_safetensors_finish(moe_safetensors_writer *w) {

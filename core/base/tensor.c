@@ -121,12 +121,19 @@ void moe_join_halves(const uint16_t *w, const uint16_t *low, float *out, int64_t
 }
 
 bool moe_all_finite(const void *data, moe_dtype type, int64_t n) {
-  const uint32_t *wide = data;
-  const uint16_t *narrow = data;
-  uint16_t all_ones = type == MOE_BF16 ? 0x7f80 : 0x7c00; /* of the exponent */
-  bool finite = true;
-  for (int64_t i = 0; i < n; i++)
-    finite &= type == MOE_F32 ? (wide[i] & 0x7f800000u) != 0x7f800000u
-                              : (narrow[i] & all_ones) != all_ones;
-  return finite;
+  /* Signed, because that is what every processor's vectors have a maximum of. */
+  const int32_t *wide = data, wide_ones = 0x7f800000; /* of the exponent */
+  const int16_t *narrow = data, narrow_ones = type == MOE_BF16 ? 0x7f80 : 0x7c00;
+  int32_t widest = 0;
+  int16_t largest = 0;
+  if (type == MOE_F32) {
+    for (int64_t i = 0; i < n; i++)
+      widest = (wide[i] & wide_ones) > widest ? wide[i] & wide_ones : widest;
+    return widest < wide_ones;
+  }
+  for (int64_t i = 0; i < n; i++) {
+    int16_t exponent = (int16_t)(narrow[i] & narrow_ones);
+    largest = exponent > largest ? exponent : largest;
+  }
+  return largest < narrow_ones;
 }

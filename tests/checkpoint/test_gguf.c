@@ -87,6 +87,7 @@ static void write_sample(void) {
   static const float scores[] = {-1.5f, 0.0f, 3.25f};
   static const int32_t kinds[] = {1, -2, 6};
   moe_gguf_writer *w;
+  int64_t at[TENSORS];
   EXPECT_OK(moe_gguf_writer_create(&w));
   moe_gguf_put_string(w, "general.architecture", "sample");
   moe_gguf_put_u32(w, "a.number", 4000000000u);
@@ -98,7 +99,7 @@ static void write_sample(void) {
   for (int t = 0; t < TENSORS; t++) {
     char name[16];
     snprintf(name, sizeof name, "tensor.%d", t);
-    moe_gguf_put_tensor(w, name, types[t], t == 2 ? 1 : t == 3 ? 3 : 2, shapes[t]);
+    at[t] = moe_gguf_put_tensor(w, name, types[t], t == 2 ? 1 : t == 3 ? 3 : 2, shapes[t]);
   }
   EXPECT_OK(moe_gguf_writer_open(w, path));
   for (int t = 0; t < TENSORS; t++) {
@@ -108,8 +109,8 @@ static void write_sample(void) {
     for (int64_t i = 0; i < n; i++) x[i] = value(1000 * t + i);
     moe_ggml_encode(types[t], x, n, raw);
     int64_t bytes = moe_ggml_bytes(types[t], n), half = bytes / 2;
-    EXPECT_OK(moe_gguf_writer_append(w, raw, half));
-    EXPECT_OK(moe_gguf_writer_append(w, raw + half, bytes - half));
+    EXPECT_OK(moe_gguf_writer_write(w, at[t] + half, bytes - half, raw + half));
+    EXPECT_OK(moe_gguf_writer_write(w, at[t], half, raw));
   }
   int64_t size = moe_gguf_writer_size(w);
   EXPECT_OK(moe_gguf_writer_finish(w));
@@ -167,8 +168,9 @@ Test(gguf, a_tensor_with_too_much_or_too_little_data_is_an_error) {
   EXPECT_OK(moe_gguf_writer_create(&w));
   moe_gguf_put_tensor(w, "t", MOE_GGML_F32, 1, (int64_t[]){2});
   EXPECT_OK(moe_gguf_writer_open(w, path));
-  cr_assert_eq(moe_gguf_writer_append(w, "123456789", 9), MOE_INVALID);
-  EXPECT_OK(moe_gguf_writer_append(w, "1234", 4));
+  cr_assert_eq(moe_gguf_writer_write(w, MOE_GGUF_ALIGNMENT - 8, 9, "123456789"), MOE_INVALID);
+  cr_assert_eq(moe_gguf_writer_write(w, -1, 9, "123456789"), MOE_INVALID);
+  EXPECT_OK(moe_gguf_writer_write(w, 0, 4, "1234"));
   cr_assert_eq(moe_gguf_writer_finish(w), MOE_INVALID);
   moe_gguf_writer_destroy(w);
 }

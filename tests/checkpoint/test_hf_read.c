@@ -37,7 +37,7 @@ static void write_fused(const char *folder, moe_weights *w) {
   for (int i = 0; i < dense; i++) {
     const moe_param *p = moe_params_find(&w->params, entries[i].name);
     EXPECT_OK(moe_weights_read(w, p, 0, p->count, values));
-    EXPECT_OK(moe_safetensors_append(&writer, values, p->count * 4));
+    EXPECT_OK(moe_safetensors_write(&writer, writer.size - writer.left, p->count * 4, values));
   }
   for (int64_t l = 0; l < d->layers; l++)
     for (int down = 0; down < 2; down++)
@@ -48,7 +48,8 @@ static void write_fused(const char *folder, moe_weights *w) {
                                        : "model.layers.{L}.block_sparse_moe.experts.{E}.w1.weight";
           const moe_param *p = moe_params_at(&w->params, pattern, l, e);
           EXPECT_OK(moe_weights_read(w, p, 0, p->count, values));
-          EXPECT_OK(moe_safetensors_append(&writer, values, p->count * 4));
+          EXPECT_OK(
+              moe_safetensors_write(&writer, writer.size - writer.left, p->count * 4, values));
         }
   EXPECT_OK(moe_safetensors_finish(&writer));
   free(values);

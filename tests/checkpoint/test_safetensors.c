@@ -25,8 +25,8 @@ static void write_sample(void) {
   moe_safetensors_writer w;
   make_path();
   EXPECT_OK(moe_safetensors_create(path, entries, 3, &w));
-  EXPECT_OK(moe_safetensors_append(&w, data, 30));
-  EXPECT_OK(moe_safetensors_append(&w, data + 30, sizeof data - 30));
+  EXPECT_OK(moe_safetensors_write(&w, 30, sizeof data - 30, data + 30));
+  EXPECT_OK(moe_safetensors_write(&w, 0, 30, data));
   EXPECT_OK(moe_safetensors_finish(&w));
 }
 
@@ -78,8 +78,9 @@ Test(safetensors, are_not_finished_until_all_of_their_data_came) {
   moe_safetensors_writer w;
   make_path();
   EXPECT_OK(moe_safetensors_create(path, entries, 3, &w));
-  EXPECT_OK(moe_safetensors_append(&w, data, 24));
-  cr_assert_eq(moe_safetensors_append(&w, data, sizeof data), MOE_INVALID);
+  EXPECT_OK(moe_safetensors_write(&w, 0, 24, data));
+  cr_assert_eq(moe_safetensors_write(&w, 24, sizeof data - 23, data), MOE_INVALID);
+  cr_assert_eq(moe_safetensors_write(&w, -1, 1, data), MOE_INVALID);
   cr_assert_eq(moe_safetensors_finish(&w), MOE_INVALID);
   cr_assert_eq(moe_safetensors_create(path, entries, 3, &w), MOE_IO); /* it exists */
   unlink(path);
