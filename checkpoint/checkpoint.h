@@ -27,7 +27,8 @@ typedef enum {
 
 /* Elements [begin, begin + count) of the row-major global tensor `name`. data is device memory of
  * the device passed along. To save what was never in memory at once, `fetch` may be set instead: it
- * is asked for elements [begin + at, begin + at + n) in ascending order, to host memory.
+ * is asked for elements [begin + at, begin + at + n) in ascending order, to host memory; and where
+ * `any_thread` is set, while other threads ask other pieces.
  *
  * Where `low` is set, an f32 tensor is kept in halves (core/base/halves.h): data is bf16, low is
  * low16. They are joined when they are saved and filled both when they are loaded; `fetch` then
@@ -42,6 +43,7 @@ typedef struct moe_piece {
   void *data, *low;
   moe_status (*fetch)(void *context, const struct moe_piece *p, int64_t at, int64_t n, void *out);
   void *context;
+  bool any_thread;
 } moe_piece;
 
 /* Everything else a run needs to go on. */

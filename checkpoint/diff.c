@@ -2,7 +2,7 @@
  *
  * The tensors of a checkpoint are sorted by role and name, so two checkpoints are compared by one
  * walk along both lists; each tensor is read once, in equal pieces of both, whatever slices and
- * files they lie in. */
+ * files they lie in. The processors share the tensors; what they found is told in order. */
 #include "checkpoint/diff.h"
 
 #include <inttypes.h>
@@ -10,13 +10,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "checkpoint/crew.h"
 #include "checkpoint/stored_config.h"
 #include "checkpoint/tensors.h"
 #include "core/base/log.h"
 #include "data/progress.h"
 
 enum {
-  PART = 1 << 20, /* elements compared at a time */
+  PART = 1 << 17, /* elements compared at a time */
   SHOWN = 6       /* tensors listed per role unless all are asked for */
 };
 
@@ -65,75 +66,130 @@ static void print_difference(FILE *out, const char *name, const char *types, con
   fputc('\n', out);
 }
 
-/* ---- checkpoints */
+/* ---- many */
+
+/* A thread's: PART elements of both sides, as they are kept (of 8 bytes at most) and as f32. */
+typedef struct {
+  char *raw[2];
+  float *values[2];
+} room;
+
+/* Tensors that both sides have. */
+typedef struct {
+  int64_t at[2]; /* first slices in the manifests; parameter's number */
+  difference found;
+} pair;
 
 typedef struct {
   const moe_diff_options *options;
-  moe_tensors *from[2];
-  const moe_manifest *manifest[2];
-  char *raw[2]; /* PART elements of the widest type */
-  float *values[2];
+  room room[MOE_CREW_MOST];
+  pair *pair;
+  int64_t pairs;
   moe_progress progress;
-  int64_t done, total;                    /* elements */
+  int64_t total;                          /* bytes of the first */
   int64_t equal, unequal, missing, shown; /* of the role */
   bool differ;
+  /* checkpoints */
+  moe_tensors *from[2];
+  const moe_manifest *manifest[2];
+  /* or weights */
+  moe_weights *weights[2];
 } comparison;
+
+static moe_status take_room(room *r) {
+  bool all = true;
+  for (int i = 0; i < 2; i++) {
+    if (!r->raw[i]) r->raw[i] = malloc(PART * 8);
+    if (!r->values[i]) r->values[i] = malloc(PART * sizeof *r->values[i]);
+    all = all && r->raw[i] && r->values[i];
+  }
+  return all ? MOE_OK : moe_fail(MOE_NO_MEMORY, "no memory to compare");
+}
+
+/* Before each part. */
+static moe_status go_on(const comparison *c) {
+  if (c->options->stop && *c->options->stop)
+    return moe_fail(MOE_STOPPED, "stopped on request: nothing was changed");
+  return MOE_OK;
+}
+
+static moe_status add_pair(comparison *c, int64_t a, int64_t b) {
+  if ((c->pairs & (c->pairs - 1)) == 0) { /* full at every power of two */
+    pair *list = realloc(c->pair, (size_t)(c->pairs > 0 ? 2 * c->pairs : 1) * sizeof *list);
+    if (!list) return moe_fail(MOE_NO_MEMORY, "no memory for the list of tensors");
+    c->pair = list;
+  }
+  c->pair[c->pairs++] = (pair){.at = {a, b}};
+  return MOE_OK;
+}
+
+static void report(comparison *c, const difference *d, const char *name, const char *types) {
+  bool equal = is_equal(d, c->options->tolerance);
+  *(equal ? &c->equal : &c->unequal) += 1;
+  if (!equal && (c->options->all || c->shown++ < SHOWN))
+    print_difference(c->options->out, name, types, d);
+}
+
+static void release(comparison *c) {
+  for (int w = 0; w < MOE_CREW_MOST; w++)
+    for (int i = 0; i < 2; i++) {
+      free(c->room[w].raw[i]);
+      free(c->room[w].values[i]);
+    }
+  free(c->pair);
+}
+
+/* ---- checkpoints */
 
 static bool is_float(moe_dtype t) {
   return t == MOE_F32 || t == MOE_BF16 || t == MOE_F16;
 }
 
-static moe_status read_parts(comparison *c, moe_tensor_reader r[2], const moe_slice *s[2],
-                             difference *d) {
-  int64_t total = moe_slice_total(s[0]);
+static moe_status read_tensors(void *context, int worker, int64_t k) {
+  comparison *c = context;
+  room *r = &c->room[worker];
+  pair *p = &c->pair[k];
+  const moe_slice *s[2];
+  for (int i = 0; i < 2; i++) s[i] = &c->manifest[i]->slice[p->at[i]];
+  int64_t total = moe_slice_total(s[0]), size = moe_dtype_size(s[0]->dtype);
   bool same_type = s[0]->dtype == s[1]->dtype;
-  d->same_bits = same_type;
+  bool bits_alone = (!c->options->out && c->options->tolerance <= 0.0) || !is_float(s[0]->dtype) ||
+                    !is_float(s[1]->dtype);
+  MOE_TRY(take_room(r));
+  p->found.same_bits = same_type;
   for (int64_t at = 0; at < total; at += PART) {
     int64_t n = total - at < PART ? total - at : PART;
-    if (c->options->stop && *c->options->stop)
-      return moe_fail(MOE_STOPPED, "stopped on request: nothing was changed");
-    for (int i = 0; i < 2; i++) MOE_TRY(moe_tensor_reader_next(&r[i], n, c->raw[i]));
-    c->done += n * moe_dtype_size(s[0]->dtype);
-    moe_progress_show(&c->progress, c->done, c->total, "");
-    if (same_type && memcmp(c->raw[0], c->raw[1], (size_t)(n * moe_dtype_size(s[0]->dtype))) != 0)
-      d->same_bits = false;
-    if (!is_float(s[0]->dtype) || !is_float(s[1]->dtype)) continue;
-    if (!c->options->out && c->options->tolerance <= 0.0) continue; /* bits are all that count */
-    for (int i = 0; i < 2; i++) moe_convert(c->raw[i], s[i]->dtype, c->values[i], MOE_F32, n);
-    add_values(d, c->values[0], c->values[1], n);
+    MOE_TRY(go_on(c));
+    for (int i = 0; i < 2; i++) MOE_TRY(moe_tensors_read(c->from[i], p->at[i], at, n, r->raw[i]));
+    moe_progress_add(&c->progress, n * size, c->total);
+    if (same_type && memcmp(r->raw[0], r->raw[1], (size_t)(n * size)) != 0)
+      p->found.same_bits = false;
+    if (bits_alone) continue;
+    for (int i = 0; i < 2; i++) moe_convert(r->raw[i], s[i]->dtype, r->values[i], MOE_F32, n);
+    add_values(&p->found, r->values[0], r->values[1], n);
   }
   return MOE_OK;
 }
 
-static moe_status compare_tensor(comparison *c, int64_t i, int64_t j) {
-  const moe_slice *s[2] = {&c->manifest[0]->slice[i], &c->manifest[1]->slice[j]};
+static bool same_shape(const moe_slice *a, const moe_slice *b) {
+  return a->dims == b->dims && a->shape[0] == b->shape[0] && a->shape[1] == b->shape[1];
+}
+
+/* Of one name. *k: the next pair that was read. */
+static void report_tensor(comparison *c, const moe_slice *a, const moe_slice *b, int64_t *k) {
   char types[64] = "";
-  if (s[0]->dims != s[1]->dims || s[0]->shape[0] != s[1]->shape[0] ||
-      s[0]->shape[1] != s[1]->shape[1]) {
+  if (!same_shape(a, b)) {
     if (c->options->out && (c->options->all || c->shown++ < SHOWN))
       fprintf(c->options->out,
               "    %s  has another shape: [%" PRId64 ", %" PRId64 "] and [%" PRId64 ", %" PRId64
               "]\n",
-              s[0]->name, s[0]->shape[0], s[0]->shape[1], s[1]->shape[0], s[1]->shape[1]);
+              a->name, a->shape[0], a->shape[1], b->shape[0], b->shape[1]);
     c->unequal++;
-    return MOE_OK;
+    return;
   }
-  moe_tensor_reader r[2] = {{0}, {0}};
-  difference d = {0};
-  moe_status status = moe_tensor_reader_open(c->from[0], i, &r[0]);
-  if (status == MOE_OK) status = moe_tensor_reader_open(c->from[1], j, &r[1]);
-  if (status == MOE_OK) status = read_parts(c, r, s, &d);
-  for (int k = 0; k < 2; k++)
-    if (r[k].from) moe_tensor_reader_close(&r[k]);
-  if (status != MOE_OK) return status;
-  bool equal = is_equal(&d, c->options->tolerance);
-  *(equal ? &c->equal : &c->unequal) += 1;
-  if (s[0]->dtype != s[1]->dtype)
-    snprintf(types, sizeof types, " (%s, %s)", moe_dtype_name(s[0]->dtype),
-             moe_dtype_name(s[1]->dtype));
-  if (!equal && (c->options->all || c->shown++ < SHOWN))
-    print_difference(c->options->out, s[0]->name, types, &d);
-  return MOE_OK;
+  if (a->dtype != b->dtype)
+    snprintf(types, sizeof types, " (%s, %s)", moe_dtype_name(a->dtype), moe_dtype_name(b->dtype));
+  report(c, &c->pair[(*k)++].found, a->name, types);
 }
 
 static void report_missing(comparison *c, const moe_slice *s, int side) {
@@ -158,20 +214,31 @@ static void print_role(const comparison *c, moe_role role) {
           moe_role_name(role), c->equal, c->unequal, c->missing);
 }
 
-static moe_status compare_role(comparison *c, moe_role role) {
+/* Both lists of a role from their beginnings to their ends. First to find what is to be read
+ * (told: false), then to tell what was found. */
+static moe_status walk(comparison *c, moe_role role, bool told) {
   const moe_manifest *const *m = c->manifest;
-  int64_t i, j, i_end, j_end;
+  int64_t i, j, i_end, j_end, k = 0;
   role_range(m[0], role, &i, &i_end);
   role_range(m[1], role, &j, &j_end);
-  c->equal = c->unequal = c->missing = c->shown = 0;
   while (i < i_end || j < j_end) {
-    int order = i == i_end ? 1 : j == j_end ? -1 : strcmp(m[0]->slice[i].name, m[1]->slice[j].name);
-    if (order < 0) report_missing(c, &m[0]->slice[i], 0);
-    if (order > 0) report_missing(c, &m[1]->slice[j], 1);
-    if (order == 0) MOE_TRY(compare_tensor(c, i, j));
+    const moe_slice *a = &m[0]->slice[i], *b = &m[1]->slice[j];
+    int order = i == i_end ? 1 : j == j_end ? -1 : strcmp(a->name, b->name);
+    if (told && order < 0) report_missing(c, a, 0);
+    if (told && order > 0) report_missing(c, b, 1);
+    if (told && order == 0) report_tensor(c, a, b, &k);
+    if (!told && order == 0 && same_shape(a, b)) MOE_TRY(add_pair(c, i, j));
     if (order <= 0) i = moe_tensors_end(c->from[0], i);
     if (order >= 0) j = moe_tensors_end(c->from[1], j);
   }
+  return MOE_OK;
+}
+
+static moe_status compare_role(comparison *c, moe_role role) {
+  c->pairs = c->equal = c->unequal = c->missing = c->shown = 0;
+  MOE_TRY(walk(c, role, false));
+  MOE_TRY(moe_crew_work(moe_crew_cores(), c->pairs, read_tensors, c));
+  MOE_TRY(walk(c, role, true));
   c->differ = c->differ || c->unequal > 0 || c->missing > 0;
   print_role(c, role);
   return MOE_OK;
@@ -245,12 +312,7 @@ static moe_status compare_settings(comparison *c) {
 }
 
 static moe_status compare_all(comparison *c) {
-  for (int i = 0; i < 2; i++) {
-    c->manifest[i] = moe_tensors_manifest(c->from[i]);
-    c->raw[i] = malloc(PART * 8);
-    c->values[i] = malloc(PART * sizeof *c->values[i]);
-    if (!c->raw[i] || !c->values[i]) return moe_fail(MOE_NO_MEMORY, "no memory to compare");
-  }
+  for (int i = 0; i < 2; i++) c->manifest[i] = moe_tensors_manifest(c->from[i]);
   for (int64_t i = 0; i < c->manifest[0]->slices; i++)
     c->total += moe_slice_bytes(&c->manifest[0]->slice[i]);
   compare_state(c);
@@ -269,43 +331,38 @@ moe_status moe_diff_checkpoints(const char *a, const char *b, const moe_diff_opt
   moe_status status = moe_tensors_open(a, &c.from[0]);
   if (status == MOE_OK) status = moe_tensors_open(b, &c.from[1]);
   if (status == MOE_OK) status = compare_all(&c);
-  for (int i = 0; i < 2; i++) {
-    moe_tensors_close(c.from[i]);
-    free(c.raw[i]);
-    free(c.values[i]);
-  }
+  for (int i = 0; i < 2; i++) moe_tensors_close(c.from[i]);
+  release(&c);
   *differ = c.differ;
   return status;
 }
 
 /* ---- weights */
 
-static moe_status compare_param(moe_weights *const w[2], int index, comparison *c, difference *d) {
-  const moe_param *p = &w[0]->params.list[index];
+static moe_status read_params(void *context, int worker, int64_t k) {
+  comparison *c = context;
+  room *r = &c->room[worker];
+  const moe_param *p = &c->weights[0]->params.list[k];
+  difference *d = &c->pair[k].found;
+  MOE_TRY(take_room(r));
   d->same_bits = true;
   for (int64_t at = 0; at < p->count; at += PART) {
-    int64_t n = p->count - at < PART ? p->count - at : PART;
-    if (c->options->stop && *c->options->stop)
-      return moe_fail(MOE_STOPPED, "stopped on request: nothing was changed");
-    for (int i = 0; i < 2; i++) MOE_TRY(moe_weights_read(w[i], p, at, n, c->values[i]));
-    if (memcmp(c->values[0], c->values[1], (size_t)n * sizeof(float)) != 0) d->same_bits = false;
-    add_values(d, c->values[0], c->values[1], n);
-    c->done += n * (int64_t)sizeof(float);
-    moe_progress_show(&c->progress, c->done, c->total, "");
+    int64_t n = p->count - at < PART ? p->count - at : PART, bytes = n * (int64_t)sizeof(float);
+    MOE_TRY(go_on(c));
+    for (int i = 0; i < 2; i++)
+      MOE_TRY(moe_weights_read(c->weights[i], &c->weights[i]->params.list[k], at, n, r->values[i]));
+    moe_progress_add(&c->progress, bytes, c->total);
+    if (memcmp(r->values[0], r->values[1], (size_t)bytes) != 0) d->same_bits = false;
+    add_values(d, r->values[0], r->values[1], n);
   }
   return MOE_OK;
 }
 
-static moe_status compare_params(moe_weights *const w[2], comparison *c) {
-  FILE *out = c->options->out;
-  for (int i = 0; i < w[0]->params.count; i++) {
-    difference d = {0};
-    MOE_TRY(compare_param(w, i, c, &d));
-    bool equal = is_equal(&d, c->options->tolerance);
-    *(equal ? &c->equal : &c->unequal) += 1;
-    if (!equal && (c->options->all || c->shown++ < SHOWN))
-      print_difference(out, w[0]->params.list[i].name, "", &d);
-  }
+static moe_status compare_params(comparison *c) {
+  const moe_params *params = &c->weights[0]->params;
+  for (int i = 0; i < params->count; i++) MOE_TRY(add_pair(c, i, i));
+  MOE_TRY(moe_crew_work(moe_crew_cores(), params->count, read_params, c));
+  for (int i = 0; i < params->count; i++) report(c, &c->pair[i].found, params->list[i].name, "");
   c->differ = c->unequal > 0;
   print_role(c, MOE_ROLE_PARAM);
   return MOE_OK;
@@ -313,23 +370,20 @@ static moe_status compare_params(moe_weights *const w[2], comparison *c) {
 
 moe_status moe_diff_weights(moe_weights *a, moe_weights *b, const moe_diff_options *options,
                             bool *differ) {
-  moe_weights *const w[2] = {a, b};
   comparison c = {.options = options,
+                  .weights = {a, b},
                   .total = moe_dims_parameters(&a->dims) * (int64_t)sizeof(float)};
   if (memcmp(&a->dims, &b->dims, sizeof a->dims) != 0)
     return moe_fail(MOE_USAGE, "%s, %s: models of different sizes: moe-convert inspect shows them",
                     a->name, b->name);
-  for (int i = 0; i < 2; i++) c.values[i] = malloc(PART * sizeof *c.values[i]);
-  moe_status status =
-      c.values[0] && c.values[1] ? MOE_OK : moe_fail(MOE_NO_MEMORY, "no memory to compare");
   if (options->out &&
       fabs(moe_weights_theta(a) - moe_weights_theta(b)) > 1e-6 * moe_weights_theta(a))
     fprintf(options->out, "  rotary base: %.9g, %.9g\n", moe_weights_theta(a),
             moe_weights_theta(b));
   moe_progress_start(&c.progress, "comparing");
-  if (status == MOE_OK) status = compare_params(w, &c);
+  moe_status status = compare_params(&c);
   moe_progress_end(&c.progress);
-  for (int i = 0; i < 2; i++) free(c.values[i]);
+  release(&c);
   *differ = c.differ;
   return status;
 }

@@ -3,7 +3,6 @@
  * Where each tensor goes is known before the first is written, so whoever is free takes the next
  * one, and reads, converts and writes it part by part: reading one, converting another and the disk
  * go on at the same time, without anything that hands parts from one to the other. */
-#include <pthread.h>
 #include <stdlib.h>
 
 #include "checkpoint/crew.h"
@@ -19,10 +18,9 @@ typedef struct {
 typedef struct {
   const moe_export_work *work;
   room room[MOE_CREW_MOST];
-  int64_t elements;     /* of a room, each as large as an f32 at most */
-  pthread_mutex_t lock; /* of what follows */
+  int64_t elements; /* of a room, each as large as an f32 at most */
   moe_progress progress;
-  int64_t done, total; /* bytes */
+  int64_t total; /* bytes */
 } writing;
 
 static int64_t columns_of(const moe_export_tensor *t) {
@@ -34,13 +32,6 @@ static moe_status take_room(writing *w, room *r) {
   if (!r->raw) r->raw = malloc((size_t)w->elements * sizeof(float));
   if (r->values && r->raw) return MOE_OK;
   return moe_fail(MOE_NO_MEMORY, "%s: no memory to export it", w->work->from->name);
-}
-
-static void show(writing *w, int64_t bytes) {
-  pthread_mutex_lock(&w->lock);
-  w->done += bytes;
-  moe_progress_show(&w->progress, w->done, w->total, "");
-  pthread_mutex_unlock(&w->lock);
 }
 
 static moe_status write_tensor(void *context, int worker, int64_t i) {
@@ -58,7 +49,7 @@ static moe_status write_tensor(void *context, int worker, int64_t i) {
     MOE_TRY(moe_weights_read(work->from, t->param, row * columns, n * columns, r->values));
     MOE_TRY(work->encode(work->context, t->param, r->values, n, r->raw));
     MOE_TRY(work->write(t->file, t->offset + row * t->row_bytes, bytes, r->raw));
-    show(w, bytes);
+    moe_progress_add(&w->progress, bytes, w->total);
   }
   return MOE_OK;
 }
@@ -72,13 +63,11 @@ moe_status moe_export_write(const moe_export_work *work, int64_t *bytes, double 
     if (n > w.elements) w.elements = n;
     w.total += t->param->count / columns * t->row_bytes;
   }
-  pthread_mutex_init(&w.lock, NULL);
   moe_progress_start(&w.progress, "writing");
   moe_status status = moe_crew_work(moe_crew_cores(), work->tensors, write_tensor, &w);
   if (status == MOE_OK) status = work->finish(work->context);
   *seconds = moe_progress_end(&w.progress);
   *bytes = w.total;
-  pthread_mutex_destroy(&w.lock);
   for (int i = 0; i < MOE_CREW_MOST; i++) {
     free(w.room[i].values);
     free(w.room[i].raw);

@@ -18,7 +18,7 @@
 #include "data/progress.h"
 #include "data/tokenizer.h"
 
-enum { PART = 1 << 20, TOKENIZER_LIMIT = 1 << 30 };
+enum { PART = 1 << 14, TOKENIZER_LIMIT = 1 << 30 };
 
 typedef struct {
   const moe_import_options *options;
@@ -26,9 +26,8 @@ typedef struct {
   moe_config *config; /* of the new run */
   moe_piece *pieces;
   int count;
-  float *values; /* PART elements */
   moe_progress progress;
-  int64_t done, total; /* bytes */
+  int64_t total; /* bytes */
 } import;
 
 /* ---- weights as pieces -------------------------------------------------------------------------
@@ -36,6 +35,7 @@ typedef struct {
 
 static moe_status fetch(void *context, const moe_piece *piece, int64_t at, int64_t n, void *out) {
   import *m = context;
+  float values[PART];
   const moe_param *p = moe_params_find(&m->source->params, piece->name);
   int64_t size = moe_dtype_size(piece->dtype);
   for (int64_t done = 0; done < n; done += PART) {
@@ -43,14 +43,13 @@ static moe_status fetch(void *context, const moe_piece *piece, int64_t at, int64
     if (m->options->stop && *m->options->stop)
       return moe_fail(MOE_STOPPED, "stopped on request: nothing was kept");
     char *to = (char *)out + done * size;
-    MOE_TRY(moe_weights_read(m->source, p, piece->begin + at + done, part, m->values));
-    moe_convert(m->values, MOE_F32, to, piece->dtype, part);
+    MOE_TRY(moe_weights_read(m->source, p, piece->begin + at + done, part, values));
+    moe_convert(values, MOE_F32, to, piece->dtype, part);
     if (!moe_all_finite(to, piece->dtype, part))
       return moe_fail(MOE_USAGE,
                       "%s: %s has a value that is not finite in %s: it cannot be trained",
                       m->source->name, p->name, moe_dtype_name(piece->dtype));
-    m->done += part * size;
-    moe_progress_show(&m->progress, m->done, m->total, "");
+    moe_progress_add(&m->progress, part * size, m->total);
   }
   return MOE_OK;
 }
@@ -62,15 +61,14 @@ static void add_piece(import *m, const moe_param *p, moe_role role, moe_dtype dt
   memcpy(piece->shape, p->shape, sizeof piece->shape);
   piece->fetch = fetch;
   piece->context = m;
+  piece->any_thread = true;
   m->total += p->count * moe_dtype_size(dtype);
 }
 
 static moe_status list_pieces(import *m) {
   const moe_params *params = &m->source->params;
   m->pieces = calloc((size_t)params->count * 2, sizeof *m->pieces);
-  m->values = malloc(PART * sizeof *m->values);
-  if (!m->pieces || !m->values)
-    return moe_fail(MOE_NO_MEMORY, "no memory to import %d tensors", params->count);
+  if (!m->pieces) return moe_fail(MOE_NO_MEMORY, "no memory to import %d tensors", params->count);
   for (int i = 0; i < params->count; i++) {
     const moe_param *p = &params->list[i];
     moe_dtype dtype = moe_pool_dtype(p->row->pool, moe_config_compute_dtype(m->config));
@@ -221,6 +219,5 @@ done:
   moe_weights_close(m.source);
   free(m.config);
   free(m.pieces);
-  free(m.values);
   return status;
 }

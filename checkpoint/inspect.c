@@ -145,21 +145,17 @@ static moe_status read_tensor(inspection *c, int64_t first, summary *out) {
   const moe_slice *s = &c->manifest->slice[first];
   int64_t total = moe_slice_total(s);
   bool is_float = s->dtype == MOE_F32 || s->dtype == MOE_BF16 || s->dtype == MOE_F16;
-  moe_tensor_reader r;
-  MOE_TRY(moe_tensor_reader_open(c->from, first, &r));
-  moe_status status = MOE_OK;
-  for (int64_t at = 0; at < total && status == MOE_OK; at += PART) {
+  for (int64_t at = 0; at < total; at += PART) {
     int64_t n = total - at < PART ? total - at : PART;
-    status = *c->options->stop ? moe_fail(MOE_STOPPED, "stopped on request")
-                               : moe_tensor_reader_next(&r, n, c->raw);
-    if (status != MOE_OK || !is_float) continue;
+    if (*c->options->stop) return moe_fail(MOE_STOPPED, "stopped on request");
+    MOE_TRY(moe_tensors_read(c->from, first, at, n, c->raw));
+    if (!is_float) continue;
     moe_convert(c->raw, s->dtype, c->values, MOE_F32, n);
     add_values(out, c->values, n);
   }
-  moe_tensor_reader_close(&r);
   c->done += total * moe_dtype_size(s->dtype);
   moe_progress_show(&c->progress, c->done, c->total, "");
-  return status;
+  return MOE_OK;
 }
 
 static void gather(inspection *c, const moe_slice *s, const summary *one) {

@@ -37,7 +37,7 @@ typedef struct {
   int64_t *used;
   moe_weights_seen *expected_seen, *written_seen; /* [params->count] */
   moe_progress progress;
-  int64_t done, total; /* bytes of f32 values */
+  int64_t total; /* bytes of f32 values */
 } proof;
 
 static void free_prompts(proof *p) {
@@ -87,8 +87,7 @@ static moe_status check_same_model(const proof *p) {
 
 static void show(void *context, int64_t bytes) {
   proof *p = context;
-  p->done += bytes;
-  moe_progress_show(&p->progress, p->done, p->total, "");
+  moe_progress_add(&p->progress, bytes, p->total);
 }
 
 /* The original goes before the expected, which may be made of it as it passes. */
@@ -222,7 +221,7 @@ moe_status moe_proof(const moe_proof_options *options, moe_proof_report *out) {
   moe_progress_start(&p.progress, "proving");
   status = run_all(&p);
   out->seconds = moe_progress_end(&p.progress);
-  out->bytes = (double)p.done;
+  out->bytes = (double)p.progress.done;
   if (status != MOE_OK) goto done;
   MOE_TRY_OR(status, done, compare_hashes(&p));
   status = compare_logits(&p);

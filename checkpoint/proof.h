@@ -33,9 +33,7 @@ typedef struct {
 enum { MOE_WEIGHTS_PASSES = 3 };
 
 typedef struct {
-  /* bytes of f32 values that went into passes, since the last call; from any thread, one at a time
-   */
-  void (*passed)(void *context, int64_t bytes); /* or NULL */
+  void (*passed)(void *context, int64_t bytes); /* of f32 values more; any threads; or NULL */
   void *context;
   const volatile sig_atomic_t *stop; /* becomes non-zero: give up with MOE_STOPPED; or NULL */
 } moe_weights_watch;

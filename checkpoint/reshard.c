@@ -1,7 +1,7 @@
-/* Resharding: one pass over the tensors, cut where another file's share begins.
+/* Resharding: the elements of all tensors laid end to end, cut where another file's share begins.
  *
- * The pieces of the new checkpoint follow each other exactly as their elements do in the old one,
- * so a single reader feeds them all: what a file leaves of a tensor, the next one continues. */
+ * Files are written one after the other, the pieces of a file by all processors; each is read where
+ * it lies in the old checkpoint, whatever slices and files that is. */
 #include "checkpoint/reshard.h"
 
 #include <inttypes.h>
@@ -12,6 +12,7 @@
 #include "checkpoint/commit.h"
 #include "checkpoint/diff.h"
 #include "checkpoint/files.h"
+#include "checkpoint/shard.h"
 #include "checkpoint/stored_config.h"
 #include "checkpoint/tensors.h"
 #include "core/base/log.h"
@@ -24,33 +25,18 @@ typedef struct {
   const moe_manifest *old;
   moe_commit commit;
   moe_manifest manifest; /* of the new one; its state is the old one's */
-  /* where reading is */
-  moe_tensor_reader reader;
-  bool reading;
-  const char *tensor; /* name and role of what the reader is in */
-  moe_role role;
   moe_progress progress;
-  int64_t done, total; /* bytes */
+  int64_t total; /* bytes */
   const volatile sig_atomic_t *stop;
 } resharding;
 
-/* moe_piece.fetch: pieces and their elements are asked for in the old checkpoint's order. */
+/* moe_piece.fetch */
 static moe_status fetch(void *context, const moe_piece *p, int64_t at, int64_t n, void *out) {
   resharding *r = context;
-  (void)at;
   if (*r->stop) return moe_fail(MOE_STOPPED, "stopped on request: nothing was kept");
-  if (!r->reading || r->role != p->role || strcmp(r->tensor, p->name) != 0) {
-    int64_t first = moe_manifest_find(r->old, p->role, p->name);
-    if (r->reading) moe_tensor_reader_close(&r->reader);
-    r->reading = false;
-    MOE_TRY(moe_tensor_reader_open(r->from, first, &r->reader));
-    r->reading = true;
-    r->tensor = r->old->slice[first].name;
-    r->role = p->role;
-  }
-  MOE_TRY(moe_tensor_reader_next(&r->reader, n, out));
-  r->done += n * moe_dtype_size(p->dtype);
-  moe_progress_show(&r->progress, r->done, r->total, "");
+  int64_t first = moe_manifest_find(r->old, p->role, p->name);
+  MOE_TRY(moe_tensors_read(r->from, first, p->begin + at, n, out));
+  moe_progress_add(&r->progress, n * moe_dtype_size(p->dtype), r->total);
   return MOE_OK;
 }
 
@@ -90,6 +76,7 @@ static int pieces_of(resharding *r, int k, moe_piece *pieces) {
     p->begin = first;
     p->count = last - first;
     p->context = r;
+    p->any_thread = true;
   }
   return n;
 }
@@ -121,7 +108,6 @@ static moe_status write_files(resharding *r) {
   moe_progress_start(&r->progress, "writing");
   for (int k = 0; k < r->manifest.ranks && status == MOE_OK; k++) status = write_file(r, k, pieces);
   moe_progress_end(&r->progress);
-  if (r->reading) moe_tensor_reader_close(&r->reader);
   free(pieces);
   return status;
 }

@@ -49,13 +49,23 @@ static moe_status hash_metadata(const moe_hdf5 *f, int64_t size, const moe_slice
 /* ---- write
  * --------------------------------------------------------------------------------------- */
 
+/* What a thread writes with. */
+typedef struct {
+  void *staging; /* a part in host memory, with dev or for pieces that fetch */
+  float *joined; /* a part, for pieces in halves */
+  XXH3_state_t *hash;
+} hand;
+
 typedef struct {
   moe_hdf5 file;
-  moe_device *dev; /* NULL: pieces are in host memory */
-  void *staging;   /* a part in host memory, with dev or for pieces that fetch */
-  float *joined;   /* a part, for pieces in halves */
-  XXH3_state_t *hash;
-  int64_t begun; /* bytes of the file that are on their way to the disk */
+  moe_device *dev;         /* NULL: pieces are in host memory */
+  const moe_piece **piece; /* [n]: those with elements */
+  moe_dataset *dataset;    /* [n] */
+  moe_slice *slice;        /* [n] */
+  int64_t n, made;         /* of them, open datasets */
+  hand hand[MOE_CREW_MOST];
+  int hands;
+  int64_t begun; /* bytes of the file that are on their way to the disk, with one hand */
 } writer;
 
 /* Memory of the device as the host sees it: copied to `room`, if need be. */
@@ -67,9 +77,10 @@ static moe_status look(writer *w, const void *data, int64_t bytes, void *room, c
 }
 
 /* Elements [at, at + n) of a piece, on the host. */
-static moe_status fetch(writer *w, const moe_piece *p, int64_t at, int64_t n, const void **out) {
+static moe_status fetch(writer *w, hand *h, const moe_piece *p, int64_t at, int64_t n,
+                        const void **out) {
   int64_t size = moe_dtype_size(p->low ? MOE_BF16 : p->dtype), bytes = n * size;
-  char *staging = w->staging;
+  char *staging = h->staging;
   const void *low = staging + bytes;
   *out = staging;
   if (p->fetch)
@@ -78,28 +89,40 @@ static moe_status fetch(writer *w, const moe_piece *p, int64_t at, int64_t n, co
     MOE_TRY(look(w, (const char *)p->data + at * size, bytes, staging, out));
   if (!p->low) return MOE_OK;
   if (!p->fetch) MOE_TRY(look(w, (const char *)p->low + at * size, bytes, staging + bytes, &low));
-  moe_join_halves(*out, low, w->joined, n);
-  *out = w->joined;
+  moe_join_halves(*out, low, h->joined, n);
+  *out = h->joined;
   return MOE_OK;
 }
 
-static moe_status write_data(writer *w, const moe_piece *p, const moe_dataset *d,
-                             XXH128_hash_t *hash) {
-  int64_t size = moe_dtype_size(p->dtype), step = moe_shard_step(p);
-  XXH3_128bits_reset(w->hash);
+/* Hands that share a file hand over to the disk each part by itself: what lies between may not be
+ * written yet. */
+static moe_status put(writer *w, const moe_dataset *d, int64_t at, int64_t n, const void *data) {
+  int64_t place = d->offset + at * d->size, bytes = n * d->size;
+  if (w->hands > 1) return moe_files_write_part(d->fd, d->path, place, bytes, data);
+  MOE_TRY(moe_dataset_write(d, at, n, data));
+  moe_files_sync_soon(d->fd, place + bytes, &w->begun);
+  return MOE_OK;
+}
+
+static moe_status write_data(void *context, int worker, int64_t i) {
+  writer *w = context;
+  hand *h = &w->hand[worker];
+  const moe_piece *p = w->piece[i];
+  int64_t step = moe_shard_step(p);
+  XXH3_128bits_reset(h->hash);
   for (int64_t at = 0; at < p->count; at += step) {
     int64_t n = p->count - at < step ? p->count - at : step;
     const void *data = NULL;
-    MOE_TRY(fetch(w, p, at, n, &data));
-    XXH3_128bits_update(w->hash, data, (size_t)(n * size));
-    MOE_TRY(moe_dataset_write(d, at, n, data));
-    moe_files_sync_soon(w->file.fd, d->offset + (at + n) * size, &w->begun);
+    MOE_TRY(fetch(w, h, p, at, n, &data));
+    XXH3_128bits_update(h->hash, data, (size_t)(n * moe_dtype_size(p->dtype)));
+    MOE_TRY(put(w, &w->dataset[i], at, n, data));
   }
-  *hash = XXH3_128bits_digest(w->hash);
+  w->slice[i].hash = XXH3_128bits_digest(h->hash);
   return MOE_OK;
 }
 
-static moe_status write_piece(writer *w, const moe_piece *p, moe_slice *s) {
+static moe_status make_dataset(writer *w, const moe_piece *p) {
+  moe_slice *s = &w->slice[w->made];
   *s = (moe_slice){.role = p->role, .dtype = p->dtype, .dims = p->dims};
   memcpy(s->name, p->name, sizeof s->name);
   s->shape[0] = p->shape[0];
@@ -109,12 +132,29 @@ static moe_status write_piece(writer *w, const moe_piece *p, moe_slice *s) {
   if (moe_slice_total(s) < 0 || s->begin < 0 || s->count > moe_slice_total(s) - s->begin ||
       strnlen(s->name, sizeof s->name) == sizeof s->name)
     return moe_fail(MOE_INVALID, "piece %.95s: its name, shape or range is impossible", s->name);
-  moe_dataset d;
-  MOE_TRY(moe_dataset_create(&w->file, s, &d));
-  moe_status status = write_data(w, p, &d, &s->hash);
-  if (status == MOE_OK) status = moe_dataset_describe(&d, s);
-  moe_status closed = moe_dataset_close(&d);
-  return status == MOE_OK ? closed : status;
+  MOE_TRY(moe_dataset_create(&w->file, s, &w->dataset[w->made]));
+  w->made++;
+  return MOE_OK;
+}
+
+/* Also when something failed. */
+static moe_status close_datasets(writer *w, moe_status status) {
+  for (int64_t i = 0; i < w->made; i++) {
+    if (status == MOE_OK) status = moe_dataset_describe(&w->dataset[i], &w->slice[i]);
+    moe_status closed = moe_dataset_close(&w->dataset[i]);
+    if (status == MOE_OK) status = closed;
+  }
+  w->made = 0;
+  return status;
+}
+
+/* First the places of all data, which HDF5 alone gives, then the data, which nobody need wait for
+ * another to write, then what is known only then: its hashes. */
+static moe_status write_pieces(writer *w) {
+  moe_status status = MOE_OK;
+  for (int64_t i = 0; i < w->n && status == MOE_OK; i++) status = make_dataset(w, w->piece[i]);
+  if (status == MOE_OK) status = moe_crew_work(w->hands, w->n, write_data, w);
+  return close_datasets(w, status);
 }
 
 static int by_offset(const void *a, const void *b) {
@@ -137,42 +177,59 @@ static moe_status seal(writer *w, const moe_slice *slices, int64_t n, moe_shard_
   return status;
 }
 
+/* The pieces with elements, and hands with what such pieces need. */
+static moe_status prepare(writer *w, const char *path, const moe_piece *pieces, int n) {
+  bool staged = w->dev != NULL, halves = false, any_thread = true, all = true;
+  w->piece = calloc((size_t)n + 1, sizeof(moe_piece *));
+  w->dataset = calloc((size_t)n + 1, sizeof *w->dataset);
+  if (!w->piece || !w->dataset) return moe_fail(MOE_NO_MEMORY, "%s: no memory to write it", path);
+  for (int i = 0; i < n; i++) {
+    if (pieces[i].count == 0) continue;
+    w->piece[w->n++] = &pieces[i];
+    staged = staged || pieces[i].fetch;
+    halves = halves || pieces[i].low;
+    any_thread = any_thread && pieces[i].any_thread;
+  }
+  w->hands = any_thread && w->n > 0 ? moe_crew_cores() : 1;
+  for (hand *h = w->hand; h < w->hand + w->hands; h++) {
+    h->hash = XXH3_createState();
+    if (staged)
+      h->staging = w->dev ? moe_device_alloc_host(w->dev, MOE_SHARD_PART) : malloc(MOE_SHARD_PART);
+    if (halves) h->joined = malloc(MOE_SHARD_PART);
+    all = all && h->hash && (!staged || h->staging) && (!halves || h->joined);
+  }
+  return all ? MOE_OK : moe_fail(MOE_NO_MEMORY, "%s: no memory to write it", path);
+}
+
+static void release(writer *w) {
+  moe_hdf5_release(&w->file);
+  for (hand *h = w->hand; h < w->hand + w->hands; h++) {
+    if (w->dev && h->staging)
+      moe_device_free_host(w->dev, h->staging);
+    else
+      free(h->staging);
+    free(h->joined);
+    XXH3_freeState(h->hash);
+  }
+  free(w->piece);
+  free(w->dataset);
+}
+
 moe_status moe_shard_write(const char *path, moe_device *dev, const moe_piece *pieces, int n,
                            moe_slice *slices, int64_t *written, moe_shard_file *file) {
-  writer w = {.file = {.id = -1, .fd = -1}};
-  moe_status status = MOE_OK;
+  writer w = {.file = {.id = -1, .fd = -1}, .slice = slices};
+  moe_status status;
   int64_t room = 0;
   *written = 0;
   if (dev && !moe_device_is_host(dev)) w.dev = dev;
-  bool staged = w.dev != NULL, halves = false;
-  for (int i = 0; i < n; i++) {
-    room += pieces[i].count * moe_dtype_size(pieces[i].dtype);
-    staged = staged || pieces[i].fetch;
-    halves = halves || pieces[i].low;
-  }
-  w.hash = XXH3_createState();
-  if (staged)
-    w.staging = w.dev ? moe_device_alloc_host(dev, MOE_SHARD_PART) : malloc(MOE_SHARD_PART);
-  if (halves) w.joined = malloc(MOE_SHARD_PART);
-  if (!w.hash || (staged && !w.staging) || (halves && !w.joined)) {
-    status = moe_fail(MOE_NO_MEMORY, "%s: no memory to write it", path);
-    goto done;
-  }
+  MOE_TRY_OR(status, done, prepare(&w, path, pieces, n));
+  for (int64_t i = 0; i < w.n; i++) room += w.piece[i]->count * moe_dtype_size(w.piece[i]->dtype);
   MOE_TRY_OR(status, done, moe_hdf5_create(path, room, &w.file));
-  for (int i = 0; i < n; i++) {
-    if (pieces[i].count == 0) continue;
-    MOE_TRY_OR(status, done, write_piece(&w, &pieces[i], &slices[*written]));
-    ++*written;
-  }
-  status = seal(&w, slices, *written, file);
+  MOE_TRY_OR(status, done, write_pieces(&w));
+  *written = w.n;
+  status = seal(&w, slices, w.n, file);
 done:
-  moe_hdf5_release(&w.file);
-  if (w.dev && w.staging)
-    moe_device_free_host(dev, w.staging);
-  else
-    free(w.staging);
-  free(w.joined);
-  XXH3_freeState(w.hash);
+  release(&w);
   return status;
 }
 

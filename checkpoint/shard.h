@@ -20,7 +20,8 @@ static inline int64_t moe_shard_step(const moe_piece *p) {
 
 /* Write pieces[0..n) (those with elements) to the new file `path`, fsynced. slices[0..n) receive
  * one entry per written piece, *written how many, *file the size and metadata hash (the names and
- * numbers of files are the caller's). Piece data is memory of `dev`; NULL: host memory.
+ * numbers of files are the caller's). Piece data is memory of `dev`; NULL: host memory. When all of
+ * them are any_thread's, they are shared out over the processors.
  * MOE_IO leaves the file to be deleted by the caller. */
 moe_status moe_shard_write(const char *path, moe_device *dev, const moe_piece *pieces, int n,
                            moe_slice *slices, int64_t *written, moe_shard_file *file);

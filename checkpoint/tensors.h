@@ -6,7 +6,7 @@
 #ifndef MOE_CHECKPOINT_TENSORS_H
 #define MOE_CHECKPOINT_TENSORS_H
 
-#include "checkpoint/shard.h"
+#include "checkpoint/manifest.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -21,24 +21,12 @@ const moe_manifest *moe_tensors_manifest(const moe_tensors *t);
 /* Index of the slice after the tensor that begins with slice `first`. */
 int64_t moe_tensors_end(const moe_tensors *t, int64_t first);
 
-/* Where reading is. An open checkpoint has any number of readers, up to MOE_TENSOR_READERS of them
- * in the middle of something, in any threads. */
-enum { MOE_TENSOR_READERS = 64 };
-typedef struct {
-  moe_tensors *from;
-  int64_t slice, end; /* the one being read, and the end of the tensor's */
-  int64_t done;       /* elements of that slice that were read */
-  int place;          /* of the open file */
-  bool open;
-  moe_dataset dataset;
-  XXH3_state_t *hash;
-} moe_tensor_reader;
-
-/* At the beginning of the tensor whose first slice is `first`. */
-moe_status moe_tensor_reader_open(moe_tensors *t, int64_t first, moe_tensor_reader *out);
-/* The next `count` elements, in the type of the checkpoint; the tensor has as many left. */
-moe_status moe_tensor_reader_next(moe_tensor_reader *r, int64_t count, void *out);
-void moe_tensor_reader_close(moe_tensor_reader *r);
+/* Elements [begin, begin + count) of the tensor whose first slice is `first`, in the checkpoint's
+ * type. Whoever reads a tensor in order, in as many calls as it likes, reads each byte once;
+ * reading elsewhere in it begins anew. Any threads, up to MOE_TENSORS_READ tensors at a time.
+ * MOE_DAMAGED, MOE_IO. */
+enum { MOE_TENSORS_READ = 64 };
+moe_status moe_tensors_read(moe_tensors *t, int64_t first, int64_t begin, int64_t count, void *out);
 
 #ifdef __cplusplus
 }

@@ -1,10 +1,5 @@
-/* A checkpoint's step folder as a source of weights.
- *
- * Whoever asks for weights asks for a tensor's elements in order, so a reader stays where the last
- * request ended: each byte is read once, and hashed as it passes (checkpoint/tensors.h). There are
- * as many readers as tensors may be in reading at a time; a request takes the one that stands
- * nearest before its beginning. */
-#include <pthread.h>
+/* A checkpoint's step folder as a source of weights. Whoever asks for weights asks for a tensor's
+ * elements in order, which is how checkpoint/tensors.h reads and hashes each byte once. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,27 +7,14 @@
 #include "checkpoint/tensors.h"
 #include "checkpoint/weights.h"
 
-_Static_assert((int)MOE_WEIGHTS_TENSORS <= (int)MOE_TENSOR_READERS,
-               "each may be in the middle of a tensor");
+_Static_assert((int)MOE_WEIGHTS_TENSORS <= (int)MOE_TENSORS_READ, "what weights.h promises");
 
-enum { PART = 1 << 15 }; /* elements read at a time */
-
-/* A reader, somewhere in a tensor. */
-typedef struct {
-  int64_t first, at; /* the tensor's first slice (-1: none), elements of it that were read */
-  bool busy;         /* some thread reads */
-  int64_t turn;      /* when it was last taken */
-  moe_tensor_reader reader;
-  float *raw; /* PART elements, from its first tensor on */
-} stand;
+enum { PART = 1 << 15 }; /* elements converted at a time */
 
 typedef struct {
   moe_weights base;
   moe_tensors *tensors;
   const moe_manifest *manifest;
-  pthread_mutex_t lock; /* of who is busy */
-  int64_t turns;
-  stand stand[MOE_WEIGHTS_TENSORS];
 } source;
 
 /* The first slice of a parameter's tensor, or -1. */
@@ -41,75 +23,20 @@ static int64_t find(const source *s, const char *name) {
   return i >= 0 ? i : moe_manifest_find(s->manifest, MOE_ROLE_PARAM, name);
 }
 
-/* Which of two readers rather begins to read at element `begin` of tensor `first`. */
-static bool is_better(const stand *a, const stand *b, int64_t first, int64_t begin) {
-  bool fits_a = a->first == first && a->at <= begin, fits_b = b->first == first && b->at <= begin;
-  if (fits_a != fits_b) return fits_a;
-  if (fits_a) return a->at > b->at;
-  return a->turn < b->turn; /* what was left alone for longest */
-}
-
-static stand *take(source *s, int64_t first, int64_t begin) {
-  stand *best = NULL;
-  pthread_mutex_lock(&s->lock);
-  for (stand *t = s->stand; t < s->stand + MOE_WEIGHTS_TENSORS; t++)
-    if (!t->busy && (!best || is_better(t, best, first, begin))) best = t;
-  if (best) {
-    best->busy = true;
-    best->turn = ++s->turns;
-  }
-  pthread_mutex_unlock(&s->lock);
-  return best;
-}
-
-static void give_back(source *s, stand *t) {
-  pthread_mutex_lock(&s->lock);
-  t->busy = false;
-  pthread_mutex_unlock(&s->lock);
-}
-
-static void stop_reading(stand *t) {
-  if (t->first >= 0) moe_tensor_reader_close(&t->reader);
-  t->first = -1;
-}
-
-static moe_status start_reading(source *s, stand *t, int64_t first) {
-  stop_reading(t);
-  if (!t->raw) t->raw = malloc(PART * sizeof *t->raw);
-  if (!t->raw) return moe_fail(MOE_NO_MEMORY, "%s: no memory to read it", s->base.name);
-  MOE_TRY(moe_tensor_reader_open(s->tensors, first, &t->reader));
-  t->first = first;
-  t->at = 0;
-  return MOE_OK;
-}
-
-/* From where the reader is up to element `end`, of which those from `begin` on are wanted. */
-static moe_status read_on(const source *s, stand *t, int64_t begin, int64_t end, float *out) {
-  moe_dtype dtype = s->manifest->slice[t->first].dtype;
-  while (t->at < end) {
-    int64_t stop = t->at < begin ? begin : end, n = stop - t->at < PART ? stop - t->at : PART;
-    bool wanted = t->at >= begin, as_it_is = wanted && dtype == MOE_F32;
-    float *to = wanted ? out + (t->at - begin) : NULL;
-    MOE_TRY(moe_tensor_reader_next(&t->reader, n, as_it_is ? to : t->raw));
-    if (wanted && !as_it_is) moe_convert(t->raw, dtype, to, MOE_F32, n);
-    t->at += n;
-  }
-  return MOE_OK;
-}
-
 static moe_status checkpoint_read(moe_weights *w, const moe_param *p, int64_t begin, int64_t count,
                                   float *out) {
-  source *s = (source *)w;
+  const source *s = (const source *)w;
+  uint16_t raw[PART];
   int64_t first = find(s, p->name);
   if (first < 0) return moe_fail(MOE_INVALID, "%s: %s is not one of its tensors", w->name, p->name);
-  stand *t = take(s, first, begin);
-  if (!t) return moe_fail(MOE_INVALID, "%s: too many threads read it", w->name);
-  moe_status status = MOE_OK;
-  if (t->first != first || t->at > begin) status = start_reading(s, t, first);
-  if (status == MOE_OK) status = read_on(s, t, begin, begin + count, out);
-  if (status != MOE_OK || begin + count == p->count) stop_reading(t);
-  give_back(s, t);
-  return status;
+  moe_dtype dtype = s->manifest->slice[first].dtype;
+  if (dtype == MOE_F32) return moe_tensors_read(s->tensors, first, begin, count, out);
+  for (int64_t at = 0, n; at < count; at += n) {
+    n = count - at < PART ? count - at : PART;
+    MOE_TRY(moe_tensors_read(s->tensors, first, begin + at, n, raw));
+    moe_convert(raw, dtype, out + at, MOE_F32, n);
+  }
+  return MOE_OK;
 }
 
 static moe_dtype checkpoint_dtype(const moe_weights *w, const moe_param *p) {
@@ -118,14 +45,8 @@ static moe_dtype checkpoint_dtype(const moe_weights *w, const moe_param *p) {
 }
 
 static void checkpoint_close(moe_weights *w) {
-  source *s = (source *)w;
-  for (int i = 0; i < MOE_WEIGHTS_TENSORS; i++) {
-    stop_reading(&s->stand[i]);
-    free(s->stand[i].raw);
-  }
-  moe_tensors_close(s->tensors);
-  pthread_mutex_destroy(&s->lock);
-  free(s);
+  moe_tensors_close(((source *)w)->tensors);
+  free(w);
 }
 
 /* Sizes and settings of the model, from the configuration in the manifest. */
@@ -178,8 +99,6 @@ static moe_status copy_state(source *s) {
 }
 
 static moe_status open_source(source *s) {
-  pthread_mutex_init(&s->lock, NULL);
-  for (int i = 0; i < MOE_WEIGHTS_TENSORS; i++) s->stand[i].first = -1;
   MOE_TRY(moe_tensors_open(s->base.name, &s->tensors));
   s->manifest = moe_tensors_manifest(s->tensors);
   MOE_TRY(describe(s));

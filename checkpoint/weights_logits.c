@@ -361,7 +361,6 @@ moe_status moe_weights_logits(const moe_weights_pass *pass, int passes, const in
   moe_arena arena = {.measuring = true};
   moe_status status;
   MOE_TRY(check(&r, tokens));
-  pthread_mutex_init(&r.gate.lock, NULL);
   MOE_TRY_OR(status, done, open_crew(&r));
   take_buffers(&r, &arena);
   arena = (moe_arena){.size = arena.used};
@@ -376,6 +375,5 @@ moe_status moe_weights_logits(const moe_weights_pass *pass, int passes, const in
 done:
   if (r.workers > 0) moe_device_free(r.crew[0].dev, arena.base);
   close_crew(&r);
-  pthread_mutex_destroy(&r.gate.lock);
   return status;
 }

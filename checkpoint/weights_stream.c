@@ -1,7 +1,7 @@
 /* Tensors on their way through forward passes. */
 #include "checkpoint/weights_stream.h"
 
-moe_status moe_weights_stream_begin(moe_weights_gate *gate, moe_weights_stream *s,
+moe_status moe_weights_stream_begin(const moe_weights_gate *gate, moe_weights_stream *s,
                                     const char *pattern, int64_t layer, int64_t expert) {
   const moe_weights *w = gate->pass[0].weights;
   s->param = moe_params_at(&w->params, pattern, layer, expert);
@@ -16,28 +16,21 @@ moe_status moe_weights_stream_begin(moe_weights_gate *gate, moe_weights_stream *
   return MOE_OK;
 }
 
-static void tell(moe_weights_gate *gate, int64_t bytes) {
-  const moe_weights_watch *watch = gate->watch;
-  if (!watch || !watch->passed) return;
-  pthread_mutex_lock(&gate->lock);
-  watch->passed(watch->context, bytes);
-  pthread_mutex_unlock(&gate->lock);
-}
-
-moe_status moe_weights_stream_next(moe_weights_gate *gate, moe_weights_stream *s, int i,
+moe_status moe_weights_stream_next(const moe_weights_gate *gate, moe_weights_stream *s, int i,
                                    int64_t count, float *values) {
   const moe_weights_pass *pass = &gate->pass[i];
+  const moe_weights_watch *watch = gate->watch;
   moe_weights *w = pass->weights;
   int64_t index = s->param - gate->pass[0].weights->params.list;
   const moe_param *p = &w->params.list[index]; /* the source's own: found without a search */
-  if (gate->watch && gate->watch->stop && *gate->watch->stop)
+  if (watch && watch->stop && *watch->stop)
     return moe_fail(MOE_STOPPED, "%s: stopped on request", w->name);
   if (i > 0 && w->exact && w->exact == pass[-1].weights)
     w->kind->round(w, p, count, values);
   else
     MOE_TRY(moe_weights_read(w, p, s->at[i], count, values));
   s->at[i] += count;
-  tell(gate, count * (int64_t)sizeof *values);
+  if (watch && watch->passed) watch->passed(watch->context, count * (int64_t)sizeof *values);
   if (!pass->seen) return MOE_OK;
   XXH3_128bits_update(s->hash[i], values, (size_t)count * sizeof *values);
   if (s->at[i] < p->count) return MOE_OK;

@@ -6,8 +6,6 @@
 #ifndef MOE_CHECKPOINT_WEIGHTS_STREAM_H
 #define MOE_CHECKPOINT_WEIGHTS_STREAM_H
 
-#include <pthread.h>
-
 #include "checkpoint/proof.h"
 
 #ifdef __cplusplus
@@ -19,7 +17,6 @@ typedef struct {
   const moe_weights_pass *pass;
   int passes; /* up to MOE_WEIGHTS_PASSES */
   const moe_weights_watch *watch;
-  pthread_mutex_t lock; /* of what watch is told */
 } moe_weights_gate;
 
 /* A tensor; one thread's. Zeroed before its first. */
@@ -30,12 +27,12 @@ typedef struct {
 } moe_weights_stream;
 
 /* Begin with a tensor, named by the table's pattern: s->param. */
-moe_status moe_weights_stream_begin(moe_weights_gate *gate, moe_weights_stream *s,
+moe_status moe_weights_stream_begin(const moe_weights_gate *gate, moe_weights_stream *s,
                                     const char *pattern, int64_t layer, int64_t expert);
 /* Its next `count` elements (whole blocks of MOE_WEIGHTS_BLOCK, or the last ones) for pass i:
  * passes take turns, from 0, and hand over `values` as the one before left it. After the tensor's
  * last elements its hash is the pass's. MOE_STOPPED when that is asked for. */
-moe_status moe_weights_stream_next(moe_weights_gate *gate, moe_weights_stream *s, int i,
+moe_status moe_weights_stream_next(const moe_weights_gate *gate, moe_weights_stream *s, int i,
                                    int64_t count, float *values);
 void moe_weights_stream_release(moe_weights_stream *s);
 

@@ -11,7 +11,8 @@ void moe_progress_start(moe_progress *p, const char *label) {
   p->label = label;
   p->started_s = p->shown_s = moe_clock_s();
   p->terminal = isatty(STDERR_FILENO) != 0;
-  p->drawn = false;
+  p->drawn = p->busy = false;
+  p->done = 0;
 }
 
 bool moe_progress_due(const moe_progress *p) {
@@ -41,6 +42,14 @@ void moe_progress_show(moe_progress *p, int64_t done, int64_t total, const char 
     snprintf(eta, sizeof eta, ", ETA %s", moe_text_seconds(b, (double)(total - done) / rate));
   moe_progress_say(p, "%s%s, %.1f MB/s%s%s%s", moe_text_bytes(a, (double)done), share, rate / 1e6,
                    *more ? ", " : "", more, eta);
+}
+
+/* Whoever finds another one drawing leaves it to that one. */
+void moe_progress_add(moe_progress *p, int64_t bytes, int64_t total) {
+  int64_t done = __atomic_add_fetch(&p->done, bytes, __ATOMIC_RELAXED);
+  if (__atomic_test_and_set(&p->busy, __ATOMIC_ACQUIRE)) return;
+  moe_progress_show(p, done, total, "");
+  __atomic_clear(&p->busy, __ATOMIC_RELEASE);
 }
 
 double moe_progress_end(moe_progress *p) {

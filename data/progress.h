@@ -13,12 +13,16 @@ typedef struct {
   const char *label;
   double started_s, shown_s;
   bool terminal, drawn;
+  int64_t done; /* by moe_progress_add */
+  bool busy;    /* some thread draws */
 } moe_progress;
 
 void moe_progress_start(moe_progress *p, const char *label);
 /* done of total bytes (total < 0: not known), what else is to be said ("" for nothing). Cheap: it
  * draws only when due. */
 void moe_progress_show(moe_progress *p, int64_t done, int64_t total, const char *more);
+/* The same, where `bytes` more are done; any threads. */
+void moe_progress_add(moe_progress *p, int64_t bytes, int64_t total);
 /* For work that is not over bytes: say a line of your own when one is due, which is every half
  * second, off a terminal every ten. */
 bool moe_progress_due(const moe_progress *p);
