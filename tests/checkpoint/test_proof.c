@@ -140,6 +140,21 @@ Test(proof, reports_what_rounding_costs_and_holds_it_to_a_limit) {
   moe_weights_close(exact);
 }
 
+Test(proof, fails_for_a_damaged_byte_of_either_side_and_names_the_file) {
+  open_both(NULL, NULL);
+  moe_weights_close(written);
+  SHELL("printf '\\125' | dd of=%s bs=1 seek=30000 conv=notrunc status=none",
+        in_step(2, "shard-00000-of-00001.h5"));
+  EXPECT_OK(moe_weights_open_checkpoint(in_step(2, ""), &written));
+  cr_assert_eq(prove(original, 0.0), MOE_DAMAGED);
+  EXPECT_SAYS("step-00000002");
+  moe_weights *damaged = written;
+  written = original;
+  original = damaged;
+  cr_assert_eq(prove(original, 0.0), MOE_DAMAGED);
+  EXPECT_SAYS("step-00000002");
+}
+
 Test(proof, stops_when_asked) {
   volatile sig_atomic_t stop = 1;
   open_both(NULL, NULL);
