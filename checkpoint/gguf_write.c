@@ -62,18 +62,33 @@ int64_t moe_ggml_bytes(moe_ggml_type type, int64_t elements) {
   }
 }
 
+/* The largest |x| of 32, but for what is no number. Floats that are not negative are in the order
+ * of their bits, whose maximum, unlike that of floats, is one of vectors. */
+static float largest_of(const float *x) {
+  int32_t bits[32], most = 0;
+  float largest;
+  memcpy(bits, x, sizeof bits);
+  for (int i = 0; i < 32; i++) {
+    int32_t size = bits[i] & 0x7fffffff;
+    size = size > 0x7f800000 ? 0 : size;
+    most = size > most ? size : most;
+  }
+  memcpy(&largest, &most, sizeof largest);
+  return largest;
+}
+
 /* The largest of 32 becomes +-127; the scale that is divided by is the unrounded one, as in ggml.
- */
+ * Halves round away from zero: the largest float below a half, added before the rest is cut off,
+ * takes no smaller one along. 0 for what is no number. */
 static void encode_q8_0(const float *x, int64_t blocks, unsigned char *out) {
   for (int64_t b = 0; b < blocks; b++, x += 32, out += 34) {
-    float largest = 0.0f;
-    for (int i = 0; i < 32; i++) largest = fmaxf(largest, fabsf(x[i]));
-    float scale = largest / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    float scale = largest_of(x) / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
     uint16_t bits = moe_f32_to_f16(scale);
     memcpy(out, &bits, sizeof bits);
     for (int i = 0; i < 32; i++) {
-      float q = roundf(x[i] * inverse);
-      out[2 + i] = fabsf(q) <= 127.0f ? (unsigned char)(int8_t)q : 0; /* 0 for what is no number */
+      float q = x[i] * inverse;
+      q = fabsf(q) < 127.5f ? q : 0.0f;
+      out[2 + i] = (unsigned char)(int32_t)(q + copysignf(0x1.fffffep-2f, q));
     }
   }
 }
