@@ -113,7 +113,8 @@ void moe_ggml_encode(moe_ggml_type type, const float *x, int64_t n, void *out) {
 /* ---- keys and tensors */
 
 static void put(moe_gguf_writer *w, text *t, const void *data, int64_t bytes) {
-  if (t->size + bytes > t->room) {
+  if (bytes == 0) return;
+  if (!t->data || t->size + bytes > t->room) {
     int64_t room = 2 * (t->size + bytes) + 4096;
     char *bigger = realloc(t->data, (size_t)room);
     if (!bigger) {
@@ -123,7 +124,7 @@ static void put(moe_gguf_writer *w, text *t, const void *data, int64_t bytes) {
     t->data = bigger;
     t->room = room;
   }
-  if (bytes > 0) memcpy(t->data + t->size, data, (size_t)bytes);
+  memcpy(t->data + t->size, data, (size_t)bytes);
   t->size += bytes;
 }
 

@@ -162,13 +162,14 @@ static moe_status multiply(run *r, worker *k, const char *pattern, int64_t layer
   return MOE_OK;
 }
 
-/* A whole tensor, each pass its own. */
+/* A whole tensor, each pass its own, of its size. */
 static moe_status load(run *r, const char *pattern, int64_t layer, const moe_tensor *to) {
   worker *k = &r->crew[0];
   moe_weights_stream *s = k->stream;
   MOE_TRY(moe_weights_stream_begin(&r->gate, s, pattern, layer, -1));
-  for (int64_t at = 0, n; at < s->param->count; at += n) {
-    n = moe_min64(s->param->count - at, PART);
+  int64_t count = moe_tensor_count(to[0]);
+  for (int64_t at = 0, n; at < count; at += n) {
+    n = moe_min64(count - at, PART);
     for (int i = 0; i < r->gate.passes; i++) {
       MOE_TRY(moe_weights_stream_next(&r->gate, s, i, n, k->part));
       memcpy((float *)to[i].data + at, k->part, (size_t)n * sizeof(float));
@@ -339,8 +340,8 @@ static moe_status check(const run *r, const int32_t *tokens) {
 static moe_status open_crew(run *r) {
   moe_device_options options = {.kind = MOE_DEVICE_CPU, .threads = 1};
   int64_t most = moe_min64(moe_crew_cores(), r->dims.experts);
-  for (; r->workers < most; r->workers++)
-    MOE_TRY(moe_device_open(&options, &r->crew[r->workers].dev));
+  do MOE_TRY(moe_device_open(&options, &r->crew[r->workers].dev));
+  while (++r->workers < most);
   return MOE_OK;
 }
 
