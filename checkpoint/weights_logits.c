@@ -266,7 +266,7 @@ static moe_status activate(const run *r, worker *k, moe_tensor xs, int i, int64_
   if (rows == 0) return MOE_OK;
   MOE_TRY(moe_expert_up(k->dev, xs, moe_tensor_1d(window, MOE_I32, 2),
                         moe_tensor_3d(k->part, MOE_F32, 1, 2 * n, r->dims.hidden),
-                        moe_tensor_rows(k->gates[i], 0, rows),
+                        moe_tensor_rows(k->gates[i], 0, rows), MOE_GU_VALUES,
                         moe_tensor_2d(k->gu, MOE_F32, rows, 2 * n),
                         moe_tensor_2d(k->product, MOE_F32, rows, n)));
   put_columns(k->product, rows, n, k->a[i], column);

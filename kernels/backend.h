@@ -107,12 +107,14 @@ typedef struct moe_backend {
   moe_status (*localize_experts)(moe_device *dev, moe_tensor experts, moe_tensor gates,
                                  int64_t begin, int64_t count);
   moe_status (*expert_up)(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
-                          moe_tensor gates, moe_tensor gu, moe_tensor a);
+                          moe_tensor gates, moe_gu_kind kind, moe_tensor gu, moe_tensor a);
   moe_status (*expert_down)(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_tensor w2,
                             moe_tensor y);
   moe_status (*expert_down_backward)(moe_device *dev, moe_tensor dy, moe_tensor offsets,
-                                     moe_tensor w2, moe_tensor gates, moe_tensor gu,
-                                     moe_a_role role, moe_tensor a, moe_tensor dgates);
+                                     moe_tensor w2, moe_tensor gates, moe_gu_kind kind,
+                                     moe_tensor gu, moe_tensor a, moe_tensor dgates);
+  moe_status (*gates_backward)(moe_device *dev, moe_tensor dy, moe_tensor y, moe_tensor slot,
+                               moe_tensor gates, moe_tensor dgates);
   moe_status (*expert_up_backward)(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                    moe_tensor w13, moe_tensor dx);
   moe_status (*expert_weight_grad)(moe_device *dev, moe_tensor left, moe_tensor right,

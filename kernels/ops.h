@@ -207,23 +207,30 @@ moe_status moe_localize_experts(moe_device *dev, moe_tensor experts, moe_tensor 
  * they are at most 128: more take other kernels).
  * Source: Shazeer 2020, arXiv:2002.05202. */
 
-/* x [C, D], gates f32 [C] -> gu [C, 2 F] (g then u), a [C, F]. */
+/* What up leaves in gu [C, 2 F] for down_backward, and what that one has a [C, F] for. */
+typedef enum {
+  MOE_GU_VALUES, /* [g | u]; a, out: the forward's again, bit for bit */
+  MOE_GU_AND_A,  /* [g | u]; a, in and left: the forward's */
+  MOE_GU_SLOPES  /* a's derivatives [gate u silu'(g) | gate silu(g)]; a: work space, for callers
+                    that keep the forward's elsewhere */
+} moe_gu_kind;
+/* x [C, D], gates f32 [C] -> gu [C, 2 F], a [C, F]. */
 moe_status moe_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
-                         moe_tensor gates, moe_tensor gu, moe_tensor a);
+                         moe_tensor gates, moe_gu_kind kind, moe_tensor gu, moe_tensor a);
 /* a [C, F] -> y [C, D]. */
 moe_status moe_expert_down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_tensor w2,
                            moe_tensor y);
-/* What the a [C, F] of expert_down_backward is to its caller. */
-typedef enum {
-  MOE_A_WANTED, /* out: the forward's a again, bit for bit */
-  MOE_A_THERE,  /* in, and left: the forward's a */
-  MOE_A_WORK    /* work space, for callers that keep the forward's elsewhere */
-} moe_a_role;
-/* dy [C, D] -> da = dy w2; gu inout: [g | u] becomes [dg | du]; dgates f32 [C] out: sum over F of
- * da * silu(g) * u. a must not overlap gu. */
+/* dy [C, D] -> da = dy w2; gu inout: what up left becomes [dg | du]; dgates f32 [C] out: sum over F
+ * of da * silu(g) * u, but of slopes absent (gates_backward makes them). a must not overlap gu. */
 moe_status moe_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
-                                    moe_tensor w2, moe_tensor gates, moe_tensor gu, moe_a_role role,
-                                    moe_tensor a, moe_tensor dgates);
+                                    moe_tensor w2, moe_tensor gates, moe_gu_kind kind,
+                                    moe_tensor gu, moe_tensor a, moe_tensor dgates);
+/* The gates' gradients from the rows y [C, D] that down made of them, D terms each in place of F:
+ *     dgates[r, k] = dy[r] . y[slot[r, k]] / gates[r, k],   y = gate W2 (silu(g) u)
+ * dy [R, D] act; slot i32 [R, K]; gates, dgates f32 [R, K]. 0 where slot is not in 0..C-1, and
+ * where the gate is 0, for then y is. */
+moe_status moe_gates_backward(moe_device *dev, moe_tensor dy, moe_tensor y, moe_tensor slot,
+                              moe_tensor gates, moe_tensor dgates);
 /* dgu [C, 2 F] -> dx [C, D] = dg w1 + du w3. */
 moe_status moe_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                   moe_tensor w13, moe_tensor dx);

@@ -185,7 +185,7 @@ static moe_tensor split_w13(moe_tensor w13) {
 }
 
 moe_status moe_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
-                         moe_tensor gates, moe_tensor gu, moe_tensor a) {
+                         moe_tensor gates, moe_gu_kind kind, moe_tensor gu, moe_tensor a) {
   const char *op = "expert_up";
   w13 = split_w13(w13);
   MOE_TRY(moe_check_2d(op, "x", x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
@@ -195,7 +195,7 @@ moe_status moe_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_
   MOE_TRY(moe_check_1d(op, "gates", gates, MOE_IS_F32, rows));
   MOE_TRY(moe_check_2d(op, "gu", gu, moe_same_type(x), rows, 2 * ffn));
   MOE_TRY(moe_check_2d(op, "a", a, moe_same_type(x), rows, ffn));
-  MOE_TRY(dev->backend->expert_up(dev, x, offsets, w13, gates, gu, a));
+  MOE_TRY(dev->backend->expert_up(dev, x, offsets, w13, gates, kind, gu, a));
   MOE_TRY(moe_check_finite_rows(dev, op, "gu", gu, offsets));
   return moe_check_finite_rows(dev, op, "a", a, offsets);
 }
@@ -212,8 +212,8 @@ moe_status moe_expert_down(moe_device *dev, moe_tensor a, moe_tensor offsets, mo
 }
 
 moe_status moe_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
-                                    moe_tensor w2, moe_tensor gates, moe_tensor gu, moe_a_role role,
-                                    moe_tensor a, moe_tensor dgates) {
+                                    moe_tensor w2, moe_tensor gates, moe_gu_kind kind,
+                                    moe_tensor gu, moe_tensor a, moe_tensor dgates) {
   const char *op = "expert_down_backward";
   MOE_TRY(moe_check_2d(op, "dy", dy, MOE_IS_ACT, MOE_ANY, MOE_ANY));
   MOE_TRY(moe_check_3d(op, "w2", w2, moe_same_type(dy), MOE_ANY, dy.shape[1], MOE_ANY));
@@ -222,15 +222,32 @@ moe_status moe_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor o
   MOE_TRY(moe_check_1d(op, "gates", gates, MOE_IS_F32, rows));
   MOE_TRY(moe_check_2d(op, "gu", gu, moe_same_type(dy), rows, 2 * ffn));
   MOE_TRY(moe_check_2d(op, "a", a, moe_same_type(dy), rows, ffn));
-  MOE_TRY(moe_check_1d(op, "dgates", dgates, MOE_IS_F32, rows));
+  if (kind == MOE_GU_SLOPES)
+    MOE_TRY(moe_check_rule(op, !moe_tensor_present(dgates),
+                           "dgates must be absent where gu holds slopes"));
+  else
+    MOE_TRY(moe_check_1d(op, "dgates", dgates, MOE_IS_F32, rows));
   const char *a_begin = a.data, *gu_begin = gu.data;
   MOE_TRY(moe_check_rule(
       op, a_begin + moe_tensor_bytes(a) <= gu_begin || gu_begin + moe_tensor_bytes(gu) <= a_begin,
       "a must not overlap gu"));
-  MOE_TRY(dev->backend->expert_down_backward(dev, dy, offsets, w2, gates, gu, role, a, dgates));
+  MOE_TRY(dev->backend->expert_down_backward(dev, dy, offsets, w2, gates, kind, gu, a, dgates));
   MOE_TRY(moe_check_finite_rows(dev, op, "gu", gu, offsets));
-  if (role != MOE_A_WORK) MOE_TRY(moe_check_finite_rows(dev, op, "a", a, offsets));
+  if (kind == MOE_GU_SLOPES) return MOE_OK;
+  MOE_TRY(moe_check_finite_rows(dev, op, "a", a, offsets));
   return moe_check_finite_rows(dev, op, "dgates", dgates, offsets);
+}
+
+moe_status moe_gates_backward(moe_device *dev, moe_tensor dy, moe_tensor y, moe_tensor slot,
+                              moe_tensor gates, moe_tensor dgates) {
+  const char *op = "gates_backward";
+  MOE_TRY(moe_check_2d(op, "dy", dy, MOE_IS_ACT, MOE_ANY, MOE_ANY));
+  MOE_TRY(moe_check_2d(op, "y", y, moe_same_type(dy), MOE_ANY, dy.shape[1]));
+  MOE_TRY(moe_check_2d(op, "slot", slot, MOE_IS_I32, dy.shape[0], MOE_ANY));
+  MOE_TRY(moe_check_2d(op, "gates", gates, MOE_IS_F32, slot.shape[0], slot.shape[1]));
+  MOE_TRY(moe_check_2d(op, "dgates", dgates, MOE_IS_F32, slot.shape[0], slot.shape[1]));
+  MOE_TRY(dev->backend->gates_backward(dev, dy, y, slot, gates, dgates));
+  return moe_check_finite(dev, op, "dgates", dgates);
 }
 
 moe_status moe_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,

@@ -172,9 +172,9 @@ static moe_status timed_localize_experts(moe_device *dev, moe_tensor experts, mo
   TIMED(localize_experts, 0.0, (dev, experts, gates, begin, count));
 }
 static moe_status timed_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
-                                  moe_tensor gates, moe_tensor gu, moe_tensor a) {
+                                  moe_tensor gates, moe_gu_kind kind, moe_tensor gu, moe_tensor a) {
   TIMED(expert_up, 2.0 * (double)moe_tensor_count(x) * (double)gu.shape[1],
-        (dev, x, offsets, w13, gates, gu, a));
+        (dev, x, offsets, w13, gates, kind, gu, a));
 }
 static moe_status timed_expert_down(moe_device *dev, moe_tensor a, moe_tensor offsets,
                                     moe_tensor w2, moe_tensor y) {
@@ -182,10 +182,14 @@ static moe_status timed_expert_down(moe_device *dev, moe_tensor a, moe_tensor of
         (dev, a, offsets, w2, y));
 }
 static moe_status timed_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
-                                             moe_tensor w2, moe_tensor gates, moe_tensor gu,
-                                             moe_a_role role, moe_tensor a, moe_tensor dgates) {
+                                             moe_tensor w2, moe_tensor gates, moe_gu_kind kind,
+                                             moe_tensor gu, moe_tensor a, moe_tensor dgates) {
   TIMED(expert_down_backward, 2.0 * (double)moe_tensor_count(dy) * (double)a.shape[1],
-        (dev, dy, offsets, w2, gates, gu, role, a, dgates));
+        (dev, dy, offsets, w2, gates, kind, gu, a, dgates));
+}
+static moe_status timed_gates_backward(moe_device *dev, moe_tensor dy, moe_tensor y,
+                                       moe_tensor slot, moe_tensor gates, moe_tensor dgates) {
+  TIMED(gates_backward, 0.0, (dev, dy, y, slot, gates, dgates));
 }
 static moe_status timed_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                            moe_tensor w13, moe_tensor dx) {
@@ -261,6 +265,7 @@ static void wrap(moe_backend *table) {
   table->expert_up = timed_expert_up;
   table->expert_down = timed_expert_down;
   table->expert_down_backward = timed_expert_down_backward;
+  table->gates_backward = timed_gates_backward;
   table->expert_up_backward = timed_expert_up_backward;
   table->expert_weight_grad = timed_expert_weight_grad;
   table->experts_decode = timed_experts_decode;

@@ -80,7 +80,7 @@ typedef struct {
   moe_tensor x;       /* [T, D] input: the residual stream with the last delta added */
   moe_stash *stash;   /* own or shared */
   moe_tensor gu;      /* [C, 2F] of the first round; shared by layers that recompute it */
-  moe_tensor a;       /* [C, F] of the first round; absent where it is recomputed */
+  moe_tensor a, y;    /* [C, F], [C, D] of the first round; absent where a is recomputed */
   int recompute;      /* MOE_RECOMPUTE_NONE to BLOCK */
   moe_tensor bias;    /* f32 [E] or absent */
   moe_tensor stats;   /* f32 [groups (2E + 1)] of the current micro-batch */

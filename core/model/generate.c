@@ -68,7 +68,7 @@ static moe_status experts_sorted(moe_generator *g, int64_t t, const moe_layer_we
   MOE_TRY(moe_permute_plan(dev, rows(w->experts, t), g->pad, w->offsets, pair, rows(w->slot, t)));
   MOE_TRY(moe_gather_rows(dev, rows(w->h, t), pair, g->dims.top_k, xs));
   MOE_TRY(moe_gather_gates(dev, rows(w->gates, t), pair, gates));
-  MOE_TRY(moe_expert_up(dev, xs, w->offsets, layer->w13, gates, rows(w->gu, c), a));
+  MOE_TRY(moe_expert_up(dev, xs, w->offsets, layer->w13, gates, MOE_GU_VALUES, rows(w->gu, c), a));
   return moe_expert_down(dev, a, w->offsets, layer->w2, rows(w->ys, c));
 }
 

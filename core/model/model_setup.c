@@ -69,8 +69,8 @@ static void point_stats(moe_model *m, int64_t l) {
   m->blocks[l].dropped = moe_tensor_1d(base + layers * width + l, MOE_F32, 1);
 }
 
-/* Each layer's stash and gu: its own, or one shared by all layers that recompute them; its a, which
- * those that recompute it make in moe_work. */
+/* Each layer's stash and gu: its own, or one shared by all layers that recompute them; its a
+ * and y, for which those that recompute a have moe_work. */
 static moe_status create_blocks(moe_model *m, moe_memory *memory) {
   moe_block_env *env = &m->env;
   moe_arena *arena = &memory->arena[MOE_MEM_STASH];
@@ -98,8 +98,10 @@ static moe_status create_blocks(moe_model *m, moe_memory *memory) {
     b->gu = own_gu ? moe_arena_tensor_2d(arena, env->dtype, env->round_rows, 2 * env->dims.ffn)
                    : shared_gu;
     if (!keep_gu) shared_gu = b->gu;
-    if (b->recompute == MOE_RECOMPUTE_NONE)
+    if (b->recompute == MOE_RECOMPUTE_NONE) {
       b->a = moe_arena_tensor_2d(arena, env->dtype, env->round_rows, env->dims.ffn);
+      b->y = moe_arena_tensor_2d(arena, env->dtype, env->round_rows, env->dims.hidden);
+    }
     point_stats(m, l);
     if (moe_tensor_present(m->bias)) {
       b->bias = moe_tensor_1d(moe_tensor_rows(m->bias, l, 1).data, MOE_F32, env->dims.experts);

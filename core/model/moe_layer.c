@@ -6,8 +6,9 @@
  *
  * Expert work is done in rounds of at most C sorted rows. C holds a little more than balanced
  * routing needs, so one round is usual; what exceeds it runs in further rounds, and no routing can
- * overflow a buffer. Only the first round's gate and up projections, and what SwiGLU makes of them,
- * may be kept for backward; those of further rounds are computed again.
+ * overflow a buffer. Only the first round's gate and up projections may be kept for backward, or
+ * with more memory all that backward wants of it: the activation a, its derivatives and the rows y
+ * it becomes (docs/decisions/0009). Those of further rounds are computed again.
  *
  * Exchanges hide behind arithmetic (kernels/lanes.h). Forward, the rows set out while the router
  * still chooses. Backward, the gradients that only the optimizer waits for, those of the expert
@@ -26,9 +27,10 @@ typedef struct {
   int64_t begin, rows;
   moe_tensor pair;               /* i32 [rows] */
   moe_tensor xs, ys, dxs, gu, a; /* [rows, ...] */
+  moe_tensor y;                  /* [rows, D] forward: where ys are, or are kept for backward */
   moe_tensor gates, dgates;      /* f32 [rows] */
   bool again;                    /* backward: gu and a are computed again */
-  bool keeps_a;                  /* for backward */
+  moe_gu_kind kind;              /* MOE_GU_SLOPES: a and y are kept */
 } round_view;
 
 /* Rows of sorted work to go through. Where one round holds whatever comes nobody needs to know how
@@ -55,14 +57,16 @@ static round_view round_at(moe_block_env *env, moe_block *b, int64_t begin) {
   moe_work *w = &env->work;
   round_view r = {.begin = begin,
                   .rows = moe_min64(env->round_rows, b->stash->sorted_rows - begin),
-                  .again = begin > 0 || b->recompute == MOE_RECOMPUTE_EXPERTS,
-                  .keeps_a = begin == 0 && moe_tensor_present(b->a)};
+                  .again = begin > 0 || b->recompute == MOE_RECOMPUTE_EXPERTS};
+  bool keeps = begin == 0 && moe_tensor_present(b->a);
+  r.kind = keeps ? MOE_GU_SLOPES : r.again ? MOE_GU_AND_A : MOE_GU_VALUES;
   r.pair = moe_tensor_rows(b->stash->pair, begin, r.rows);
   r.xs = moe_tensor_rows(w->xs, 0, r.rows);
   r.ys = moe_tensor_rows(w->ys, 0, r.rows);
   if (moe_tensor_present(w->dxs)) r.dxs = moe_tensor_rows(w->dxs, 0, r.rows);
   r.gu = moe_tensor_rows(begin == 0 ? b->gu : w->gu_again, 0, r.rows);
-  r.a = moe_tensor_rows(r.keeps_a ? b->a : w->a, 0, r.rows);
+  r.a = moe_tensor_rows(keeps ? b->a : w->a, 0, r.rows);
+  r.y = moe_tensor_rows(keeps ? b->y : w->ys, 0, r.rows);
   r.gates = moe_tensor_rows(w->sorted_gates, 0, r.rows);
   if (moe_tensor_present(w->sorted_dgates)) r.dgates = moe_tensor_rows(w->sorted_dgates, 0, r.rows);
   return r;
@@ -103,9 +107,9 @@ static moe_status route_tokens(moe_block_env *env, moe_block *b, moe_tensor stat
 static moe_status round_forward(moe_block_env *env, moe_block *b, int64_t begin, moe_tensor rows) {
   round_view r = round_at(env, b, begin);
   MOE_TRY(gather_round(env, b, &r));
-  MOE_TRY(moe_expert_up(env->dev, r.xs, env->work.window, b->w.w13, r.gates, r.gu, r.a));
-  MOE_TRY(moe_expert_down(env->dev, r.a, env->work.window, b->w.w2, r.ys));
-  return moe_combine_rows(env->dev, r.ys, b->stash->slot, begin, begin > 0, rows);
+  MOE_TRY(moe_expert_up(env->dev, r.xs, env->work.window, b->w.w13, r.gates, r.kind, r.gu, r.a));
+  MOE_TRY(moe_expert_down(env->dev, r.a, env->work.window, b->w.w2, r.y));
+  return moe_combine_rows(env->dev, r.y, b->stash->slot, begin, begin > 0, rows);
 }
 
 moe_status moe_experts_forward(moe_block_env *env, moe_block *b, moe_tensor stats) {
@@ -143,7 +147,7 @@ moe_status moe_experts_backward_end(moe_block_env *env) {
 static moe_status prepare_round(moe_block_env *env, moe_block *b, const round_view *r) {
   MOE_TRY(gather_round(env, b, r));
   if (!r->again) return MOE_OK;
-  return moe_expert_up(env->dev, r->xs, env->work.window, b->w.w13, r->gates, r->gu, r->a);
+  return moe_expert_up(env->dev, r->xs, env->work.window, b->w.w13, r->gates, r->kind, r->gu, r->a);
 }
 
 /* What the gradients of a prepared round's weights need: dY in r->ys, those of gate and up in place
@@ -151,10 +155,10 @@ static moe_status prepare_round(moe_block_env *env, moe_block *b, const round_vi
 static moe_status down_backward(moe_block_env *env, moe_block *b, const round_view *r) {
   moe_work *w = &env->work;
   moe_tensor drows = moe_tensor_rows(w->drows, 0, b->stash->route.rows);
-  moe_a_role role = r->keeps_a ? MOE_A_WORK : r->again ? MOE_A_THERE : MOE_A_WANTED;
+  moe_tensor dgates = r->kind == MOE_GU_SLOPES ? moe_tensor_none() : r->dgates;
   MOE_TRY(moe_gather_rows(env->dev, drows, r->pair, env->dims.top_k, r->ys));
-  return moe_expert_down_backward(env->dev, r->ys, w->window, b->w.w2, r->gates, r->gu, role,
-                                  moe_tensor_rows(w->a, 0, r->rows), r->dgates);
+  return moe_expert_down_backward(env->dev, r->ys, w->window, b->w.w2, r->gates, r->kind, r->gu,
+                                  moe_tensor_rows(w->a, 0, r->rows), dgates);
 }
 
 /* Then the gradients of its rows (into r->dxs) and gates. */
@@ -162,9 +166,12 @@ static moe_status up_backward(moe_block_env *env, moe_block *b, const round_view
   moe_work *w = &env->work;
   moe_stash *s = b->stash;
   moe_tensor rows = moe_tensor_rows(w->rows, 0, s->route.rows);
+  moe_tensor drows = moe_tensor_rows(w->drows, 0, s->route.rows);
   moe_tensor row_dgates = moe_tensor_rows(w->row_dgates, 0, s->route.rows);
   MOE_TRY(moe_expert_up_backward(env->dev, r->gu, w->window, b->w.w13, r->dxs));
   MOE_TRY(moe_combine_rows(env->dev, r->dxs, s->slot, r->begin, r->begin > 0, rows));
+  if (r->kind == MOE_GU_SLOPES)
+    return moe_gates_backward(env->dev, drows, r->y, s->slot, s->route.gates, row_dgates);
   return moe_combine_gates(env->dev, r->dgates, s->slot, r->begin, r->begin > 0, row_dgates);
 }
 

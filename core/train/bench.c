@@ -169,7 +169,7 @@ static int part_of(const moe_profile_row *r) {
   if (has(r->label, "head")) return HEAD;
   if (strcmp(r->op, "gemm") == 0) return PROJECTION;
   bool moves = has(r->op, "router") || has(r->op, "permute") || has(r->op, "gather_") ||
-               has(r->op, "combine_") || has(r->op, "localize");
+               has(r->op, "combine_") || has(r->op, "gates_") || has(r->op, "localize");
   return moves ? ROUTING : ELEMENTWISE;
 }
 

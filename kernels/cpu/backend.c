@@ -157,6 +157,7 @@ static const moe_backend cpu_backend = {
     .expert_up = moe_cpu_expert_up,
     .expert_down = moe_cpu_expert_down,
     .expert_down_backward = moe_cpu_expert_down_backward,
+    .gates_backward = moe_cpu_gates_backward,
     .expert_up_backward = moe_cpu_expert_up_backward,
     .expert_weight_grad = moe_cpu_expert_weight_grad,
     .expert_scratch = moe_cpu_expert_scratch,

@@ -66,12 +66,14 @@ moe_status moe_cpu_combine_gates(moe_device *dev, moe_tensor src, moe_tensor slo
 moe_status moe_cpu_localize_experts(moe_device *dev, moe_tensor experts, moe_tensor gates,
                                     int64_t begin, int64_t count);
 moe_status moe_cpu_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
-                             moe_tensor gates, moe_tensor gu, moe_tensor a);
+                             moe_tensor gates, moe_gu_kind kind, moe_tensor gu, moe_tensor a);
 moe_status moe_cpu_expert_down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_tensor w2,
                                moe_tensor y);
 moe_status moe_cpu_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
-                                        moe_tensor w2, moe_tensor gates, moe_tensor gu,
-                                        moe_a_role role, moe_tensor a, moe_tensor dgates);
+                                        moe_tensor w2, moe_tensor gates, moe_gu_kind kind,
+                                        moe_tensor gu, moe_tensor a, moe_tensor dgates);
+moe_status moe_cpu_gates_backward(moe_device *dev, moe_tensor dy, moe_tensor y, moe_tensor slot,
+                                  moe_tensor gates, moe_tensor dgates);
 moe_status moe_cpu_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                       moe_tensor w13, moe_tensor dx);
 moe_status moe_cpu_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,

@@ -31,7 +31,7 @@ struct grouped {
   int64_t experts;
   const float *gates; /* for the finish */
   moe_tensor gu, a;
-  moe_a_role role; /* of a */
+  moe_gu_kind kind;
   float *dgates;
   /* After the products of rows [row, row + rows), whose f32 values lie in `values`. */
   void (*finish)(const grouped *g, int64_t row, int64_t rows, float *values);
@@ -115,29 +115,52 @@ static moe_status grouped_product(moe_device *dev, const grouped *g) {
 
 /* ---- SwiGLU ---------------------------------------------------------------------------------- */
 
-/* gu is stored first and read back, so that backward, which has only the stored values, makes the
- * same a. */
-static void finish_up(const grouped *g, int64_t row, int64_t rows, float *values) {
-  int64_t ffn = g->n / 2;
-  float gate_part[CHUNK], up_part[CHUNK], hidden[CHUNK];
-  if (g->gu.dtype != MOE_F32) moe_cpu_store(g->gu, row * g->n, rows * g->n, values);
-  for (int64_t r = row; r < row + rows; r++) {
-    float scale = g->gates[r];
-    for (int64_t i = 0; i < ffn; i += CHUNK) {
-      int64_t n = moe_min64(CHUNK, ffn - i);
-      const float *gate = moe_cpu_view(g->gu, r * g->n + i, n, gate_part);
-      const float *up = moe_cpu_view(g->gu, r * g->n + ffn + i, n, up_part);
-      float *a = g->a.dtype == MOE_F32 ? (float *)g->a.data + r * ffn + i : hidden;
+/* n elements of one row: a, and in place of gate and up its derivatives with respect to them.
+ *     h = silu(g) u, s = sigmoid(g):   dh/dg = s (1 + g (1 - s)) u,   dh/du = g s */
+static void make_slopes(int64_t n, float scale, float *gate, float *up, float *a) {
 #pragma omp simd
-      for (int64_t f = 0; f < n; f++)
-        a[f] = scale * moe_swigluf(gate[f], moe_sigmoidf(gate[f]), up[f]);
-      if (a == hidden) moe_cpu_store(g->a, r * ffn + i, n, hidden);
-    }
+  for (int64_t f = 0; f < n; f++) {
+    float g = gate[f], u = up[f], s = moe_sigmoidf(g);
+    a[f] = scale * moe_swigluf(g, s, u);
+    gate[f] = scale * u * s * (1.0f + g * (1.0f - s));
+    up[f] = scale * g * s;
   }
 }
 
+static void make_a(int64_t n, float scale, const float *gate, const float *up, float *a) {
+#pragma omp simd
+  for (int64_t f = 0; f < n; f++) a[f] = scale * moe_swigluf(gate[f], moe_sigmoidf(gate[f]), up[f]);
+}
+
+/* Columns [i, i + n) of row r, at `gate` and `up`. Values are stored first and read back, so that
+ * backward, which has only what is stored, makes the same a. */
+static void finish_up_chunk(const grouped *g, int64_t r, int64_t i, int64_t n, float *gate,
+                            float *up) {
+  int64_t ffn = g->n / 2, at = r * g->n + i;
+  bool half = g->gu.dtype != MOE_F32, slopes = g->kind == MOE_GU_SLOPES;
+  float hidden[CHUNK], *a = half ? hidden : (float *)g->a.data + r * ffn + i;
+  if (slopes) make_slopes(n, g->gates[r], gate, up, a);
+  if (half) {
+    moe_cpu_store(g->gu, at, n, gate);
+    moe_cpu_store(g->gu, at + ffn, n, up);
+  }
+  if (half && !slopes) {
+    moe_cpu_load(g->gu, at, n, gate);
+    moe_cpu_load(g->gu, at + ffn, n, up);
+  }
+  if (!slopes) make_a(n, g->gates[r], gate, up, a);
+  if (half) moe_cpu_store(g->a, r * ffn + i, n, hidden);
+}
+
+static void finish_up(const grouped *g, int64_t row, int64_t rows, float *values) {
+  int64_t ffn = g->n / 2;
+  for (int64_t r = row; r < row + rows; r++, values += g->n)
+    for (int64_t i = 0; i < ffn; i += CHUNK)
+      finish_up_chunk(g, r, i, moe_min64(CHUNK, ffn - i), values + i, values + ffn + i);
+}
+
 moe_status moe_cpu_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
-                             moe_tensor gates, moe_tensor gu, moe_tensor a) {
+                             moe_tensor gates, moe_gu_kind kind, moe_tensor gu, moe_tensor a) {
   grouped g = {.form = MOE_NT,
                .left = x,
                .weights = w13,
@@ -147,6 +170,7 @@ moe_status moe_cpu_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, 
                .offsets = offsets.data,
                .experts = offsets.shape[0] - 1,
                .gates = gates.data,
+               .kind = kind,
                .gu = gu,
                .a = a,
                .finish = finish_up};
@@ -169,8 +193,7 @@ moe_status moe_cpu_expert_down(moe_device *dev, moe_tensor a, moe_tensor offsets
 /* ---- backward -------------------------------------------------------------------------------- */
 
 /* n elements of one row: gate and up become their gradients, da becomes a. Returns the sum of
- * da * silu(gate) * up.
- *     h = silu(g) u, s = sigmoid(g):   dh/dg = s (1 + g (1 - s)) u,   dh/du = g s */
+ * da * silu(gate) * up. */
 static float differentiate(int64_t n, float scale, float *gate, float *up, float *da) {
   float dot = 0.0f;
 #pragma omp simd reduction(+ : dot)
@@ -186,20 +209,29 @@ static float differentiate(int64_t n, float scale, float *gate, float *up, float
   return dot;
 }
 
+/* The same where gate and up hold a's derivatives: then da stays and there is no sum. */
+static float apply_slopes(int64_t n, float *gate, float *up, const float *da) {
+#pragma omp simd
+  for (int64_t f = 0; f < n; f++) gate[f] *= da[f], up[f] *= da[f];
+  return 0.0f;
+}
+
 /* Columns [i, i + n) of row r, whose da lies in `da`. */
 static float finish_chunk(const grouped *g, int64_t r, int64_t i, int64_t n, float *da) {
   int64_t ffn = g->n, at = r * 2 * ffn + i;
+  bool half = g->gu.dtype != MOE_F32, slopes = g->kind == MOE_GU_SLOPES;
   float gate_part[CHUNK], up_part[CHUNK];
-  if (g->gu.dtype == MOE_F32) {
-    float *gate = (float *)g->gu.data + at;
-    return differentiate(n, g->gates[r], gate, gate + ffn, da); /* da lies where a belongs */
+  float *gate = half ? gate_part : (float *)g->gu.data + at, *up = half ? up_part : gate + ffn;
+  if (half) {
+    moe_cpu_load(g->gu, at, n, gate);
+    moe_cpu_load(g->gu, at + ffn, n, up);
   }
-  moe_cpu_load(g->gu, at, n, gate_part);
-  moe_cpu_load(g->gu, at + ffn, n, up_part);
-  float dot = differentiate(n, g->gates[r], gate_part, up_part, da);
-  moe_cpu_store(g->gu, at, n, gate_part);
-  moe_cpu_store(g->gu, at + ffn, n, up_part);
-  if (g->role != MOE_A_WORK) moe_cpu_store(g->a, r * ffn + i, n, da);
+  float dot = slopes ? apply_slopes(n, gate, up, da) : differentiate(n, g->gates[r], gate, up, da);
+  if (half) {
+    moe_cpu_store(g->gu, at, n, gate);
+    moe_cpu_store(g->gu, at + ffn, n, up);
+  }
+  if (half && !slopes) moe_cpu_store(g->a, r * ffn + i, n, da); /* f32: da lies where a belongs */
   return dot;
 }
 
@@ -209,13 +241,13 @@ static void finish_down_backward(const grouped *g, int64_t row, int64_t rows, fl
     for (int64_t i = 0; i < g->n; i += CHUNK)
       dot +=
           (double)finish_chunk(g, r, i, moe_min64(CHUNK, g->n - i), values + (r - row) * g->n + i);
-    g->dgates[r] = (float)dot;
+    if (g->dgates) g->dgates[r] = (float)dot;
   }
 }
 
 moe_status moe_cpu_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
-                                        moe_tensor w2, moe_tensor gates, moe_tensor gu,
-                                        moe_a_role role, moe_tensor a, moe_tensor dgates) {
+                                        moe_tensor w2, moe_tensor gates, moe_gu_kind kind,
+                                        moe_tensor gu, moe_tensor a, moe_tensor dgates) {
   grouped g = {.form = MOE_NN,
                .left = dy,
                .weights = w2,
@@ -227,10 +259,38 @@ moe_status moe_cpu_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tens
                .gates = gates.data,
                .gu = gu,
                .a = a,
-               .role = role,
+               .kind = kind,
                .dgates = dgates.data,
                .finish = finish_down_backward};
   return grouped_product(dev, &g);
+}
+
+/* In f64: rows are short, and there are few of them. */
+static float dot_of_rows(moe_tensor x, int64_t i, moe_tensor y, int64_t j) {
+  int64_t width = x.shape[1];
+  double sum = 0.0;
+  for (int64_t c = 0; c < width; c += CHUNK) {
+    int64_t n = moe_min64(CHUNK, width - c);
+    float x_part[CHUNK], y_part[CHUNK];
+    const float *p = moe_cpu_view(x, i * width + c, n, x_part);
+    const float *q = moe_cpu_view(y, j * width + c, n, y_part);
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < n; k++) sum += (double)p[k] * (double)q[k];
+  }
+  return (float)sum;
+}
+
+moe_status moe_cpu_gates_backward(moe_device *dev, moe_tensor dy, moe_tensor y, moe_tensor slot,
+                                  moe_tensor gates, moe_tensor dgates) {
+  const int32_t *slots = slot.data;
+  const float *gate = gates.data;
+  float *out = dgates.data;
+#pragma omp parallel for num_threads(moe_cpu_threads(dev))
+  for (int64_t i = 0; i < moe_tensor_count(slot); i++) {
+    bool known = slots[i] >= 0 && slots[i] < y.shape[0] && gate[i] != 0.0f;
+    out[i] = known ? dot_of_rows(dy, i / slot.shape[1], y, slots[i]) / gate[i] : 0.0f;
+  }
+  return MOE_OK;
 }
 
 moe_status moe_cpu_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,

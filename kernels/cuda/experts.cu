@@ -33,17 +33,17 @@ moe_status cuda_experts_choose(moe_device *dev) {
 }
 
 moe_status moe_cuda_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
-                              moe_tensor gates, moe_tensor gu, moe_tensor a) {
-  return cuda_of(dev)->experts->up(dev, x, offsets, w13, gates, gu, a);
+                              moe_tensor gates, moe_gu_kind kind, moe_tensor gu, moe_tensor a) {
+  return cuda_of(dev)->experts->up(dev, x, offsets, w13, gates, kind, gu, a);
 }
 moe_status moe_cuda_expert_down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_tensor w2,
                                 moe_tensor y) {
   return cuda_of(dev)->experts->down(dev, a, offsets, w2, y);
 }
 moe_status moe_cuda_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
-                                         moe_tensor w2, moe_tensor gates, moe_tensor gu,
-                                         moe_a_role role, moe_tensor a, moe_tensor dgates) {
-  return cuda_of(dev)->experts->down_backward(dev, dy, offsets, w2, gates, gu, role, a, dgates);
+                                         moe_tensor w2, moe_tensor gates, moe_gu_kind kind,
+                                         moe_tensor gu, moe_tensor a, moe_tensor dgates) {
+  return cuda_of(dev)->experts->down_backward(dev, dy, offsets, w2, gates, kind, gu, a, dgates);
 }
 moe_status moe_cuda_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                        moe_tensor w13, moe_tensor dx) {
@@ -181,24 +181,31 @@ struct swiglu_args {
   const float *gates;
   float *dgates;
   int64_t ffn;
-  bool keeps_da; /* backward: a is not wanted in its place */
+  bool slopes; /* gu's, forward out, backward in */
 };
 
 template <typename T, int N> __global__ void swiglu_kernel(swiglu_args p) {
-  const T *g_row = (const T *)p.gu + blockIdx.x * 2 * p.ffn;
+  T *g_row = (T *)p.gu + blockIdx.x * 2 * p.ffn, *u_row = g_row + p.ffn;
   T *a_row = (T *)p.a + blockIdx.x * p.ffn;
   float gate = p.gates[blockIdx.x];
   for (int64_t c = threadIdx.x * N; c < p.ffn; c += blockDim.x * N) {
-    float g[N], u[N];
+    float g[N], u[N], a[N];
     load<T, N>(g, g_row + c);
-    load<T, N>(u, g_row + p.ffn + c);
+    load<T, N>(u, u_row + c);
+    if (p.slopes) {
 #pragma unroll
-    for (int i = 0; i < N; i++) g[i] = swiglu<T>(gate, g[i], u[i]);
-    store<T, N>(a_row + c, g);
+      for (int i = 0; i < N; i++) a[i] = swiglu_slopes<T>(gate, &g[i], &u[i]);
+      store<T, N>(g_row + c, g);
+      store<T, N>(u_row + c, u);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; i++) a[i] = swiglu<T>(gate, g[i], u[i]);
+    }
+    store<T, N>(a_row + c, a);
   }
 }
 
-/* a holds da and may get the forward's a. */
+/* a holds da; gets the forward's a, but where gu holds slopes. */
 template <typename T, int N> __global__ void swiglu_backward_kernel(swiglu_args p) {
   T *g_row = (T *)p.gu + blockIdx.x * 2 * p.ffn, *u_row = g_row + p.ffn;
   T *a_row = (T *)p.a + blockIdx.x * p.ffn;
@@ -208,22 +215,31 @@ template <typename T, int N> __global__ void swiglu_backward_kernel(swiglu_args 
     load<T, N>(g, g_row + c);
     load<T, N>(u, u_row + c);
     load<T, N>(a, a_row + c);
+    if (p.slopes) {
 #pragma unroll
-    for (int i = 0; i < N; i++) a[i] = swiglu_backward<T>(gate, a[i], &g[i], &u[i], &dgate);
+      for (int i = 0; i < N; i++) g[i] *= a[i], u[i] *= a[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; i++) a[i] = swiglu_backward<T>(gate, a[i], &g[i], &u[i], &dgate);
+      store<T, N>(a_row + c, a);
+    }
     store<T, N>(g_row + c, g);
     store<T, N>(u_row + c, u);
-    if (!p.keeps_da) store<T, N>(a_row + c, a);
   }
+  if (p.slopes) return;
   dgate = block_sum(dgate);
   if (threadIdx.x == 0) p.dgates[blockIdx.x] = dgate;
 }
 
-/* Run the forward or (dgates given) the backward pass over `rows` rows. */
-static moe_status swiglu_rows(moe_device *dev, int64_t rows, moe_tensor gu, moe_tensor a,
-                              moe_tensor gates, moe_a_role role, moe_tensor dgates) {
-  swiglu_args p = {
-      gu.data,           a.data, cuda_data<float>(gates), cuda_data<float>(dgates), a.shape[1],
-      role == MOE_A_WORK};
+/* Run the forward or the backward pass over `rows` rows. */
+static moe_status swiglu_rows(moe_device *dev, bool backward, int64_t rows, moe_gu_kind kind,
+                              moe_tensor gu, moe_tensor a, moe_tensor gates, moe_tensor dgates) {
+  swiglu_args p = {gu.data,
+                   a.data,
+                   cuda_data<float>(gates),
+                   cuda_data<float>(dgates),
+                   a.shape[1],
+                   kind == MOE_GU_SLOPES};
   cudaStream_t stream = cuda_of(dev)->stream;
   if (rows == 0) return MOE_OK;
   return cuda_act(a.dtype, [&](auto act) {
@@ -233,10 +249,10 @@ static moe_status swiglu_rows(moe_device *dev, int64_t rows, moe_tensor gu, moe_
         [&](auto w) {
           constexpr int N = decltype(w)::value;
           unsigned threads = cuda_threads(p.ffn / N, 256);
-          if (p.dgates == nullptr)
-            swiglu_kernel<T, N><<<(unsigned)rows, threads, 0, stream>>>(p);
-          else
+          if (backward)
             swiglu_backward_kernel<T, N><<<(unsigned)rows, threads, 0, stream>>>(p);
+          else
+            swiglu_kernel<T, N><<<(unsigned)rows, threads, 0, stream>>>(p);
           CUDA_LAUNCHED(dev);
           return MOE_OK;
         },
@@ -244,13 +260,88 @@ static moe_status swiglu_rows(moe_device *dev, int64_t rows, moe_tensor gu, moe_
   });
 }
 
+/* ---- gates: a warp per row ----------------------------------------------------------------- */
+
+struct gates_args {
+  const void *dy, *y;
+  const int32_t *slot;
+  const float *gates;
+  float *dgates;
+  int64_t rows, window, width;
+  int k;
+};
+
+constexpr int gates_warps = 8, gates_each = 4;
+
+/* A row of dy meets gates_each rows of y at a time: as many loads are on their way. */
+template <typename T, int N> __global__ void gates_backward_kernel(gates_args p) {
+  int64_t row = (int64_t)blockIdx.x * gates_warps + threadIdx.x / 32;
+  int lane = (int)threadIdx.x % 32;
+  if (row >= p.rows) return;
+  const T *dy = (const T *)p.dy + row * p.width;
+  for (int first = 0; first < p.k; first += gates_each) {
+    int32_t slot[gates_each];
+    float dot[gates_each] = {};
+#pragma unroll
+    for (int i = 0; i < gates_each; i++) {
+      slot[i] = first + i < p.k ? p.slot[row * p.k + first + i] : -1;
+      if (slot[i] >= p.window) slot[i] = -1;
+    }
+    for (int64_t c = lane * N; c < p.width; c += 32 * N) {
+      float l[N], r[gates_each][N] = {};
+      load<T, N>(l, dy + c);
+#pragma unroll
+      for (int i = 0; i < gates_each; i++)
+        if (slot[i] >= 0) load<T, N>(r[i], (const T *)p.y + slot[i] * p.width + c);
+#pragma unroll
+      for (int i = 0; i < gates_each; i++)
+#pragma unroll
+        for (int j = 0; j < N; j++) dot[i] = fmaf(l[j], r[i][j], dot[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < gates_each; i++) {
+      float sum = warp_sum(dot[i]);
+      if (lane != i || first + i >= p.k) continue;
+      float gate = p.gates[row * p.k + first + i];
+      p.dgates[row * p.k + first + i] = slot[i] >= 0 && gate != 0 ? sum / gate : 0;
+    }
+  }
+}
+
+moe_status moe_cuda_gates_backward(moe_device *dev, moe_tensor dy, moe_tensor y, moe_tensor slot,
+                                   moe_tensor gates, moe_tensor dgates) {
+  gates_args p = {dy.data,
+                  y.data,
+                  cuda_data<int32_t>(slot),
+                  cuda_data<float>(gates),
+                  cuda_data<float>(dgates),
+                  dy.shape[0],
+                  y.shape[0],
+                  dy.shape[1],
+                  (int)slot.shape[1]};
+  if (p.rows == 0 || p.k == 0) return MOE_OK;
+  return cuda_act(dy.dtype, [&](auto act) {
+    using T = decltype(act);
+    return cuda_width(
+        p.width,
+        [&](auto w) {
+          constexpr int N = decltype(w)::value;
+          gates_backward_kernel<T, N><<<(unsigned)div_up(p.rows, gates_warps), 32 * gates_warps, 0,
+                                        cuda_of(dev)->stream>>>(p);
+          CUDA_LAUNCHED(dev);
+          return MOE_OK;
+        },
+        (char *)dy.data, (char *)y.data);
+  });
+}
+
 /* ---- the table ----------------------------------------------------------------------------- */
 
 static moe_status up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
-                     moe_tensor gates, moe_tensor gu, moe_tensor a) {
+                     moe_tensor gates, moe_gu_kind kind, moe_tensor gu, moe_tensor a) {
   int64_t used;
   MOE_TRY(grouped_product(dev, MOE_NT, x, offsets, w13, gu, &used));
-  return swiglu_rows(dev, used, gu, a, gates, MOE_A_WANTED, moe_tensor_none());
+  return swiglu_rows(dev, false, used, kind, gu, a, gates, moe_tensor_none());
 }
 
 static moe_status down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_tensor w2,
@@ -261,11 +352,11 @@ static moe_status down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_te
 
 /* da waits where a may be. */
 static moe_status down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets, moe_tensor w2,
-                                moe_tensor gates, moe_tensor gu, moe_a_role role, moe_tensor a,
+                                moe_tensor gates, moe_gu_kind kind, moe_tensor gu, moe_tensor a,
                                 moe_tensor dgates) {
   int64_t used;
   MOE_TRY(grouped_product(dev, MOE_NN, dy, offsets, w2, a, &used));
-  return swiglu_rows(dev, used, gu, a, gates, role, dgates);
+  return swiglu_rows(dev, true, used, kind, gu, a, gates, dgates);
 }
 
 static moe_status up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets, moe_tensor w13,

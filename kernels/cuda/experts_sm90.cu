@@ -76,9 +76,9 @@ static bool fits(moe_tensor rows, int64_t width, moe_tensor offsets, const Tenso
 }
 
 static moe_status up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
-                     moe_tensor gates, moe_tensor gu, moe_tensor a) {
+                     moe_tensor gates, moe_gu_kind kind, moe_tensor gu, moe_tensor a) {
   return (fits(x, a.shape[1], offsets, w13, gu, a) ? sm90_expert_up : cuda_experts_cublas.up)(
-      dev, x, offsets, w13, gates, gu, a);
+      dev, x, offsets, w13, gates, kind, gu, a);
 }
 
 static moe_status down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_tensor w2,
@@ -88,11 +88,11 @@ static moe_status down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_te
 }
 
 static moe_status down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets, moe_tensor w2,
-                                moe_tensor gates, moe_tensor gu, moe_a_role role, moe_tensor a,
+                                moe_tensor gates, moe_gu_kind kind, moe_tensor gu, moe_tensor a,
                                 moe_tensor dgates) {
   return (fits(dy, a.shape[1], offsets, w2, gu, a) ? sm90_expert_down_backward
                                                    : cuda_experts_cublas.down_backward)(
-      dev, dy, offsets, w2, gates, gu, role, a, dgates);
+      dev, dy, offsets, w2, gates, kind, gu, a, dgates);
 }
 
 static moe_status up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets, moe_tensor w13,

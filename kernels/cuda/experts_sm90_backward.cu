@@ -5,15 +5,17 @@
  * brings g and u, 64 rows and columns at a time, while the tile's products still run; dg, du and a
  * leave from the same slots of shared memory. The gates' gradients are sums over all columns: each
  * tile leaves its part in scratch memory and a second, small kernel adds the parts in order.
+ * Where the forward pass left slopes in place of g and u two multiplications an element are all
+ * there is to do, and the gates' gradients are not made here.
  * Source: Shazeer 2020, arXiv:2002.05202. */
 #include "kernels/cuda/sm90_gemm.cuh"
 #include "kernels/cuda/swiglu.cuh"
 
 namespace sm90 {
 
-/* REMAKE: a is wanted as well. Where it is not its room lets tiles be wider, which read dy less
- * often. */
-template <bool REMAKE> struct down_backward {
+/* Where a is not wanted again its room lets tiles be wider, which read dy less often. */
+template <moe_gu_kind KIND> struct down_backward {
+  static constexpr bool REMAKE = KIND == MOE_GU_VALUES, SLOPES = KIND == MOE_GU_SLOPES;
   static constexpr int N = REMAKE ? 128 : 192, STAGES = 4, A_MN = 0, B_MN = 1;
   static constexpr bool ROWS_ARE_K = false, FEEDS = true;
   static constexpr int WIDE = 64, ACROSS = N / WIDE;  /* a piece's columns, pieces across a tile */
@@ -77,7 +79,7 @@ template <bool REMAKE> struct down_backward {
         : p(p_), w(w_), fetched(0.0f) {}
 
     __device__ __forceinline__ void prepare(const sm90_tile &t) {
-      fetched = gates_fetch(p.gates, t);
+      if constexpr (!SLOPES) fetched = gates_fetch(p.gates, t);
     }
 
     /* 16 x 16 elements of da, g and u: g, u become dg, du, and a is found. sum: of da silu(g) u in
@@ -96,6 +98,17 @@ template <bool REMAKE> struct down_backward {
       }
     }
 
+    /* The same of slopes. */
+    static __device__ __forceinline__ void apply(const float *da, uint32_t (&g)[4],
+                                                 uint32_t (&u)[4]) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        float d0 = da[2 * i], d1 = da[2 * i + 1];
+        g[i] = pack<__nv_bfloat16>(d0 * low(g[i]), d1 * high(g[i]));
+        u[i] = pack<__nv_bfloat16>(d0 * low(u[i]), d1 * high(u[i]));
+      }
+    }
+
     /* The warp's part of a piece: `at` its g, da 16 x 64. */
     static __device__ __forceinline__ void turn(uint32_t at, const float *da,
                                                 const float (&gate)[2], float (&sum)[2]) {
@@ -109,7 +122,10 @@ template <bool REMAKE> struct down_backward {
           load_matrices(g[(c + 1) % 2], slab_blocks<128>(at, c + 1));
           load_matrices(u[(c + 1) % 2], slab_blocks<128>(at + BLOCK, c + 1));
         }
-        derive(da + 8 * c, g[c % 2], u[c % 2], a, gate, sum);
+        if constexpr (SLOPES)
+          apply(da + 8 * c, g[c % 2], u[c % 2]);
+        else
+          derive(da + 8 * c, g[c % 2], u[c % 2], a, gate, sum);
         store_blocks(slab_blocks<128>(at, c), g[c % 2]);
         store_blocks(slab_blocks<128>(at + BLOCK, c), u[c % 2]);
         if constexpr (REMAKE) store_blocks(slab_blocks<128>(at + 2 * BLOCK, c), a);
@@ -144,11 +160,24 @@ template <bool REMAKE> struct down_backward {
       barrier_arrive(shared_address(&w.empty[place_of(t, piece) % RING]));
     }
 
+    /* The tile's part of the gates' gradients. */
+    __device__ __forceinline__ void leave_sums(const sm90_tile &t, int h, float (&sum)[2]) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        int row = h * 64 + warp_of_group() * 16 + lane_of_warp() / 4 + i * 8;
+        sum[i] += __shfl_xor_sync(full_warp, sum[i], 1);
+        sum[i] += __shfl_xor_sync(full_warp, sum[i], 2);
+        if (lane_of_warp() % 4 == 0 && row < t.rows)
+          p.dgates[(int64_t)(t.column / N) * p.rows + t.row + row] = sum[i];
+      }
+    }
+
     __device__ __forceinline__ void finish(const sm90_tile &t, float (&acc)[2][N / 2]) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        float gate[2] = {gates_pick(fetched, h, 0), gates_pick(fetched, h, 1)};
-        float sum[2] = {0.0f, 0.0f};
+        float gate[2] = {}, sum[2] = {};
+        if constexpr (!SLOPES)
+          gate[0] = gates_pick(fetched, h, 0), gate[1] = gates_pick(fetched, h, 1);
 #pragma unroll
         for (int q = 0; q < ACROSS; q++) {
           int piece = h * ACROSS + q;
@@ -158,14 +187,7 @@ template <bool REMAKE> struct down_backward {
           send(t, piece, at);
           if (piece > 0) release<1>(t, piece - 1);
         }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          int row = h * 64 + warp_of_group() * 16 + lane_of_warp() / 4 + i * 8;
-          sum[i] += __shfl_xor_sync(full_warp, sum[i], 1);
-          sum[i] += __shfl_xor_sync(full_warp, sum[i], 2);
-          if (lane_of_warp() % 4 == 0 && row < t.rows)
-            p.dgates[(int64_t)(t.column / N) * p.rows + t.row + row] = sum[i];
-        }
+        if constexpr (!SLOPES) leave_sums(t, h, sum);
       }
       release<0>(t, PIECES - 1);
     }
@@ -185,13 +207,13 @@ static __global__ void add_gates(const float *parts, const int32_t *offsets, int
 } // namespace sm90
 
 int64_t sm90_down_backward_scratch(int64_t rows, int64_t ffn) {
-  return div_up(ffn, sm90::down_backward<true>::N) * rows * (int64_t)sizeof(float);
+  return div_up(ffn, sm90::down_backward<MOE_GU_VALUES>::N) * rows * (int64_t)sizeof(float);
 }
 
-template <bool REMAKE>
+template <moe_gu_kind KIND>
 static moe_status launch(moe_device *dev, moe_tensor dy, moe_tensor offsets, moe_tensor w2,
                          moe_tensor gates, moe_tensor gu, moe_tensor a, moe_tensor dgates) {
-  using op = sm90::down_backward<REMAKE>;
+  using op = sm90::down_backward<KIND>;
   int64_t rows = dy.shape[0], d = dy.shape[1], e = w2.shape[0], f = a.shape[1];
   int64_t bytes = sm90_down_backward_scratch(rows, f);
   typename op::args p = {};
@@ -202,8 +224,8 @@ static moe_status launch(moe_device *dev, moe_tensor dy, moe_tensor offsets, moe
   p.gu = cuda_data<__nv_bfloat16>(gu);
   p.a = cuda_data<__nv_bfloat16>(a);
   p.ffn = (int)f;
-  p.dgates = static_cast<float *>(moe_device_scratch(dev, bytes));
-  if (p.dgates == nullptr)
+  p.dgates = op::SLOPES ? nullptr : static_cast<float *>(moe_device_scratch(dev, bytes));
+  if (!op::SLOPES && p.dgates == nullptr)
     return moe_fail(MOE_INVALID,
                     "expert_down_backward: %lld bytes of scratch are needed for %lld rows: plan "
                     "them with moe_expert_scratch",
@@ -220,6 +242,7 @@ static moe_status launch(moe_device *dev, moe_tensor dy, moe_tensor offsets, moe
   MOE_TRY(
       sm90_map(dev, &p.a_out, {a.data, MOE_BF16, {f, rows, 1, 1}, {f}, {op::WIDE, 16, 1, 1}, 128}));
   MOE_TRY(sm90_launch<op>(dev, p));
+  if (op::SLOPES) return MOE_OK;
   sm90::add_gates<<<(unsigned)div_up(rows, 256), 256, 0, cuda_of(dev)->stream>>>(
       p.dgates, p.offsets, p.experts, p.rows, p.n_tiles, cuda_data<float>(dgates));
   CUDA_LAUNCHED(dev);
@@ -227,8 +250,10 @@ static moe_status launch(moe_device *dev, moe_tensor dy, moe_tensor offsets, moe
 }
 
 moe_status sm90_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
-                                     moe_tensor w2, moe_tensor gates, moe_tensor gu,
-                                     moe_a_role role, moe_tensor a, moe_tensor dgates) {
-  return (role == MOE_A_WANTED ? launch<true> : launch<false>)(dev, dy, offsets, w2, gates, gu, a,
-                                                               dgates);
+                                     moe_tensor w2, moe_tensor gates, moe_gu_kind kind,
+                                     moe_tensor gu, moe_tensor a, moe_tensor dgates) {
+  auto make = kind == MOE_GU_SLOPES  ? launch<MOE_GU_SLOPES>
+              : kind == MOE_GU_AND_A ? launch<MOE_GU_AND_A>
+                                     : launch<MOE_GU_VALUES>;
+  return make(dev, dy, offsets, w2, gates, gu, a, dgates);
 }

@@ -365,12 +365,12 @@ template <class Op> static moe_status sm90_launch(moe_device *dev, const typenam
 /* ---- the products: experts_sm90_*.cu; contracts in kernels/ops.h ----------------------------- */
 
 moe_status sm90_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_tensor w13,
-                          moe_tensor gates, moe_tensor gu, moe_tensor a);
+                          moe_tensor gates, moe_gu_kind kind, moe_tensor gu, moe_tensor a);
 moe_status sm90_expert_down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_tensor w2,
                             moe_tensor y);
 moe_status sm90_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
-                                     moe_tensor w2, moe_tensor gates, moe_tensor gu,
-                                     moe_a_role role, moe_tensor a, moe_tensor dgates);
+                                     moe_tensor w2, moe_tensor gates, moe_gu_kind kind,
+                                     moe_tensor gu, moe_tensor a, moe_tensor dgates);
 int64_t sm90_down_backward_scratch(int64_t rows, int64_t ffn);
 moe_status sm90_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                    moe_tensor w13, moe_tensor dx);

@@ -28,4 +28,13 @@ __device__ __forceinline__ float swiglu_backward(float gate, float da, float *g,
   return gate * h;
 }
 
+/* g, u become the derivatives of a with respect to them; returns a. */
+template <typename T>
+__device__ __forceinline__ float swiglu_slopes(float gate, float *g, float *u) {
+  float s = sigmoid_for<T>(*g), by_u = gate * (*g * s), a = by_u * *u;
+  *g = *u * fmaf(s, gate - by_u, by_u); /* gate silu' = gate s + gate silu (1 - s) */
+  *u = by_u;
+  return a;
+}
+
 #endif

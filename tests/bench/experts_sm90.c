@@ -10,10 +10,10 @@
  * Columns are medians of ROUNDS launches between device events, the device idle before each
  * ("burst"), then own and GEMM again in unbroken runs of SUSTAINED launches, where the power limit
  * rules. Inputs are random and, where they would fit the cache, rotate over several copies.
- * down_backward, which where the forward's a was kept need not make it again, changes gu in place:
- * in its unbroken run each launch has a fresh copy, and there are as many launches as FRESH_GB
- * holds copies. For SECONDS it takes turns with a copy, whose time and joules, measured alone, are
- * taken off again. */
+ * up and down_backward have gu hold g and u, or slopes, where the forward's a is kept.
+ * down_backward changes gu in place: in its unbroken run each launch has a fresh copy, and there
+ * are as many launches as FRESH_GB holds copies. For SECONDS it takes turns with a copy, whose time
+ * and joules, measured alone, are taken off again. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,16 +27,25 @@ enum { FRESH_GB = 40 };
 enum { OWN = 0, GEMM, CUBLAS, CONTESTANTS };
 typedef enum {
   UP,
+  SLOPES_UP,
   DOWN,
   DOWN_BACKWARD,
   KEPT_BACKWARD,
+  SLOPES_BACKWARD,
   UP_BACKWARD,
   GRAD_W13,
   GRAD_W2,
   PRODUCTS
 } product;
-static const char *const names[] = {
-    "up", "down", "down_backward", "down_backward, a kept", "up_backward", "grad w13", "grad w2"};
+static const char *const names[] = {"up",
+                                    "up, slopes",
+                                    "down",
+                                    "down_backward",
+                                    "down_backward, a kept",
+                                    "down_backward, slopes",
+                                    "up_backward",
+                                    "grad w13",
+                                    "grad w2"};
 
 static moe_device *own, *cublas;
 static int64_t e, C, bounds[MOST_EXPERTS + 1]; /* experts, rows, where segments begin */
@@ -55,8 +64,11 @@ static moe_tensor at(rotating x) {
   return x.copy[turn % x.copies];
 }
 
+static bool makes_gu(product k) {
+  return k == UP || k == SLOPES_UP;
+}
 static bool changes_gu(product k) {
-  return k == DOWN_BACKWARD || k == KEPT_BACKWARD;
+  return k >= DOWN_BACKWARD && k <= SLOPES_BACKWARD;
 }
 
 static void copy_more(rotating *x, moe_tensor t, int copies, double scale) {
@@ -114,16 +126,22 @@ static void tear_down(void) {
 static void operation(moe_device *dev, product k) {
   switch (k) {
   case UP:
-    must(moe_expert_up(dev, at(x), offsets, at(w13), at(gates), at(gu), at(a_out)));
+  case SLOPES_UP:
+    must(moe_expert_up(dev, at(x), offsets, at(w13), at(gates),
+                       k == UP ? MOE_GU_VALUES : MOE_GU_SLOPES, at(gu), at(a_out)));
     break;
   case DOWN:
     must(moe_expert_down(dev, at(a), offsets, at(w2), at(rows_out)));
     break;
   case DOWN_BACKWARD:
   case KEPT_BACKWARD:
-    must(moe_expert_down_backward(dev, at(dy), offsets, at(w2), at(gates), at(gu),
-                                  k == KEPT_BACKWARD ? MOE_A_WORK : MOE_A_WANTED, at(a_out),
-                                  at(dgates)));
+    must(moe_expert_down_backward(dev, at(dy), offsets, at(w2), at(gates),
+                                  k == DOWN_BACKWARD ? MOE_GU_VALUES : MOE_GU_AND_A, at(gu),
+                                  at(a_out), at(dgates)));
+    break;
+  case SLOPES_BACKWARD:
+    must(moe_expert_down_backward(dev, at(dy), offsets, at(w2), at(gates), MOE_GU_SLOPES, at(gu),
+                                  at(a_out), moe_tensor_none()));
     break;
   case UP_BACKWARD:
     must(moe_expert_up_backward(dev, at(pristine), offsets, at(w13), at(rows_out)));
@@ -149,16 +167,16 @@ static moe_tensor matrix(moe_tensor t, int64_t j) {
 static void products_alone(product k) {
   moe_gemm_form form = k <= DOWN ? MOE_NT : k <= UP_BACKWARD ? MOE_NN : MOE_TN;
   for (int64_t j = 0; j < e; j++) {
-    moe_tensor l = k == UP            ? part(at(x), j)
+    moe_tensor l = makes_gu(k)        ? part(at(x), j)
                    : k == DOWN        ? part(at(a), j)
                    : k == GRAD_W13    ? part(at(pristine), j)
                    : k == UP_BACKWARD ? part(at(pristine), j)
                                       : part(at(dy), j);
-    moe_tensor r = k == UP || k == UP_BACKWARD  ? matrix(at(w13), j)
-                   : k == DOWN || changes_gu(k) ? matrix(at(w2), j)
-                   : k == GRAD_W13              ? part(at(x), j)
-                                                : part(at(a), j);
-    moe_tensor o = k == UP         ? part(at(gu), j)
+    moe_tensor r = makes_gu(k) || k == UP_BACKWARD ? matrix(at(w13), j)
+                   : k == DOWN || changes_gu(k)    ? matrix(at(w2), j)
+                   : k == GRAD_W13                 ? part(at(x), j)
+                                                   : part(at(a), j);
+    moe_tensor o = makes_gu(k)     ? part(at(gu), j)
                    : changes_gu(k) ? part(at(a_out), j)
                    : k == GRAD_W13 ? matrix(at(dw13), j)
                    : k == GRAD_W2  ? matrix(at(dw2), j)
@@ -195,7 +213,7 @@ static double launches(int who, product k, int count) {
 }
 
 static double tera_flops(product k) {
-  return 1e-12 * (double)C * D * F * (k == UP || k == UP_BACKWARD || k == GRAD_W13 ? 4 : 2);
+  return 1e-12 * (double)C * D * F * (makes_gu(k) || k == UP_BACKWARD || k == GRAD_W13 ? 4 : 2);
 }
 
 /* ---- measuring ------------------------------------------------------------------------------- */
@@ -215,7 +233,7 @@ static void sustain(product k, double seconds[2]) {
     copy_more(&gu, gu.copy[0], count, 1);
   }
   for (int who = OWN; who <= GEMM; who++) seconds[who] = launches(who, k, count);
-  if (changes_gu(k) || k == UP) /* these wrote over gu */
+  if (changes_gu(k) || makes_gu(k)) /* these wrote over gu */
     for (int i = 0; i < gu.copies; i++) fill(own, draws, gu.copy[i], 1);
 }
 

@@ -168,12 +168,13 @@ static void make_moe(void) {
   X("combine_rows", 2.0 * T * D + 2.0 * ROUTED * D, 0,                                             \
     moe_combine_rows(dev, at(sorted), at(slot), 0, 0, at(y)))                                      \
   X("expert_up", 2.0 * ROUTED * (D + 3 * F), ROUTED * 4 * D * F,                                   \
-    moe_expert_up(dev, at(sorted), at(offsets), at(w13), at(sorted_gates), at(gu), at(a)))         \
+    moe_expert_up(dev, at(sorted), at(offsets), at(w13), at(sorted_gates), MOE_GU_VALUES, at(gu),  \
+                  at(a)))                                                                          \
   X("expert_down", 2.0 * ROUTED * (D + F), ROUTED * 2 * D * F,                                     \
     moe_expert_down(dev, at(a), at(offsets), at(w2), at(dhidden)))                                 \
   X("expert_down_backward", 2.0 * ROUTED * (D + 5 * F), ROUTED * 2 * D * F,                        \
-    moe_expert_down_backward(dev, at(sorted), at(offsets), at(w2), at(sorted_gates), at(gu),       \
-                             MOE_A_WANTED, at(again), at(dgates)))                                 \
+    moe_expert_down_backward(dev, at(sorted), at(offsets), at(w2), at(sorted_gates),               \
+                             MOE_GU_VALUES, at(gu), at(again), at(dgates)))                        \
   X("expert_up_backward", 2.0 * ROUTED * (D + 2 * F), ROUTED * 4 * D * F,                          \
     moe_expert_up_backward(dev, at(gu), at(offsets), at(w13), at(dhidden)))                        \
   X("expert_weight_grad w13", 2.0 * ROUTED * (D + 2 * F) + 16.0 * E * D * F, ROUTED * 4 * D * F,   \

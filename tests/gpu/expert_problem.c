@@ -16,9 +16,17 @@
 enum { TAIL = 40, NORMALS = 1000003 };
 static const double OFFSET = 3.0; /* what sums of squares are added to */
 
-const char *const product_names[] = {
-    "up",      "down",     "down_backward", "down_backward, a kept", "up_backward", "grad w13",
-    "grad w2", "half w13", "half w2"};
+const char *const product_names[] = {"up",
+                                     "up, slopes",
+                                     "down",
+                                     "down_backward",
+                                     "down_backward, a kept",
+                                     "down_backward, slopes",
+                                     "up_backward",
+                                     "grad w13",
+                                     "grad w2",
+                                     "half w13",
+                                     "half w2"};
 
 static moe_device *hopper, *cublas, *cpu;
 static float normals[NORMALS];
@@ -105,8 +113,9 @@ void problem_release(problem *p) {
 static int results(product k, const problem *p, result *r) {
   int64_t d = p->s.d, f = p->s.f, e = p->s.e;
   const double half = 3e-3, sums = 1e-4;
-  result gu = {k == UP ? "gu" : "dgu", p->c, p->used, 2 * f, half, MOE_BF16, NULL};
-  result a = {"a", p->c, p->used, f, k == UP ? 2 * half : half, MOE_BF16, NULL};
+  bool up = k == UP || k == SLOPES_UP;
+  result gu = {up ? "gu" : "dgu", p->c, p->used, 2 * f, half, MOE_BF16, NULL};
+  result a = {"a", p->c, p->used, f, up ? 2 * half : half, MOE_BF16, NULL};
   result gates = {"dgates", p->c, p->used, 1, sums, MOE_F32, NULL};
   result rows = {k == DOWN ? "y" : "dx", p->c, p->used, d, half, MOE_BF16, NULL};
   result w13 = {"dw13", e * 2 * f, e * 2 * f, d, sums, MOE_F32, NULL};
@@ -115,6 +124,7 @@ static int results(product k, const problem *p, result *r) {
   r[1] = squares;
   switch (k) {
   case UP:
+  case SLOPES_UP:
     r[0] = gu, r[1] = a;
     return 2;
   case DOWN_BACKWARD:
@@ -123,6 +133,9 @@ static int results(product k, const problem *p, result *r) {
   case KEPT_BACKWARD:
     r[0] = gu, r[1] = gates;
     return 2;
+  case SLOPES_BACKWARD:
+    r[0] = gu;
+    return 1;
   case GRAD_W13:
     r[0] = w13;
     return 2;
@@ -223,19 +236,21 @@ static int run_on(moe_device *dev, product k, moe_dtype act, const problem *p, i
   moe_device_set_scratch(dev, scratch.data, bytes);
 #define ROWS(v, width) put(&b, act, p->v, c, width, 0)
 #define GATES put(&b, MOE_F32, p->gates, c, 0, 0)
-  if (k == UP) {
+  if (k == UP || k == SLOPES_UP) {
     out[0] = poisoned(&b, act, c, 2 * f, 0), out[1] = poisoned(&b, act, c, f, 0);
-    OK(moe_expert_up(dev, ROWS(x, d), offsets, put(&b, act, p->w13, e, 2 * f, d), GATES, out[0],
-                     out[1]));
+    OK(moe_expert_up(dev, ROWS(x, d), offsets, put(&b, act, p->w13, e, 2 * f, d), GATES,
+                     k == UP ? MOE_GU_VALUES : MOE_GU_SLOPES, out[0], out[1]));
   } else if (k == DOWN) {
     out[0] = poisoned(&b, act, c, d, 0);
     OK(moe_expert_down(dev, ROWS(a, f), offsets, put(&b, act, p->w2, e, d, f), out[0]));
-  } else if (k == DOWN_BACKWARD || k == KEPT_BACKWARD) {
-    bool remake = k == DOWN_BACKWARD;
-    moe_tensor a = poisoned(&b, act, c, f, 0), dgates = poisoned(&b, MOE_F32, c, 0, 0);
+  } else if (k >= DOWN_BACKWARD && k <= SLOPES_BACKWARD) {
+    bool slopes = k == SLOPES_BACKWARD, remake = k == DOWN_BACKWARD;
+    moe_gu_kind kind = slopes ? MOE_GU_SLOPES : remake ? MOE_GU_VALUES : MOE_GU_AND_A;
+    moe_tensor a = poisoned(&b, act, c, f, 0);
+    moe_tensor dgates = slopes ? moe_tensor_none() : poisoned(&b, MOE_F32, c, 0, 0);
     out[0] = ROWS(gu, 2 * f), out[1] = remake ? a : dgates, out[2] = dgates;
     OK(moe_expert_down_backward(dev, ROWS(dy, d), offsets, put(&b, act, p->w2, e, d, f), GATES,
-                                out[0], remake ? MOE_A_WANTED : MOE_A_WORK, a, dgates));
+                                kind, out[0], a, dgates));
   } else if (k == UP_BACKWARD) {
     out[0] = poisoned(&b, act, c, d, 0);
     OK(moe_expert_up_backward(dev, ROWS(gu, 2 * f), offsets, put(&b, act, p->w13, e, 2 * f, d),

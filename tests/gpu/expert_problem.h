@@ -9,12 +9,15 @@
 #include "kernels/ops.h"
 
 enum { MOST_EXPERTS = 20 };
-/* KEPT: without making a again. HALF: weight gradients in bf16; their references stay f32. */
+/* KEPT: without making a again. SLOPES: a's derivatives in place of g and u. HALF: weight gradients
+ * in bf16; their references stay f32. */
 typedef enum {
   UP,
+  SLOPES_UP,
   DOWN,
   DOWN_BACKWARD,
   KEPT_BACKWARD,
+  SLOPES_BACKWARD,
   UP_BACKWARD,
   GRAD_W13,
   GRAD_W2,

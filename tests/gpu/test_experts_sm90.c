@@ -41,9 +41,11 @@ static void on_the_shapes(product k) {
     on_the_shapes(k);                                                                         \
   }
 PRODUCT(up_agrees, UP)
+PRODUCT(up_with_slopes_agrees, SLOPES_UP)
 PRODUCT(down_agrees, DOWN)
 PRODUCT(down_backward_agrees, DOWN_BACKWARD)
 PRODUCT(down_backward_beside_a_kept_activation_agrees, KEPT_BACKWARD)
+PRODUCT(down_backward_from_slopes_agrees, SLOPES_BACKWARD)
 PRODUCT(up_backward_agrees, UP_BACKWARD)
 PRODUCT(gradient_of_w13_agrees, GRAD_W13)
 PRODUCT(gradient_of_w2_agrees, GRAD_W2)
@@ -150,4 +152,27 @@ Test(gpu_experts_sm90, backward_beside_a_kept_activation_makes_the_same_gradient
   problem_release(&p);
   cr_assert(differ == 0, "%lld gradients of g and u differ", (long long)differ);
   cr_assert(worst < 1e-4, "gradients of gates differ by %g", worst);
+}
+
+/* Forward and back by both ways: what differs is how often bf16 was rounded. */
+Test(gpu_experts_sm90, backward_from_slopes_makes_the_same_gradients, .init = problem_open,
+     .fini = problem_close, .timeout = 300) {
+  static const product forward[2] = {UP, SLOPES_UP}, back[2] = {DOWN_BACKWARD, SLOPES_BACKWARD};
+  problem p = problem_make(shapes[4], 6);
+  result up[2][2], dgu[2][3];
+  double error = 0.0, size = 0.0;
+  free(p.gu);
+  for (int i = 0; i < 2; i++) {
+    problem_run(forward[i], &p, 0, up[i]);
+    p.gu = up[i][0].v;
+    problem_run(back[i], &p, 0, dgu[i]);
+  }
+  for (int64_t i = 0; i < p.used * 2 * p.s.f; i++) {
+    double want = (double)dgu[0][0].v[i], off = (double)dgu[1][0].v[i] - want;
+    error += off * off, size += want * want;
+  }
+  for (int i = 0; i < 3; i++) free(dgu[0][i].v);
+  free(dgu[1][0].v), free(up[0][0].v), free(up[0][1].v), free(up[1][1].v);
+  problem_release(&p);
+  cr_assert(error <= 25e-6 * size, "they differ by %g of their size", sqrt(error / size));
 }

@@ -198,17 +198,39 @@ static network make(moe_dtype act, int64_t d, int64_t f, const int64_t *counts, 
   return n;
 }
 
+/* Forward and back where a's derivatives are kept in place of g and u. */
+static void check_slopes(const network *n, moe_dtype act, int64_t f, double once) {
+  both slopes = both_output("slopes", act, SHAPE(n->rows, 2 * f));
+  both a = both_output("a beside slopes", act, SHAPE(n->rows, f));
+  both slot = both_ints("slot", SHAPE(n->used, 1), -1, n->used);
+  both dgates = both_output("dgates of slots", MOE_F32, SHAPE(n->used, 1));
+  BOTH(moe_expert_up(dev, n->x.t[s], n->offsets.t[s], n->w13.t[s], n->gates.t[s], MOE_GU_SLOPES,
+                     slopes.t[s], a.t[s]));
+  ROWS_AGREE(slopes, n->used, 2 * once);
+  ROWS_AGREE(a, n->used, 2 * once);
+  both_align(slopes);
+  BOTH(moe_expert_down_backward(dev, n->dy.t[s], n->offsets.t[s], n->w2.t[s], n->gates.t[s],
+                                MOE_GU_SLOPES, slopes.t[s], a.t[s], moe_tensor_none()));
+  ROWS_AGREE(slopes, n->used, 2 * once);
+  BOTH(moe_gates_backward(dev, moe_tensor_rows(n->dy.t[s], 0, n->used), n->y.t[s], slot.t[s],
+                          moe_tensor_2d(n->gates.t[s].data, MOE_F32, n->used, 1), dgates.t[s]));
+  AGREE(dgates, 4e-6);
+}
+
 static void check_network(moe_dtype act, int64_t d, int64_t f, const int64_t *counts, int64_t pad) {
   network n = make(act, d, f, counts, pad);
   double once = 1.5 * rounding(act), sums = act == MOE_F32 ? 4e-6 : 4e-5;
-  BOTH(moe_expert_up(dev, n.x.t[s], n.offsets.t[s], n.w13.t[s], n.gates.t[s], n.gu.t[s], n.a.t[s]));
+  BOTH(moe_expert_up(dev, n.x.t[s], n.offsets.t[s], n.w13.t[s], n.gates.t[s], MOE_GU_VALUES,
+                     n.gu.t[s], n.a.t[s]));
   ROWS_AGREE(n.gu, n.used, once);
   ROWS_AGREE(n.a, n.used, 2 * once);
   both_align(n.gu), both_align(n.a);
   BOTH(moe_expert_down(dev, n.a.t[s], n.offsets.t[s], n.w2.t[s], n.y.t[s]));
   ROWS_AGREE(n.y, n.used, once);
-  BOTH(moe_expert_down_backward(dev, n.dy.t[s], n.offsets.t[s], n.w2.t[s], n.gates.t[s], n.gu.t[s],
-                                MOE_A_WANTED, n.again.t[s], n.dgates.t[s]));
+  both_align(n.y);
+  check_slopes(&n, act, f, once);
+  BOTH(moe_expert_down_backward(dev, n.dy.t[s], n.offsets.t[s], n.w2.t[s], n.gates.t[s],
+                                MOE_GU_VALUES, n.gu.t[s], n.again.t[s], n.dgates.t[s]));
   ROWS_AGREE(n.gu, n.used, 2 * once);
   ROWS_AGREE(n.again, n.used, 2 * once);
   ROWS_AGREE(n.dgates, n.used, 2 * once);
@@ -285,14 +307,24 @@ static uint64_t gradients_once(void) {
                              dx.t[s], dweight.t[s]));
   ON_GPU(moe_rms_norm_backward(dev, dx.t[s], r.x.t[s], gain.t[s], r.lse.t[s], dx.t[s], dgain.t[s]));
   ON_GPU(moe_cross_entropy(dev, logits.t[s], targets.t[s], 1.0f, 1, loss.t[s], both_none().t[s]));
-  ON_GPU(
-      moe_expert_up(dev, n.x.t[s], n.offsets.t[s], n.w13.t[s], n.gates.t[s], n.gu.t[s], n.a.t[s]));
+  ON_GPU(moe_expert_up(dev, n.x.t[s], n.offsets.t[s], n.w13.t[s], n.gates.t[s], MOE_GU_VALUES,
+                       n.gu.t[s], n.a.t[s]));
   ON_GPU(moe_expert_down_backward(dev, n.dy.t[s], n.offsets.t[s], n.w2.t[s], n.gates.t[s],
-                                  n.gu.t[s], MOE_A_WANTED, n.again.t[s], n.dgates.t[s]));
+                                  MOE_GU_VALUES, n.gu.t[s], n.again.t[s], n.dgates.t[s]));
   ON_GPU(moe_expert_weight_grad(dev, n.gu.t[s], n.x.t[s], n.offsets.t[s], 0, n.dw13.t[s],
                                 both_none().t[s]));
-  const both outputs[] = {r.stats, r.gates, dlogits, dx,       dweight,
-                          dgain,   logits,  loss,    n.dgates, n.dw13};
+  both slopes = both_output("slopes", MOE_BF16, SHAPE(n.rows, 2 * 384));
+  both slot = both_ints("slot", SHAPE(n.used, 1), -1, n.used);
+  both row_dgates = both_output("dgates of slots", MOE_F32, SHAPE(n.used, 1));
+  ON_GPU(moe_expert_up(dev, n.x.t[s], n.offsets.t[s], n.w13.t[s], n.gates.t[s], MOE_GU_SLOPES,
+                       slopes.t[s], n.a.t[s]));
+  ON_GPU(moe_expert_down(dev, n.a.t[s], n.offsets.t[s], n.w2.t[s], n.y.t[s]));
+  ON_GPU(moe_expert_down_backward(dev, n.dy.t[s], n.offsets.t[s], n.w2.t[s], n.gates.t[s],
+                                  MOE_GU_SLOPES, slopes.t[s], n.again.t[s], moe_tensor_none()));
+  ON_GPU(moe_gates_backward(dev, moe_tensor_rows(n.dy.t[s], 0, n.used), n.y.t[s], slot.t[s],
+                            moe_tensor_2d(n.gates.t[s].data, MOE_F32, n.used, 1), row_dgates.t[s]));
+  const both outputs[] = {r.stats, r.gates, dlogits,  dx,     dweight, dgain,
+                          logits,  loss,    n.dgates, n.dw13, slopes,  row_dgates};
   uint64_t hash = 0;
   for (size_t i = 0; i < sizeof outputs / sizeof *outputs; i++)
     hash = hash * 31 + both_hash(outputs[i]);

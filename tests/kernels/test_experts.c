@@ -72,6 +72,10 @@ static void check_rows(const experts *x, op_tensor t, const double *want, double
 static double silu(double g) {
   return g / (1.0 + exp(-g));
 }
+static double silu_slope(double g) {
+  double s = 1.0 / (1.0 + exp(-g));
+  return s * (1.0 + g * (1.0 - s));
+}
 
 /* ---- forward --------------------------------------------------------------------------------- */
 
@@ -82,19 +86,30 @@ static void up(moe_device *dev, moe_dtype act) {
     op_tensor in = input(dev, &x, "x", act, d);
     op_tensor gu = op_output(dev, "gu", act, OP_SHAPE(x.c, 2 * f));
     op_tensor a = op_output(dev, "a", act, OP_SHAPE(x.c, f));
-    op_ok(moe_expert_up(dev, in.t, x.offsets.t, x.w13.t, x.gates.t, gu.t, a.t));
+    op_tensor slopes = op_output(dev, "slopes", act, OP_SHAPE(x.c, 2 * f));
+    op_tensor other_a = op_output(dev, "a beside slopes", act, OP_SHAPE(x.c, f));
+    op_ok(moe_expert_up(dev, in.t, x.offsets.t, x.w13.t, x.gates.t, MOE_GU_VALUES, gu.t, a.t));
+    op_ok(moe_expert_up(dev, in.t, x.offsets.t, x.w13.t, x.gates.t, MOE_GU_SLOPES, slopes.t,
+                        other_a.t));
     double *want_gu = op_doubles(x.c * 2 * f), *want_a = op_doubles(x.c * f);
+    double *want_slopes = op_doubles(x.c * 2 * f);
     for (int64_t r = 0; r < x.used; r++) {
       const double *w = x.w13.v + owner(&x, r) * 2 * f * d;
-      double *row = want_gu + r * 2 * f;
+      double *row = want_gu + r * 2 * f, *slope = want_slopes + r * 2 * f, gate = x.gates.v[r];
       for (int64_t i = 0; i < 2 * f; i++) row[i] = op_dot(in.v + r * d, w + i * d, d);
-      for (int64_t i = 0; i < f; i++) want_a[r * f + i] = x.gates.v[r] * silu(row[i]) * row[f + i];
+      for (int64_t i = 0; i < f; i++) {
+        want_a[r * f + i] = gate * silu(row[i]) * row[f + i];
+        slope[i] = gate * silu_slope(row[i]) * row[f + i];
+        slope[f + i] = gate * silu(row[i]);
+      }
     }
     check_rows(&x, gu, want_gu, op_tolerance(act));
     check_rows(&x, a, want_a, 2.0 * op_tolerance(act));
+    check_rows(&x, slopes, want_slopes, 2.0 * op_tolerance(act));
+    check_rows(&x, other_a, want_a, 2.0 * op_tolerance(act));
   }
 }
-Test(experts, up_makes_gate_up_and_gated_activation) {
+Test(experts, up_makes_gate_up_or_slopes_and_gated_activation) {
   op_each(up);
 }
 
@@ -122,6 +137,8 @@ static void down_backward(moe_device *dev, moe_dtype act) {
     experts x = make(dev, act, shapes[n]);
     int64_t d = x.s.d, f = x.s.f;
     op_tensor dy = input(dev, &x, "dy", act, d), gu = input(dev, &x, "gu", act, 2 * f);
+    op_tensor slopes = op_clone(dev, gu), work = op_output(dev, "work", act, OP_SHAPE(x.c, f));
+    double *want_slopes = op_doubles(x.c * 2 * f);
     op_tensor a = op_output(dev, "a", act, OP_SHAPE(x.c, f));
     op_tensor dgates = op_output(dev, "dgates", MOE_F32, OP_SHAPE(x.c));
     double *want_dgu = op_doubles(x.c * 2 * f), *want_a = op_doubles(x.c * f);
@@ -134,18 +151,57 @@ static void down_backward(moe_device *dev, moe_dtype act) {
           da += dy.v[r * d + c] * x.w2.v[(owner(&x, r) * d + c) * f + i];
         want_a[r * f + i] = gate * g * s * u;
         want_dgates[r] += da * g * s * u;
-        want_dgu[r * 2 * f + i] = gate * da * u * s * (1.0 + g * (1.0 - s));
+        want_dgu[r * 2 * f + i] = gate * da * u * silu_slope(g);
         want_dgu[r * 2 * f + f + i] = gate * da * g * s;
+        want_slopes[r * 2 * f + i] = da * g;
+        want_slopes[r * 2 * f + f + i] = da * u;
       }
-    op_ok(moe_expert_down_backward(dev, dy.t, x.offsets.t, x.w2.t, x.gates.t, gu.t, MOE_A_WANTED,
+    op_ok(moe_expert_down_backward(dev, dy.t, x.offsets.t, x.w2.t, x.gates.t, MOE_GU_VALUES, gu.t,
                                    a.t, dgates.t));
+    op_ok(moe_expert_down_backward(dev, dy.t, x.offsets.t, x.w2.t, x.gates.t, MOE_GU_SLOPES,
+                                   slopes.t, work.t, moe_tensor_none()));
+    check_rows(&x, slopes, want_slopes, 2.0 * op_tolerance(act));
     check_rows(&x, gu, want_dgu, 2.0 * op_tolerance(act));
     check_rows(&x, a, want_a, 2.0 * op_tolerance(act));
     check_rows(&x, dgates, want_dgates, 2.0 * op_tolerance(act));
   }
 }
-Test(experts, down_backward_turns_gate_and_up_into_their_gradients) {
+Test(experts, down_backward_turns_gate_and_up_or_slopes_into_their_gradients) {
   op_each(down_backward);
+}
+
+/* Rows that no slot names are NaN; some slots name none, or one beyond the rows there are. */
+static void gates_backward(moe_device *dev, moe_dtype act) {
+  enum { R = 37, K = 3, C = 90 };
+  const int64_t widths[] = {1, 77, 768};
+  for (int n = 0; n < 3; n++) {
+    int64_t d = widths[n];
+    op_tensor dy = op_random(dev, "dy", act, OP_SHAPE(R, d), 1.0);
+    op_tensor y = op_random(dev, "y", act, OP_SHAPE(C, d), 1.0);
+    op_tensor gates = op_random(dev, "gates", MOE_F32, OP_SHAPE(R, K), 0.5);
+    op_tensor dgates = op_output(dev, "dgates", MOE_F32, OP_SHAPE(R, K));
+    int32_t *slots = op_int32s(R * K);
+    double *want = op_doubles(R * K), *named = op_doubles(C);
+    for (int64_t i = 0; i < R * K; i++) { /* a stride that visits each row at most once */
+      slots[i] = (int32_t)(i * 7 % (R * K));
+      if (i % 5 == 0) slots[i] = -1;
+      if (i % 11 == 3) gates.v[i] = 0.0;
+      bool there = slots[i] >= 0 && slots[i] < C;
+      if (there) named[slots[i]] = 1.0;
+      if (there && gates.v[i] != 0.0)
+        want[i] = op_dot(dy.v + i / K * d, y.v + slots[i] * d, d) / gates.v[i];
+    }
+    for (int64_t i = 0; i < C * d; i++)
+      if (named[i / d] == 0.0) y.v[i] = NAN;
+    y = op_values(dev, "y", act, OP_SHAPE(C, d), y.v);
+    gates = op_values(dev, "gates", MOE_F32, OP_SHAPE(R, K), gates.v);
+    op_tensor slot = op_ints(dev, "slot", OP_SHAPE(R, K), slots);
+    op_ok(moe_gates_backward(dev, dy.t, y.t, slot.t, gates.t, dgates.t));
+    op_close(dgates, want, 2e-6);
+  }
+}
+Test(experts, gates_backward_is_a_dot_product_with_what_came_back) {
+  op_each(gates_backward);
 }
 
 static void up_backward(moe_device *dev, moe_dtype act) {
@@ -260,24 +316,37 @@ static int64_t append(double *values, int64_t at, const op_tensor *x) {
   return at + x->count;
 }
 
-static void differences(moe_device *dev, moe_dtype act) {
-  if (act != MOE_F32) return;
+/* Each sorted row as a token of its own: slot[r, 0] = r. */
+static op_tensor own_slots(moe_device *dev, int64_t rows) {
+  int32_t *slots = op_int32s(rows);
+  for (int64_t r = 0; r < rows; r++) slots[r] = (int32_t)r;
+  return op_ints(dev, "slot", OP_SHAPE(rows, 1), slots);
+}
+
+static void check_differences(moe_device *dev, moe_dtype act, moe_gu_kind kind) {
   experts x = make(dev, act, (shape){6, 10, 3, 0, {4, 0, 7}});
   int64_t d = x.s.d, f = x.s.f, c = x.c, e = x.s.e;
   op_tensor in = input(dev, &x, "x", act, d), dy = input(dev, &x, "dy", act, d);
   op_tensor gu = op_output(dev, "gu", act, OP_SHAPE(c, 2 * f));
   op_tensor a = op_output(dev, "a", act, OP_SHAPE(c, f));
   op_tensor again = op_output(dev, "a again", act, OP_SHAPE(c, f));
+  op_tensor y = op_output(dev, "y", act, OP_SHAPE(c, d)), slot = own_slots(dev, c);
   op_tensor dx = op_output(dev, "dx", act, OP_SHAPE(c, d));
   op_tensor dgates = op_output(dev, "dgates", MOE_F32, OP_SHAPE(c));
   op_tensor dw13 = op_output(dev, "dw13", MOE_F32, OP_SHAPE(e, 2 * f, d));
   op_tensor dw2 = op_output(dev, "dw2", MOE_F32, OP_SHAPE(e, d, f));
-  op_ok(moe_expert_up(dev, in.t, x.offsets.t, x.w13.t, x.gates.t, gu.t, a.t));
-  op_ok(moe_expert_down_backward(dev, dy.t, x.offsets.t, x.w2.t, x.gates.t, gu.t, MOE_A_WANTED,
-                                 again.t, dgates.t));
+  bool slopes = kind == MOE_GU_SLOPES;
+  op_ok(moe_expert_up(dev, in.t, x.offsets.t, x.w13.t, x.gates.t, kind, gu.t, a.t));
+  op_ok(moe_expert_down(dev, a.t, x.offsets.t, x.w2.t, y.t));
+  op_ok(moe_expert_down_backward(dev, dy.t, x.offsets.t, x.w2.t, x.gates.t, kind, gu.t, again.t,
+                                 slopes ? moe_tensor_none() : dgates.t));
+  if (slopes)
+    op_ok(moe_gates_backward(dev, dy.t, y.t, slot.t, moe_tensor_2d(x.gates.t.data, MOE_F32, c, 1),
+                             moe_tensor_2d(dgates.t.data, MOE_F32, c, 1)));
   op_ok(moe_expert_up_backward(dev, gu.t, x.offsets.t, x.w13.t, dx.t));
   op_ok(moe_expert_weight_grad(dev, gu.t, in.t, x.offsets.t, 0, dw13.t, moe_tensor_none()));
-  op_ok(moe_expert_weight_grad(dev, dy.t, again.t, x.offsets.t, 0, dw2.t, moe_tensor_none()));
+  op_ok(moe_expert_weight_grad(dev, dy.t, slopes ? a.t : again.t, x.offsets.t, 0, dw2.t,
+                               moe_tensor_none()));
 
   int64_t count = in.count + x.gates.count + x.w13.count + x.w2.count;
   double *values = op_doubles(count), *want = op_doubles(count);
@@ -289,35 +358,40 @@ static void differences(moe_device *dev, moe_dtype act) {
   op_close(dw13, want + in.count + c, 2e-6);
   op_close(dw2, want + in.count + c + dw13.count, 2e-6);
 }
+static void differences(moe_device *dev, moe_dtype act) {
+  if (act != MOE_F32) return;
+  check_differences(dev, act, MOE_GU_VALUES);
+  check_differences(dev, act, MOE_GU_SLOPES);
+}
 Test(experts, gradients_agree_with_central_differences) {
   op_each(differences);
 }
 
-/* Whether a is wanted, there or kept elsewhere: the same bits, and a is the forward's. */
-static void roles(moe_device *dev, moe_dtype act) {
+/* Whether a is made again or there: the same bits, and a is the forward's. */
+static void kinds(moe_device *dev, moe_dtype act) {
   for (int n = 0; n < SHAPES; n++) {
     experts x = make(dev, act, shapes[n]);
     int64_t d = x.s.d, f = x.s.f;
     op_tensor in = input(dev, &x, "x", act, d), dy = input(dev, &x, "dy", act, d);
     op_tensor gu = op_output(dev, "gu", act, OP_SHAPE(x.c, 2 * f));
-    op_tensor forward = op_output(dev, "a", act, OP_SHAPE(x.c, f)), dgu[3], dgates[3];
-    op_ok(moe_expert_up(dev, in.t, x.offsets.t, x.w13.t, x.gates.t, gu.t, forward.t));
+    op_tensor forward = op_output(dev, "a", act, OP_SHAPE(x.c, f)), dgu[2], dgates[2];
+    op_ok(
+        moe_expert_up(dev, in.t, x.offsets.t, x.w13.t, x.gates.t, MOE_GU_VALUES, gu.t, forward.t));
     op_read(&gu), op_read(&forward);
-    for (int role = MOE_A_WANTED; role <= MOE_A_WORK; role++) {
-      op_tensor a = role == MOE_A_THERE ? op_clone(dev, forward)
-                                        : op_output(dev, "a again", act, OP_SHAPE(x.c, f));
-      dgu[role] = op_clone(dev, gu);
-      dgates[role] = op_output(dev, "dgates", MOE_F32, OP_SHAPE(x.c));
-      op_ok(moe_expert_down_backward(dev, dy.t, x.offsets.t, x.w2.t, x.gates.t, dgu[role].t,
-                                     (moe_a_role)role, a.t, dgates[role].t));
-      if (role != MOE_A_WORK) check_rows(&x, a, forward.v, 0.0);
-      check_rows(&x, dgu[role], op_read(&dgu[0]), 0.0);
-      check_rows(&x, dgates[role], op_read(&dgates[0]), 0.0);
+    for (int i = 0; i < 2; i++) {
+      op_tensor a = i ? op_clone(dev, forward) : op_output(dev, "a again", act, OP_SHAPE(x.c, f));
+      dgu[i] = op_clone(dev, gu);
+      dgates[i] = op_output(dev, "dgates", MOE_F32, OP_SHAPE(x.c));
+      op_ok(moe_expert_down_backward(dev, dy.t, x.offsets.t, x.w2.t, x.gates.t,
+                                     i ? MOE_GU_AND_A : MOE_GU_VALUES, dgu[i].t, a.t, dgates[i].t));
+      check_rows(&x, a, forward.v, 0.0);
+      check_rows(&x, dgu[i], op_read(&dgu[0]), 0.0);
+      check_rows(&x, dgates[i], op_read(&dgates[0]), 0.0);
     }
   }
 }
 Test(experts, backward_makes_the_forward_activation_again_where_it_is_wanted) {
-  op_each(roles);
+  op_each(kinds);
 }
 
 static void any_threads(moe_device *dev) {

@@ -155,7 +155,7 @@ static void sorted_terms(moe_device *dev, setup *u, share *h) {
   op_ok(moe_permute_plan(dev, experts.t, pad, offsets.t, pair.t, slot.t));
   op_ok(moe_gather_rows(dev, u->x.t, pair.t, s.k, rows.t));
   op_ok(moe_gather_gates(dev, all_gates.t, pair.t, gates.t));
-  op_ok(moe_expert_up(dev, rows.t, offsets.t, h->w13, gates.t, gu.t, a.t));
+  op_ok(moe_expert_up(dev, rows.t, offsets.t, h->w13, gates.t, MOE_GU_VALUES, gu.t, a.t));
   op_ok(moe_expert_down(dev, a.t, offsets.t, h->w2, y.t));
   op_ok(moe_gather_rows(dev, y.t, moe_tensor_1d(slot.t.data, MOE_I32, s.t * s.k), 1, h->terms.t));
   op_ok(moe_combine_rows(dev, y.t, slot.t, 0, 0, u->out.t));

@@ -60,10 +60,10 @@ static void sizes(moe_device *dev) {
   for (int known = 0; known <= 1; known++) { /* a call that is not recorded makes them known */
     op_ok(moe_device_graph_begin(dev));
     op_refuses(MOE_INVALID, "cannot be recorded",
-               moe_expert_up(dev, x.t, offsets.t, w13.t, gates.t, gu.t, a.t));
+               moe_expert_up(dev, x.t, offsets.t, w13.t, gates.t, MOE_GU_VALUES, gu.t, a.t));
     op_ok(moe_device_graph_end(dev, &graph));
     moe_graph_destroy(dev, graph);
-    op_ok(moe_expert_up(dev, x.t, offsets.t, w13.t, gates.t, gu.t, a.t));
+    op_ok(moe_expert_up(dev, x.t, offsets.t, w13.t, gates.t, MOE_GU_VALUES, gu.t, a.t));
   }
 }
 Test(graph, refuses_sizes_that_the_host_must_know) {

@@ -120,17 +120,24 @@ static void router(moe_device *dev) {
 
 static void experts(moe_device *dev) {
   moe_tensor w13 = moe_tensor_3d(block, MOE_F32, 2, 6, 4), x = f32_2d(5, 4);
-  REFUSES("expert_up: gu is fp32 [5, 5]: it must be fp32 [5, 6]",
-          moe_expert_up(dev, x, i32_1d(3), w13, f32_1d(5), f32_2d(5, 5), f32_2d(5, 3)));
+  REFUSES(
+      "expert_up: gu is fp32 [5, 5]: it must be fp32 [5, 6]",
+      moe_expert_up(dev, x, i32_1d(3), w13, f32_1d(5), MOE_GU_VALUES, f32_2d(5, 5), f32_2d(5, 3)));
   w13.shape[1] = 5; /* cannot be split into gate and up */
-  REFUSES("expert_up: w13 is fp32 [2, 5, 4]",
-          moe_expert_up(dev, x, i32_1d(3), w13, f32_1d(5), f32_2d(5, 6), f32_2d(5, 3)));
+  REFUSES(
+      "expert_up: w13 is fp32 [2, 5, 4]",
+      moe_expert_up(dev, x, i32_1d(3), w13, f32_1d(5), MOE_GU_VALUES, f32_2d(5, 6), f32_2d(5, 3)));
   moe_tensor w2 = moe_tensor_3d(block, MOE_F32, 2, 4, 3);
   REFUSES("expert_down: offsets is int32 [2]: it must be int32 [3]",
           moe_expert_down(dev, f32_2d(5, 3), i32_1d(2), w2, x));
   REFUSES("expert_down_backward: a must not overlap gu",
-          moe_expert_down_backward(dev, x, i32_1d(3), w2, f32_1d(5), f32_2d(5, 6), MOE_A_WORK,
+          moe_expert_down_backward(dev, x, i32_1d(3), w2, f32_1d(5), MOE_GU_VALUES, f32_2d(5, 6),
                                    f32_2d(5, 3), f32_1d(5)));
+  REFUSES("expert_down_backward: dgates must be absent",
+          moe_expert_down_backward(dev, x, i32_1d(3), w2, f32_1d(5), MOE_GU_SLOPES, f32_2d(5, 6),
+                                   f32_2d(5, 3), f32_1d(5)));
+  REFUSES("gates_backward: slot is int32 [4, 2]: it must be int32 [5,",
+          moe_gates_backward(dev, x, f32_2d(9, 4), i32_2d(4, 2), f32_2d(4, 2), f32_2d(4, 2)));
   REFUSES("expert_weight_grad: dw is bf16 [2, 4, 4]: it must be fp32",
           moe_expert_weight_grad(dev, x, x, i32_1d(3), 0, moe_tensor_3d(block, MOE_BF16, 2, 4, 4),
                                  moe_tensor_none()));
