@@ -190,8 +190,10 @@ static moe_status rounds_backward(moe_block_env *env, moe_block *b, moe_due_grad
     int accumulate = b->accumulate || begin > 0;
     *grad_w2 = (moe_due_grad){r.ys, r.a, b->g.w2, accumulate, last};
     env->due = (moe_due_grad){r.gu, r.xs, b->g.w13, accumulate, last};
-    if (env->mesh->ep == 1) MOE_TRY(due_grad(env, grad_w2));
-    if (env->mesh->ep == 1) MOE_TRY(due_grad(env, &env->due));
+    if (env->mesh->ep == 1) {
+      MOE_TRY(due_grad(env, grad_w2));
+      MOE_TRY(due_grad(env, &env->due));
+    }
     MOE_TRY(up_backward(env, b, &r));
   }
   return MOE_OK;
