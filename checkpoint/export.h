@@ -43,6 +43,8 @@ typedef struct {
 /* Write all tensors by all processors, with progress; how many bytes of data in how many seconds.
  * The first failure; MOE_STOPPED. */
 moe_status moe_export_write(const moe_export_work *work, int64_t *bytes, double *seconds);
+/* For `encode`: p of `from` cannot be kept as `type`. */
+moe_status moe_export_not_finite(const moe_weights *from, const moe_param *p, const char *type);
 /* Rows of a tensor to write at a time, unless there is a reason for others. */
 int64_t moe_export_rows(const moe_param *p);
 

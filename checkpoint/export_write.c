@@ -75,6 +75,13 @@ moe_status moe_export_write(const moe_export_work *work, int64_t *bytes, double 
   return status;
 }
 
+moe_status moe_export_not_finite(const moe_weights *from, const moe_param *p, const char *type) {
+  return moe_fail(MOE_FAILED,
+                  "%s: %s has a value that is not finite in %s: the run diverged, or needs a type "
+                  "of wider range",
+                  from->name, p->name, type);
+}
+
 int64_t moe_export_rows(const moe_param *p) {
   enum { PART = 512 << 10 };
   int64_t columns = p->shape[p->dims - 1];

@@ -162,10 +162,7 @@ static moe_status check_finite(const export *e, const moe_param *p, moe_ggml_typ
                                const float *values, const void *raw) {
   moe_dtype dtype = type == MOE_GGML_BF16 ? MOE_BF16 : type == MOE_GGML_F16 ? MOE_F16 : MOE_F32;
   if (moe_all_finite(type == MOE_GGML_Q8_0 ? values : raw, dtype, n)) return MOE_OK;
-  return moe_fail(MOE_FAILED,
-                  "%s: %s has a value that is not finite in %s: the run diverged, or needs a type "
-                  "of wider range",
-                  e->original->name, p->name, moe_ggml_name(type));
+  return moe_export_not_finite(e->original, p, moe_ggml_name(type));
 }
 
 static moe_status encode(const void *context, const moe_param *p, const float *values, int64_t rows,

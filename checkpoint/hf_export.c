@@ -13,7 +13,6 @@
 #include "checkpoint/run_tokenizer.h"
 #include "checkpoint/safetensors.h"
 #include "core/base/log.h"
-#include "data/progress.h"
 
 enum { FILE_NAME = 48 };
 #define SHARD_BYTES 5000000000LL
@@ -101,10 +100,7 @@ static moe_status encode(const void *context, const moe_param *p, const float *v
   int64_t n = rows * p->shape[p->dims - 1];
   moe_convert(values, MOE_F32, out, dtype, n);
   if (moe_all_finite(out, dtype, n)) return MOE_OK;
-  return moe_fail(MOE_FAILED,
-                  "%s: %s has a value that is not finite in %s: the run diverged, or needs a "
-                  "type of wider range",
-                  e->original->name, p->name, moe_dtype_name(dtype));
+  return moe_export_not_finite(e->original, p, moe_dtype_name(dtype));
 }
 
 static moe_status put(void *file, int64_t at, int64_t bytes, const void *data) {
