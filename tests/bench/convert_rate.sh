@@ -12,32 +12,14 @@ set -eu
 bin=$1/bin
 shift
 [ $# -gt 0 ] || set -- --set model.preset=6.9b --set model.num_layers=2 --set precision.dtype=bf16
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+. "$(dirname "$0")/small_run.sh"
 from=$(mktemp -d "${CONVERT_FROM:-/dev/shm}/convert-rate-XXXXXX")
 to=$(mktemp -d "${CONVERT_TO:-/tmp}/convert-rate-XXXXXX")
 trap 'rm -rf "$from" "$to"' EXIT
 
-cat >"$to/cfg.ini" <<END
-[model]
-preset = small
-[data]
-train = $to/tokens
-sequence_length = 32
-valid_fraction = 0
-[train]
-micro_batch = 1
-steps = 1
-[optim]
-warmup_steps = 1
-[run]
-dir = $from/run
-[log]
-tensorboard = false
-END
-for ((i = 0; i < 4000; i++)); do echo "Line $i of a text that nobody reads."; done >"$to/text"
+small_run "$bin" "$to" "$from/run" 1
 said() { grep -E 'saved|written|imported|proof|equal' "$to/log" | sed 's/^moe-[a-z]*: /  /'; }
 run() { "$@" >"$to/log" 2>&1 || { cat "$to/log" >&2 && exit 1; }; }
-run "$bin/moe-data" tokenize --input "$to/text" --tokenizer bytes --output "$to/tokens"
 run mpirun --oversubscribe --bind-to none -np "${RANKS:-1}" "$bin/moe-train" "$to/cfg.ini" "$@"
 said
 shards=("$from"/run/checkpoints/step-*/shard-*)

@@ -16,31 +16,12 @@ bin=$1/bin ranks=${2:-2} rounds=${3:-3}
 shift $(($# < 3 ? $# : 3))
 [ $# -gt 0 ] || set -- --set model.hidden_size=512 --set model.num_heads=8 \
   --set model.num_experts=32 --set model.top_k=1 --set model.ffn_size=1024
-export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+. "$(dirname "$0")/small_run.sh"
 work=$(mktemp -d "${SAVE_RATE_DIR:-/tmp}/save-rate-XXXXXX")
 source=$(mktemp -d /dev/shm/save-rate-XXXXXX)
 trap 'rm -rf "$work" "$source"' EXIT
 
-cat >"$work/cfg.ini" <<END
-[model]
-preset = small
-[data]
-train = $work/tokens
-sequence_length = 32
-valid_fraction = 0
-[train]
-micro_batch = 1
-steps = 2
-[optim]
-warmup_steps = 1
-[run]
-dir = $work/run
-[log]
-tensorboard = false
-END
-for ((i = 0; i < 4000; i++)); do echo "Line $i of a text that nobody reads."; done >"$work/text"
-"$bin/moe-data" tokenize --input "$work/text" --tokenizer bytes --output "$work/tokens" \
-  >"$work/log" 2>&1 || { cat "$work/log" >&2 && exit 1; }
+small_run "$bin" "$work" "$work/run" 2
 
 # Removed files are discarded in the background, which is not what is to be measured.
 settle() { sync "$work" && sleep "${SAVE_RATE_PAUSE:-2}"; }
