@@ -175,10 +175,12 @@ Test(experts_decode, agrees_with_sorted_expert_products) {
   op_each(sorted);
 }
 
+typedef void term_maker(moe_device *, setup *, share *);
+
 /* Experts [0, cut) on one rank and the others on another: the terms add up to one rank's, and their
  * sums to its output, bit for bit. */
 static void cut_in_two(moe_device *dev, moe_dtype act, shape s, int64_t cut, moe_dtype terms,
-                       void (*make_terms)(moe_device *, setup *, share *)) {
+                       term_maker *make_terms) {
   setup u = make(dev, act, s);
   share all = share_of(dev, &u, 0, s.e, terms), left = share_of(dev, &u, 0, cut, terms);
   share right = share_of(dev, &u, cut, s.e - cut, terms);
@@ -195,13 +197,19 @@ static void cut_in_two(moe_device *dev, moe_dtype act, shape s, int64_t cut, moe
   op_equal(sums, u.out.v);
 }
 
+/* Each shape after a quarter, a half and three quarters of its experts. */
+static void cut_all(moe_device *dev, moe_dtype act, const shape *list, size_t n, moe_dtype terms,
+                    term_maker *make_terms) {
+  for (size_t i = 0; i < n; i++)
+    for (int64_t part = 1; part < 4; part++)
+      cut_in_two(dev, act, list[i], (list[i].e * part + 2) / 4, terms, make_terms);
+}
+
 static void cuts_few(moe_device *dev, moe_dtype act) {
   const shape list[] = {{1, 4, 16, 96, 1000, 0}, {3, 4, 8, 768, 72, 0},  {7, 3, 5, 33, 17, 0},
                         {8, 2, 6, 64, 264, 3},   {40, 5, 9, 40, 136, 0}, {33, 1, 4, 24, 16, 0},
                         {2, 12, 12, 64, 520, 0}, {1, 40, 64, 32, 48, 0}};
-  for (size_t i = 0; i < sizeof list / sizeof *list; i++)
-    for (int64_t part = 1; part < 4; part++)
-      cut_in_two(dev, act, list[i], (list[i].e * part + 2) / 4, MOE_F32, few_terms);
+  cut_all(dev, act, list, sizeof list / sizeof *list, MOE_F32, few_terms);
 }
 Test(experts_decode, makes_the_same_terms_wherever_the_experts_are) {
   op_each(cuts_few);
@@ -209,9 +217,7 @@ Test(experts_decode, makes_the_same_terms_wherever_the_experts_are) {
 
 static void cuts_sorted(moe_device *dev, moe_dtype act) {
   const shape list[] = {{200, 4, 8, 64, 128, 0}, {140, 2, 5, 40, 56, 0}, {300, 1, 3, 128, 192, 0}};
-  for (size_t i = 0; i < sizeof list / sizeof *list; i++)
-    for (int64_t part = 1; part < 4; part++)
-      cut_in_two(dev, act, list[i], (list[i].e * part + 2) / 4, act, sorted_terms);
+  cut_all(dev, act, list, sizeof list / sizeof *list, act, sorted_terms);
 }
 Test(experts_decode, makes_the_same_sorted_terms_wherever_the_experts_are) {
   op_each(cuts_sorted);
