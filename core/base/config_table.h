@@ -71,8 +71,9 @@ ENUM(train, recompute, 1, "none|swiglu|experts|block|auto",
      "activations computed again in backward: none, the experts' SwiGLU, their gate and up "
      "projections too, whole blocks, or what memory demands")
 INT(train, recompute_layers, 0, 0, 4096,
-    "how many layers (the first ones) `recompute` applies to; 0: all. The others compute SwiGLU "
-    "again, or with `swiglu` nothing")
+    "how many layers (the first ones) `recompute` applies to; 0: all (`experts` and `block` never "
+    "need it in the last, whose backward comes first). The others compute SwiGLU again, or with "
+    "`swiglu` nothing")
 INT(train, eval_interval, 0, 0, 1LL << 40, "steps between evaluations; 0: never")
 INT(train, eval_batches, 8, 1, 1LL << 32, "micro-batches per rank in one evaluation")
 INT(train, nonfinite_limit, 5, 1, 1 << 20,

@@ -12,7 +12,8 @@
 extern "C" {
 #endif
 
-/* What one layer's forward leaves for its backward. Layers that are recomputed share theirs. */
+/* What one layer's forward leaves for its backward. Layers that are recomputed share one, and so
+ * does the layer after them, which finds it as it left it. */
 typedef struct {
   moe_tensor h1, rstd1;         /* [T, D], [T] */
   moe_tensor qkv;               /* [T, (H+2G)d] after RoPE */
@@ -79,7 +80,7 @@ typedef struct {
   moe_layer_weights w, g;
   moe_tensor x;       /* [T, D] input: the residual stream with the last delta added */
   moe_stash *stash;   /* own or shared */
-  moe_tensor gu;      /* [C, 2F] of the first round; shared by layers that recompute it */
+  moe_tensor gu;      /* [C, 2F] of the first round; shared likewise by layers that recompute it */
   moe_tensor a, y;    /* [C, F], [C, D] of the first round; absent where a is recomputed */
   int recompute;      /* MOE_RECOMPUTE_NONE to BLOCK */
   moe_tensor bias;    /* f32 [E] or absent */

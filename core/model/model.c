@@ -36,12 +36,7 @@ moe_status moe_model_load(moe_model *m, const moe_batch *batch) {
 /* The experts of layer l are there for what is queued next: after an update they arrive while the
  * layers before them are at work. */
 static moe_status experts_are_there(moe_model *m, int64_t l) {
-  const char *pool = m->weights[MOE_POOL_EXPERT].data;
-  int64_t size = moe_dtype_size(m->env.dtype);
-  int64_t begin = ((const char *)m->blocks[l].w.w13.data - pool) / size;
-  int64_t end = moe_tensor_count(m->weights[MOE_POOL_EXPERT]);
-  if (l + 1 < m->env.dims.layers) end = ((const char *)m->blocks[l + 1].w.w13.data - pool) / size;
-  return moe_pool_gather_need(&m->gather, (moe_range){begin, end});
+  return moe_pool_gather_need(&m->gather, moe_model_experts_of(m, l));
 }
 
 /* Embedding and blocks; leaves the residual stream in the last block's mid and work.delta. */

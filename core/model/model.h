@@ -114,6 +114,9 @@ moe_status moe_model_force_balance(moe_model *m);
 /* Seconds and bytes of expert exchange since the last call. */
 void moe_model_exchange_cost(moe_model *m, double *seconds, double *bytes);
 const char *moe_model_exchange_name(const moe_model *m);
+/* How many layers, the first ones, recompute what train.recompute says (settled, not auto): what is
+ * asked for, but where layers share a buffer for their experts' projections the last need not. */
+int64_t moe_model_recomputing(const moe_config *c);
 /* How many layers recompute what: MOE_RECOMPUTE_NONE to BLOCK. */
 void moe_model_recompute(const moe_model *m, int64_t layers[MOE_RECOMPUTE_AUTO]);
 

@@ -1,4 +1,4 @@
-/* Setting a model up: pools, stashes, buffers, initial weights. */
+/* Setting a model up: sizes, buffers, initial weights. layout.c has pools and stashes. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -8,106 +8,6 @@
 
 static bool measuring(const moe_memory *memory) {
   return memory->arena[MOE_MEM_WEIGHTS].measuring;
-}
-
-moe_comm *moe_model_pool_group(const moe_model *m, moe_pool_kind pool) {
-  return pool == MOE_POOL_EXPERT ? m->options.mesh->replicas : m->options.mesh->world;
-}
-
-/* The sums of a pool's gradients over its ranks. Staging lies with the gradients, because what
- * travels together shares one piece of memory with the other ranks (engine.c). */
-static moe_grad_pool sums_of(const moe_model *m, moe_pool_kind pool, moe_memory *memory) {
-  const moe_mesh *mesh = m->options.mesh;
-  moe_grad_pool sums = {.grads = m->grads[pool],
-                        .group = moe_model_pool_group(m, pool),
-                        .shard = m->config.parallel.zero1,
-                        .beside =
-                            pool == MOE_POOL_EXPERT ? mesh->replicas_beside : mesh->world_beside};
-  if (!sums.shard || !sums.beside) return sums;
-  moe_dtype dtype = sums.grads.dtype;
-  int64_t n = moe_pool_staging(sums.grads.shape[0], moe_comm_size(sums.beside), dtype);
-  sums.staging = moe_arena_tensor_1d(&memory->arena[MOE_MEM_GRADIENTS], dtype, n);
-  sums.squares = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F64, 1);
-  return sums;
-}
-
-static void create_pools(moe_model *m, moe_memory *memory) {
-  for (int i = 0; i < MOE_POOLS; i++) {
-    moe_pool_kind pool = (moe_pool_kind)i;
-    int64_t n =
-        moe_pool_padded(m->params.pool_count[i], moe_comm_size(moe_model_pool_group(m, pool)));
-    moe_dtype dtype = moe_pool_dtype(pool, m->env.dtype);
-    m->weights[i] = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WEIGHTS], dtype, n);
-    if (!m->options.training) continue;
-    moe_dtype sums = pool == MOE_POOL_EXPERT ? moe_config_grad_dtype(&m->config) : MOE_F32;
-    m->grads[i] = moe_arena_tensor_1d(&memory->arena[MOE_MEM_GRADIENTS], sums, n);
-    m->sums[i] = sums_of(m, pool, memory);
-  }
-  const moe_grad_pool *experts = &m->sums[MOE_POOL_EXPERT];
-  if (moe_tensor_present(experts->staging))
-    m->gather = moe_pool_gather_of(m->env.dev, experts, m->weights[MOE_POOL_EXPERT]);
-  bool alone = moe_comm_size(moe_model_pool_group(m, MOE_POOL_EXPERT)) == 1;
-  if (m->options.training && m->options.micro_batches == 1 && alone)
-    m->env.grad_squares = moe_arena_tensor_1d(&memory->arena[MOE_MEM_WORK], MOE_F64, 1);
-  m->sums[MOE_POOL_EXPERT].counted = moe_tensor_present(m->env.grad_squares);
-}
-
-static int recompute_of(const moe_model *m, int64_t layer) {
-  const moe_config *c = &m->config;
-  if (!m->options.training) return MOE_RECOMPUTE_BLOCK; /* one stash for all */
-  bool applies = c->train.recompute_layers == 0 || layer < c->train.recompute_layers;
-  bool keeps_all = c->train.recompute <= MOE_RECOMPUTE_SWIGLU;
-  return applies ? c->train.recompute : keeps_all ? MOE_RECOMPUTE_NONE : MOE_RECOMPUTE_SWIGLU;
-}
-
-/* Where layer l's router writes its statistics: a row is [L, groups (2E + 1)], then dropped [L]. */
-static void point_stats(moe_model *m, int64_t l) {
-  int64_t layers = m->env.dims.layers, experts = m->env.dims.experts;
-  int64_t width = moe_model_stats_width(m);
-  float *base = (float *)moe_tensor_rows(m->stats, m->options.micro_batches - 1, 1).data;
-  m->blocks[l].stats = moe_tensor_2d(base + l * width, MOE_F32, m->env.groups, 2 * experts + 1);
-  m->blocks[l].dropped = moe_tensor_1d(base + layers * width + l, MOE_F32, 1);
-}
-
-/* Each layer's stash and gu: its own, or one shared by all layers that recompute them; its a
- * and y, for which those that recompute a have moe_work. */
-static moe_status create_blocks(moe_model *m, moe_memory *memory) {
-  moe_block_env *env = &m->env;
-  moe_arena *arena = &memory->arena[MOE_MEM_STASH];
-  moe_tensor shared_gu = moe_tensor_none(), shared_x = moe_tensor_none();
-  moe_stash *shared = NULL;
-  for (int64_t l = 0; l < env->dims.layers; l++) {
-    moe_block *b = &m->blocks[l];
-    b->index = l;
-    b->recompute = recompute_of(m, l);
-    b->w = moe_layer_views(&m->params, m->weights, l);
-    b->g = moe_layer_views(&m->params, m->grads, l);
-    bool own_x = m->options.training || l == 0;
-    b->x = own_x ? moe_arena_tensor_2d(arena, env->dtype, env->tokens, env->dims.hidden) : shared_x;
-    shared_x = b->x;
-    bool share = b->recompute == MOE_RECOMPUTE_BLOCK;
-    if (!share || !shared) {
-      b->stash = &m->stashes[m->stash_count++];
-      MOE_TRY(moe_stash_create(env, memory, b->stash));
-      if (share) shared = b->stash;
-    } else {
-      b->stash = shared;
-    }
-    bool keep_gu = b->recompute <= MOE_RECOMPUTE_SWIGLU;
-    bool own_gu = keep_gu || !moe_tensor_present(shared_gu);
-    b->gu = own_gu ? moe_arena_tensor_2d(arena, env->dtype, env->round_rows, 2 * env->dims.ffn)
-                   : shared_gu;
-    if (!keep_gu) shared_gu = b->gu;
-    if (b->recompute == MOE_RECOMPUTE_NONE) {
-      b->a = moe_arena_tensor_2d(arena, env->dtype, env->round_rows, env->dims.ffn);
-      b->y = moe_arena_tensor_2d(arena, env->dtype, env->round_rows, env->dims.hidden);
-    }
-    point_stats(m, l);
-    if (moe_tensor_present(m->bias)) {
-      b->bias = moe_tensor_1d(moe_tensor_rows(m->bias, l, 1).data, MOE_F32, env->dims.experts);
-    }
-  }
-  return MOE_OK;
 }
 
 /* A quarter more than balanced routing needs, and never more than any routing can. */
@@ -204,9 +104,8 @@ static moe_status create(moe_model *m, moe_memory *memory) {
   MOE_TRY(moe_dispatcher_create(env->dev, env->mesh, shape, memory, &env->dispatcher));
   env->round_rows = choose_round_rows(env);
   MOE_TRY(create_host_arrays(m));
-  create_pools(m, memory);
   create_batch(m, memory);
-  MOE_TRY(create_blocks(m, memory));
+  MOE_TRY(moe_model_lay_out(m, memory));
   moe_work_create(env, memory, m->options.training);
   m->embed = moe_param_view(&m->params, m->weights, "model.embed_tokens.weight", -1, d->vocab);
   m->dembed = moe_param_view(&m->params, m->grads, "model.embed_tokens.weight", -1, d->vocab);

@@ -38,4 +38,9 @@ struct moe_model {
 /* Floats of router statistics per layer and micro-batch, without the dropped count. */
 int64_t moe_model_stats_width(const moe_model *m);
 
+/* Pools, stashes and what blocks keep (layout.c), once sizes and statistics are there. Local. */
+moe_status moe_model_lay_out(moe_model *m, moe_memory *memory);
+/* Layer l's experts: elements of their pool. */
+moe_range moe_model_experts_of(const moe_model *m, int64_t l);
+
 #endif

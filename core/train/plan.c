@@ -53,9 +53,8 @@ static void print_memory(const moe_engine *e, const moe_memory_plan *p, int full
           moe_text_bytes(text, (double)moe_memory_plan_total(p)), fullest,
           modes[c->train.recompute]);
   if (c->train.recompute != MOE_RECOMPUTE_NONE) {
-    int64_t layers = c->train.recompute_layers;
-    fprintf(out, " in %" PRId64 " of %" PRId64 " layers",
-            layers == 0 ? c->model.num_layers : layers, c->model.num_layers);
+    fprintf(out, " in %" PRId64 " of %" PRId64 " layers", moe_model_recomputing(c),
+            c->model.num_layers);
   }
   fprintf(out, "\n");
   moe_memory_plan_print(p, out);
