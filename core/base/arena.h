@@ -14,15 +14,16 @@ extern "C" {
 #endif
 
 /* purpose, text for the plan */
-#define MOE_MEMORY_MAP(X)                   \
-  X(WEIGHTS, "weights")                     \
-  X(MASTER, "master weights")               \
-  X(MOMENTS, "optimizer moments")           \
-  X(GRADIENTS, "gradients")                 \
-  X(STASH, "activations kept for backward") \
-  X(WORK, "activations in work")            \
-  X(CACHE, "key/value cache")               \
-  X(EXCHANGE, "exchange buffers")           \
+#define MOE_MEMORY_MAP(X)                    \
+  X(WEIGHTS, "weights")                      \
+  X(MASTER, "master weights")                \
+  X(MOMENTS, "optimizer moments")            \
+  X(GRADIENTS, "gradients")                  \
+  X(OVERLAID, "activations, then gradients") \
+  X(STASH, "activations kept for backward")  \
+  X(WORK, "activations in work")             \
+  X(CACHE, "key/value cache")                \
+  X(EXCHANGE, "exchange buffers")            \
   X(SCRATCH, "kernel scratch")
 
 typedef enum {

@@ -1,4 +1,14 @@
-/* Where weights, gradients and what layers keep for backward lie. */
+/* Where weights, gradients and what layers keep for backward lie.
+ *
+ * A layer's expert gradients live from its backward to the update, what it keeps of its experts
+ * from its forward to its backward. So, unless other micro-batches add to them, gradients lie over
+ * what the last layers keep, which backward has done with when it gets there
+ * (docs/decisions/0010):
+ *
+ *     | kept by layer p | ... | by layer L - 2 | by layer L - 1 | own         |
+ *       | gradients of layer 0 | of layer 1 | ...             | of layer L - 1 |
+ *
+ * The room of their own lets no layer's gradients reach what it or one before it keeps. */
 #include <stdlib.h>
 
 #include "core/base/integers.h"
@@ -56,6 +66,37 @@ moe_range moe_model_experts_of(const moe_model *m, int64_t l) {
   return (moe_range){((const char *)m->blocks[l].w.w13.data - begin) / size, (next - begin) / size};
 }
 
+/* Whether the experts' gradients may lie over other things: a step stores each of them once, and
+ * between parameters, where nobody writes, there is nothing. */
+static bool may_overlie(const moe_model *m) {
+  int64_t count = 0;
+  for (int i = 0; i < m->params.count; i++)
+    if (m->params.list[i].row->pool == MOE_POOL_EXPERT) count += m->params.list[i].count;
+  return m->options.micro_batches == 1 && count == m->params.pool_count[MOE_POOL_EXPERT];
+}
+
+/* Memory that gradients share with what layers from `first` on keep. */
+typedef struct {
+  int64_t first;
+  int64_t kept, own; /* bytes: of those layers, and then of gradients alone */
+} overlay;
+
+/* From the last layer on down, until gradients of `bytes` bytes have room enough. */
+static overlay plan_overlay(const moe_model *m, int64_t bytes, int64_t element) {
+  overlay o = {.first = m->env.dims.layers};
+  int64_t least = may_overlie(m) ? sharing(m) : o.first;
+  while (o.first > least && o.kept + o.own < bytes) {
+    moe_block b = m->blocks[--o.first];
+    moe_arena count = {.measuring = true};
+    int64_t made = bytes - moe_model_experts_of(m, o.first).begin * element;
+    o.own = moe_max64(o.own, moe_round_up64(made - o.kept, MOE_ARENA_ALIGN));
+    take_kept(&m->env, &b, &count);
+    o.kept += count.used;
+  }
+  o.own = moe_max64(o.own, bytes - o.kept);
+  return o;
+}
+
 /* The sums of a pool's gradients over its ranks. Staging lies with the gradients, because what
  * travels together shares one piece of memory with the other ranks (engine.c). */
 static moe_grad_pool sums_of(const moe_model *m, moe_pool_kind pool, moe_memory *memory,
@@ -74,14 +115,26 @@ static moe_grad_pool sums_of(const moe_model *m, moe_pool_kind pool, moe_memory 
   return sums;
 }
 
-static void create_grads(moe_model *m, moe_memory *memory) {
-  moe_arena *arena = &memory->arena[MOE_MEM_GRADIENTS];
+/* Gradients of all pools; of the experts' the memory below them, for layers from *first on. */
+static moe_arena create_grads(moe_model *m, moe_memory *memory, int64_t *first) {
+  moe_arena *plain = &memory->arena[MOE_MEM_GRADIENTS];
   for (int i = 0; i < MOE_POOLS; i++) {
     moe_pool_kind pool = (moe_pool_kind)i;
-    moe_dtype type = pool == MOE_POOL_EXPERT ? moe_config_grad_dtype(&m->config) : MOE_F32;
-    m->grads[i] = moe_arena_tensor_1d(arena, type, padded(m, pool));
-    m->sums[i] = sums_of(m, pool, memory, arena);
+    if (pool == MOE_POOL_EXPERT) continue;
+    m->grads[i] = moe_arena_tensor_1d(plain, MOE_F32, padded(m, pool));
+    m->sums[i] = sums_of(m, pool, memory, plain);
   }
+  moe_tensor grads =
+      moe_tensor_1d(NULL, moe_config_grad_dtype(&m->config), padded(m, MOE_POOL_EXPERT));
+  int64_t bytes = moe_round_up64(moe_tensor_bytes(grads), MOE_ARENA_ALIGN);
+  overlay o = plan_overlay(m, bytes, moe_dtype_size(grads.dtype));
+  moe_arena *arena = o.kept > 0 ? &memory->arena[MOE_MEM_OVERLAID] : plain;
+  char *base = moe_arena_take(arena, o.kept + o.own);
+  grads.data = base + o.kept + o.own - bytes;
+  m->grads[MOE_POOL_EXPERT] = grads;
+  m->sums[MOE_POOL_EXPERT] = sums_of(m, MOE_POOL_EXPERT, memory, arena);
+  *first = o.first;
+  return (moe_arena){.base = base, .size = o.kept, .measuring = arena->measuring};
 }
 
 static void create_gather_and_squares(moe_model *m, moe_memory *memory) {
@@ -121,7 +174,9 @@ static moe_status create_block(moe_model *m, int64_t l, moe_memory *memory, moe_
   return moe_stash_create(&m->env, memory, b->stash);
 }
 
-static moe_status create_blocks(moe_model *m, moe_memory *memory) {
+/* Layers from first_overlaid on keep in `overlaid` what they keep of their experts. */
+static moe_status create_blocks(moe_model *m, moe_memory *memory, moe_arena *overlaid,
+                                int64_t first_overlaid) {
   moe_block_env *env = &m->env;
   moe_arena *arena = &memory->arena[MOE_MEM_STASH];
   for (int64_t l = 0; l < env->dims.layers; l++) {
@@ -130,7 +185,7 @@ static moe_status create_blocks(moe_model *m, moe_memory *memory) {
     bool own_x = m->options.training || l == 0;
     b->x = own_x ? moe_arena_tensor_2d(arena, env->dtype, env->tokens, env->dims.hidden)
                  : m->blocks[0].x;
-    MOE_TRY(create_block(m, l, memory, arena));
+    MOE_TRY(create_block(m, l, memory, l < first_overlaid ? arena : overlaid));
     point_stats(m, l);
     if (moe_tensor_present(m->bias))
       b->bias = moe_tensor_1d(moe_tensor_rows(m->bias, l, 1).data, MOE_F32, env->dims.experts);
@@ -139,6 +194,8 @@ static moe_status create_blocks(moe_model *m, moe_memory *memory) {
 }
 
 moe_status moe_model_lay_out(moe_model *m, moe_memory *memory) {
+  moe_arena overlaid = {.measuring = true};
+  int64_t first_overlaid = m->env.dims.layers;
   for (int i = 0; i < MOE_POOLS; i++) {
     moe_dtype dtype = moe_pool_dtype((moe_pool_kind)i, m->env.dtype);
     m->weights[i] =
@@ -149,7 +206,7 @@ moe_status moe_model_lay_out(moe_model *m, moe_memory *memory) {
     m->blocks[l].recompute = recompute_of(m, l);
     m->blocks[l].w = moe_layer_views(&m->params, m->weights, l);
   }
-  if (m->options.training) create_grads(m, memory);
+  if (m->options.training) overlaid = create_grads(m, memory, &first_overlaid);
   create_gather_and_squares(m, memory);
-  return create_blocks(m, memory);
+  return create_blocks(m, memory, &overlaid, first_overlaid);
 }

@@ -47,7 +47,9 @@ moe_status moe_model_init_pool(moe_model *m, moe_pool_kind pool, uint64_t seed, 
                                int64_t master_begin);
 
 const moe_params *moe_model_params(const moe_model *m);
-/* Flat pools [padded]: weights in moe_pool_dtype, gradients f32 (absent unless training). */
+/* Flat pools [padded]: weights in moe_pool_dtype; gradients f32, the experts' by
+ * precision.grad_dtype, absent unless training. The experts' gradients are there until the next
+ * forward pass: they may lie over what layers keep for backward. */
 moe_tensor moe_model_weights(const moe_model *m, moe_pool_kind pool);
 moe_tensor moe_model_grads(const moe_model *m, moe_pool_kind pool);
 /* f64 [1] on the device: after backward the sum of squares of the experts' gradients. It comes with

@@ -160,7 +160,8 @@ static moe_status measure_program(moe_engine *e) {
 /* The group between whose ranks an arena's tensors travel; NULL: what travels, if anything, need
  * not be where the others can reach it. */
 static moe_comm *travels_in(const moe_engine *e, int purpose) {
-  bool sharded = purpose == MOE_MEM_WEIGHTS || purpose == MOE_MEM_GRADIENTS;
+  bool sharded =
+      purpose == MOE_MEM_WEIGHTS || purpose == MOE_MEM_GRADIENTS || purpose == MOE_MEM_OVERLAID;
   if (sharded && e->config.parallel.zero1) return e->mesh.replicas_beside;
   return purpose == MOE_MEM_EXCHANGE ? e->mesh.experts : NULL;
 }

@@ -160,6 +160,32 @@ Test(runs, masks_and_recomputation_agree) {
   same_curves("kept", "block", 0.0);
 }
 
+/* Gradients lie over what layers keep, or for themselves where all keep it in one place: on their
+ * way to owners or to all, beside exchanges of rows. What a layer keeps of 128 sequences is larger
+ * than its gradients, of 4 smaller. */
+Test(runs, gradients_over_activations_are_the_same) {
+  static const struct {
+    int ranks;
+    const char *more, *other;
+  } cases[] = {{2, BATCH(256, 128) "--set parallel.ep=1 --set parallel.zero1=true", "experts"},
+               {2,
+                BATCH(256, 128) "--set parallel.ep=1 --set precision.dtype=bf16 "
+                                "--set precision.grad_dtype=bf16",
+                "block"},
+               {3, BATCH(12, 4) "--set parallel.ep=3", "experts"}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    const char *const modes[] = {"swiglu", cases[i].other};
+    for (int mode = 0; mode < 2; mode++) {
+      char more[512];
+      snprintf(more, sizeof more, "%s --set model.num_layers=4 --set train.recompute=%s",
+               cases[i].more, modes[mode]);
+      moe_shell("rm -rf %s/%s", folder, modes[mode]);
+      succeeds(modes[mode], cases[i].ranks, more);
+    }
+    same_curves(modes[0], modes[1], 0.0);
+  }
+}
+
 /* With tokens pushed to few experts, so that their rows need more than one round: of those after
  * the first nothing is kept. Gradients from what is kept are rounded elsewhere. */
 Test(runs, keeping_the_experts_activation_changes_no_more_than_rounding) {
