@@ -78,15 +78,15 @@ typedef struct {
 typedef struct {
   int64_t index;
   moe_layer_weights w, g;
-  moe_tensor x;       /* [T, D] input: the residual stream with the last delta added */
-  moe_stash *stash;   /* own or shared */
-  moe_tensor gu;      /* [C, 2F] of the first round; shared likewise by layers that recompute it */
-  moe_tensor a, y;    /* [C, F], [C, D] of the first round; absent where a is recomputed */
-  int recompute;      /* MOE_RECOMPUTE_NONE to BLOCK */
-  moe_tensor bias;    /* f32 [E] or absent */
-  moe_tensor stats;   /* f32 [groups (2E + 1)] of the current micro-batch */
-  moe_tensor dropped; /* f32 [1] of the current micro-batch */
-  bool accumulate;    /* expert weight gradients add to what is there */
+  moe_tensor x;        /* [T, D] input: the residual stream with the last delta added */
+  moe_stash *stash;    /* own or shared */
+  moe_tensor gu;       /* [C, 2F] of the first round; shared likewise by layers that recompute it */
+  moe_tensor xs, a, y; /* [C, D], [C, F], [C, D] of the first round; absent where a is recomputed */
+  int recompute;       /* MOE_RECOMPUTE_NONE to BLOCK */
+  moe_tensor bias;     /* f32 [E] or absent */
+  moe_tensor stats;    /* f32 [groups (2E + 1)] of the current micro-batch */
+  moe_tensor dropped;  /* f32 [1] of the current micro-batch */
+  bool accumulate;     /* expert weight gradients add to what is there */
 } moe_block;
 
 /* The most sorted rows any routing can need. */

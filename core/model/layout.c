@@ -47,7 +47,8 @@ static int recompute_of(const moe_model *m, int64_t layer) {
 /* What a layer keeps of its experts' first round. */
 static void take_kept(const moe_block_env *env, moe_block *b, moe_arena *arena) {
   b->gu = moe_arena_tensor_2d(arena, env->dtype, env->round_rows, 2 * env->dims.ffn);
-  if (b->recompute != MOE_RECOMPUTE_NONE) return; /* a and y of others are in moe_work */
+  if (b->recompute != MOE_RECOMPUTE_NONE) return; /* those of others are in moe_work */
+  b->xs = moe_arena_tensor_2d(arena, env->dtype, env->round_rows, env->dims.hidden);
   b->a = moe_arena_tensor_2d(arena, env->dtype, env->round_rows, env->dims.ffn);
   b->y = moe_arena_tensor_2d(arena, env->dtype, env->round_rows, env->dims.hidden);
 }

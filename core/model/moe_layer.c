@@ -7,8 +7,9 @@
  * Expert work is done in rounds of at most C sorted rows. C holds a little more than balanced
  * routing needs, so one round is usual; what exceeds it runs in further rounds, and no routing can
  * overflow a buffer. Only the first round's gate and up projections may be kept for backward, or
- * with more memory all that backward wants of it: the activation a, its derivatives and the rows y
- * it becomes (docs/decisions/0009). Those of further rounds are computed again.
+ * with more memory all that backward wants of it: the sorted rows, the activation a, its
+ * derivatives and the rows y it becomes (docs/decisions/0009). Those of further rounds are computed
+ * again.
  *
  * Exchanges hide behind arithmetic (kernels/lanes.h). Forward, the rows set out while the router
  * still chooses. Backward, the gradients that only the optimizer waits for, those of the expert
@@ -30,7 +31,7 @@ typedef struct {
   moe_tensor y;                  /* [rows, D] forward: where ys are, or are kept for backward */
   moe_tensor gates, dgates;      /* f32 [rows] */
   bool again;                    /* backward: gu and a are computed again */
-  moe_gu_kind kind;              /* MOE_GU_SLOPES: a and y are kept */
+  moe_gu_kind kind;              /* MOE_GU_SLOPES: xs, a and y are kept */
 } round_view;
 
 /* Rows of sorted work to go through. Where one round holds whatever comes nobody needs to know how
@@ -61,7 +62,7 @@ static round_view round_at(moe_block_env *env, moe_block *b, int64_t begin) {
   bool keeps = begin == 0 && moe_tensor_present(b->a);
   r.kind = keeps ? MOE_GU_SLOPES : r.again ? MOE_GU_AND_A : MOE_GU_VALUES;
   r.pair = moe_tensor_rows(b->stash->pair, begin, r.rows);
-  r.xs = moe_tensor_rows(w->xs, 0, r.rows);
+  r.xs = moe_tensor_rows(keeps ? b->xs : w->xs, 0, r.rows);
   r.ys = moe_tensor_rows(w->ys, 0, r.rows);
   if (moe_tensor_present(w->dxs)) r.dxs = moe_tensor_rows(w->dxs, 0, r.rows);
   r.gu = moe_tensor_rows(begin == 0 ? b->gu : w->gu_again, 0, r.rows);
@@ -72,12 +73,13 @@ static round_view round_at(moe_block_env *env, moe_block *b, int64_t begin) {
   return r;
 }
 
-/* Sorted inputs of a round: its window of the offsets, rows and gates. */
-static moe_status gather_round(moe_block_env *env, moe_block *b, const round_view *r) {
+/* Sorted inputs of a round: its window of the offsets, gates, and rows unless they are there. */
+static moe_status gather_round(moe_block_env *env, moe_block *b, const round_view *r, bool there) {
   moe_stash *s = b->stash;
   MOE_TRY(moe_permute_window(env->dev, s->offsets, r->begin, r->rows, env->work.window));
-  MOE_TRY(moe_gather_rows(env->dev, s->route.x, r->pair, env->dims.top_k, r->xs));
-  return moe_gather_gates(env->dev, s->route.gates, r->pair, r->gates);
+  MOE_TRY(moe_gather_gates(env->dev, s->route.gates, r->pair, r->gates));
+  if (there) return MOE_OK;
+  return moe_gather_rows(env->dev, s->route.x, r->pair, env->dims.top_k, r->xs);
 }
 
 static moe_status route_tokens(moe_block_env *env, moe_block *b, moe_tensor stats) {
@@ -106,7 +108,7 @@ static moe_status route_tokens(moe_block_env *env, moe_block *b, moe_tensor stat
 
 static moe_status round_forward(moe_block_env *env, moe_block *b, int64_t begin, moe_tensor rows) {
   round_view r = round_at(env, b, begin);
-  MOE_TRY(gather_round(env, b, &r));
+  MOE_TRY(gather_round(env, b, &r, false));
   MOE_TRY(moe_expert_up(env->dev, r.xs, env->work.window, b->w.w13, r.gates, r.kind, r.gu, r.a));
   MOE_TRY(moe_expert_down(env->dev, r.a, env->work.window, b->w.w2, r.y));
   return moe_combine_rows(env->dev, r.y, b->stash->slot, begin, begin > 0, rows);
@@ -143,9 +145,9 @@ moe_status moe_experts_backward_end(moe_block_env *env) {
   return due_grad(env, &env->due);
 }
 
-/* A round's inputs again, and its gate and up projections where they were not kept. */
+/* A round's inputs again, and its gate and up projections, where they were not kept. */
 static moe_status prepare_round(moe_block_env *env, moe_block *b, const round_view *r) {
-  MOE_TRY(gather_round(env, b, r));
+  MOE_TRY(gather_round(env, b, r, r->kind == MOE_GU_SLOPES));
   if (!r->again) return MOE_OK;
   return moe_expert_up(env->dev, r->xs, env->work.window, b->w.w13, r->gates, r->kind, r->gu, r->a);
 }

@@ -69,7 +69,7 @@ static bool overlap(moe_tensor a, moe_tensor b) {
 
 /* What block i keeps of its experts meets t. */
 static bool keeps_in(const moe_block *b, moe_tensor t) {
-  return overlap(b->gu, t) || overlap(b->a, t) || overlap(b->y, t);
+  return overlap(b->gu, t) || overlap(b->xs, t) || overlap(b->a, t) || overlap(b->y, t);
 }
 
 static bool inside(const moe_memory *memory, moe_tensor t) {
@@ -90,11 +90,14 @@ static void expect_order(const trained *t, int sharing) {
     const moe_block *b = &m->blocks[l];
     cr_assert(inside(&t->memory, b->gu) && inside(&t->memory, b->g.w13));
     cr_assert(!moe_tensor_present(b->a) || inside(&t->memory, b->a));
+    cr_assert(!moe_tensor_present(b->xs) || inside(&t->memory, b->xs));
     cr_assert(!moe_tensor_present(b->y) || inside(&t->memory, b->y));
     cr_assert(!overlap(b->gu, b->a) && !overlap(b->gu, b->y) && !overlap(b->a, b->y));
+    cr_assert(!overlap(b->xs, b->gu) && !overlap(b->xs, b->a) && !overlap(b->xs, b->y));
     for (int i = 0; i < l; i++) {
       const moe_block *before = &m->blocks[i];
-      bool meet = keeps_in(before, b->gu) || keeps_in(before, b->a) || keeps_in(before, b->y);
+      bool meet = keeps_in(before, b->gu) || keeps_in(before, b->xs) || keeps_in(before, b->a) ||
+                  keeps_in(before, b->y);
       cr_assert_eq(meet, l < sharing, "layers %d and %d", i, l);
     }
     for (int i = 0; i <= l; i++)
@@ -119,7 +122,7 @@ static int64_t total(kind k, int sharing) {
 
 /* Bytes that one layer keeps, and of one layer's gradients: rows are tokens times 2, sizes f32. */
 static int64_t kept(kind k) {
-  return 2 * k.seq * (k.recompute == MOE_RECOMPUTE_NONE ? 3 * k.ffn + 24 : 2 * k.ffn) * 4;
+  return 2 * k.seq * (k.recompute == MOE_RECOMPUTE_NONE ? 3 * k.ffn + 2 * 24 : 2 * k.ffn) * 4;
 }
 static int64_t grads(kind k) {
   return SMALL_EXPERTS * 3 * k.ffn * 24 * 4;
