@@ -9,8 +9,6 @@
  *       | gradients of layer 0 | of layer 1 | ...             | of layer L - 1 |
  *
  * The room of their own lets no layer's gradients reach what it or one before it keeps. */
-#include <stdlib.h>
-
 #include "core/base/integers.h"
 #include "core/model/model_state.h"
 
@@ -20,9 +18,8 @@ moe_comm *moe_model_pool_group(const moe_model *m, moe_pool_kind pool) {
 
 /* ---- what is recomputed and shared --------------------------------------------------------- */
 
-/* In layers that recompute more than SwiGLU gate and up projections lie in one buffer by turns.
- * The last that used it forward finds its own there, so one layer more may use it than recompute.
- */
+/* Layers that recompute more than SwiGLU share a buffer. The last that uses it forward, which comes
+ * first backward, finds there what it left: it shares, but does not recompute. */
 int64_t moe_model_recomputing(const moe_config *c) {
   int64_t all = c->model.num_layers, asked = c->train.recompute_layers;
   if (c->train.recompute == MOE_RECOMPUTE_NONE) return 0;
