@@ -3,7 +3,9 @@
  * The one product of the experts that is bound by memory: per routed row it moves 10 F bytes, 8
  * where the forward's a is not wanted again, and multiplies 2 D F times. So a second producer
  * brings g and u, 64 rows and columns at a time, while the tile's products still run; dg, du and a
- * leave from the same slots of shared memory. The gates' gradients are sums over all columns: each
+ * leave from the same slots of shared memory. What passes once would drive w2 out of the cache, so
+ * that is told to keep it; then few tiles down before the next to the right are best: whole rows of
+ * g and u pass at about the same time. The gates' gradients are sums over all columns: each
  * tile leaves its part in scratch memory and a second, small kernel adds the parts in order.
  * Where the forward pass left slopes in place of g and u two multiplications an element are all
  * there is to do, and the gates' gradients are not made here.
@@ -18,6 +20,7 @@ template <moe_gu_kind KIND> struct down_backward {
   static constexpr bool REMAKE = KIND == MOE_GU_VALUES, SLOPES = KIND == MOE_GU_SLOPES;
   static constexpr int N = REMAKE ? 128 : 192, STAGES = 4, A_MN = 0, B_MN = 1;
   static constexpr bool ROWS_ARE_K = false, FEEDS = true;
+  static constexpr int DOWN = 8;                      /* tiles before the next to the right */
   static constexpr int WIDE = 64, ACROSS = N / WIDE;  /* a piece's columns, pieces across a tile */
   static constexpr int PIECES = SM90_M / 64 * ACROSS; /* of a tile */
   static constexpr int RING = 4;                      /* slots, which the pieces take by turns */
@@ -57,7 +60,7 @@ template <moe_gu_kind KIND> struct down_backward {
   static __device__ __forceinline__ void load(const args &p, const sm90_tile &t, int k,
                                               uint32_t bar, uint32_t a, uint32_t b) {
     tma_load(a, &p.dy, bar, k, t.row, 0, 0);
-    tma_load(b, &p.w2, bar, 0, k, t.column / 64, t.expert);
+    tma_load_kept(b, &p.w2, bar, 0, k, t.column / 64, t.expert);
   }
 
   static __device__ __forceinline__ void feed(const args &p, work &w, const sm90_tile &t) {
@@ -220,6 +223,7 @@ static moe_status launch(moe_device *dev, moe_tensor dy, moe_tensor offsets, moe
   static_cast<sm90_sizes &>(p) = {
       cuda_data<int32_t>(offsets), (int)e, (int)rows, 0, (int)div_up(f, op::N),
       (int)div_up(d, SM90_K)};
+  p.down = op::DOWN;
   p.gates = cuda_data<float>(gates);
   p.gu = cuda_data<__nv_bfloat16>(gu);
   p.a = cuda_data<__nv_bfloat16>(a);

@@ -56,10 +56,11 @@ __device__ __forceinline__ int warp_of_group() {
 /* ---- which tiles there are ------------------------------------------------------------------- */
 
 /* Of rows: offsets i32 [experts + 1] on the device, not beyond `rows`. m_tiles is used where rows
- * are K; k_blocks where they are not. */
+ * are K; k_blocks and down where they are not. */
 struct sm90_sizes {
   const int32_t *offsets;
   int experts, rows, m_tiles, n_tiles, k_blocks;
+  int down = 0; /* tiles down before the next to the right; 0: as tiles_down says */
 };
 
 struct sm90_tile {
@@ -79,9 +80,10 @@ struct sm90_segments {
 /* Reading an operand from memory twice costs the joules of 5 % of a product. Where few tiles lie
  * side by side they are made at once, in step, and their rows read once: columns first. Else rows
  * stay in L2, of which they may have 12 MiB, while the columns' operand passes once; or the wave
- * is about square. */
+ * is about square. A product may know better. */
 __device__ __forceinline__ int tiles_down(const sm90_sizes &n) {
   enum { FEW = 16, SQUARE = 16, KEPT = 12 << 20, BLOCK = SM90_M * SM90_K * 2 };
+  if (n.down > 0) return n.down;
   return n.n_tiles <= FEW ? 1 : max(SQUARE, KEPT / BLOCK / max(n.k_blocks, 1));
 }
 

@@ -76,6 +76,16 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap *map, ui
                "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                : "memory");
 }
+/* The same for a box that will be wanted again: the L2 cache gives up other lines before its. */
+__device__ __forceinline__ void tma_load_kept(uint32_t to, const CUtensorMap *map, uint32_t bar,
+                                              int c0, int c1, int c2, int c3) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+               ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+               "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
+               : "memory");
+}
 /* A box to a tensor; what lies outside the tensor is left out. */
 __device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from, int c0, int c1,
                                           int c2, int c3) {
