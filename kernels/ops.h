@@ -221,7 +221,8 @@ moe_status moe_expert_up(moe_device *dev, moe_tensor x, moe_tensor offsets, moe_
 moe_status moe_expert_down(moe_device *dev, moe_tensor a, moe_tensor offsets, moe_tensor w2,
                            moe_tensor y);
 /* dy [C, D] -> da = dy w2; gu inout: what up left becomes [dg | du]; dgates f32 [C] out: sum over F
- * of da * silu(g) * u, but of slopes absent (gates_backward makes them). a must not overlap gu. */
+ * of da * silu(g) * u, but of slopes absent (gates_backward makes them), and gates are not looked
+ * at: slopes have them. a must not overlap gu. */
 moe_status moe_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor offsets,
                                     moe_tensor w2, moe_tensor gates, moe_gu_kind kind,
                                     moe_tensor gu, moe_tensor a, moe_tensor dgates);

@@ -63,8 +63,9 @@ void moe_work_create(moe_block_env *env, moe_memory *memory, bool training) {
   moe_dtype act = env->dtype;
   int64_t t = env->tokens, c = env->round_rows, rows = moe_dispatch_max_rows(env->dispatcher);
   int64_t owned = moe_range_size(env->mesh->owned);
+  bool travels = env->mesh->ep > 1; /* else a token's row is the token's, and is not copied */
   w->delta = moe_arena_tensor_2d(arena, act, t, d->hidden);
-  w->rows = moe_arena_tensor_2d(shared, act, rows, d->hidden);
+  w->rows = travels ? moe_arena_tensor_2d(shared, act, rows, d->hidden) : w->delta;
   w->window = moe_arena_tensor_1d(arena, MOE_I32, owned + 1);
   w->xs = moe_arena_tensor_2d(arena, act, c, d->hidden);
   w->ys = moe_arena_tensor_2d(arena, act, c, d->hidden);
@@ -76,13 +77,13 @@ void moe_work_create(moe_block_env *env, moe_memory *memory, bool training) {
   int64_t qkv = (d->heads + 2 * d->kv_heads) * d->head_dim;
   w->dx = moe_arena_tensor_2d(shared, act, t, d->hidden);
   w->dxs = moe_arena_tensor_2d(arena, act, c, d->hidden);
-  w->dh = moe_arena_tensor_2d(arena, act, t, d->hidden);
+  w->dh = w->delta; /* one is of the forward pass, the other of the backward pass */
   w->dattended = moe_arena_tensor_2d(arena, act, t, d->heads * d->head_dim);
   w->dqkv = moe_arena_tensor_2d(arena, act, t, qkv);
   w->dgates = moe_arena_tensor_2d(arena, MOE_F32, t, d->top_k);
   w->dlogits = moe_arena_tensor_2d(arena, MOE_F32, t, d->experts);
-  w->drows = moe_arena_tensor_2d(shared, act, rows, d->hidden);
-  w->row_dgates = moe_arena_tensor_2d(arena, MOE_F32, rows, d->top_k);
+  w->drows = travels ? moe_arena_tensor_2d(shared, act, rows, d->hidden) : w->dx;
+  w->row_dgates = travels ? moe_arena_tensor_2d(arena, MOE_F32, rows, d->top_k) : w->dgates;
   w->sorted_dgates = moe_arena_tensor_1d(arena, MOE_F32, c);
   int64_t stats = env->groups * (2 * d->experts + 1);
   w->stats_again =

@@ -28,11 +28,12 @@ typedef struct {
   moe_tensor pair, slot; /* i32 [P], [R, K] */
 } moe_stash;
 
-/* Buffers that all layers use in turn. */
+/* Buffers that all layers use in turn. Where no row travels, rows are delta and dh, drows are dx,
+ * and row_dgates are dgates. */
 typedef struct {
   moe_tensor delta;           /* [T, D] what the block adds to the residual stream */
   moe_tensor dx;              /* [T, D] gradient of the residual stream */
-  moe_tensor dh;              /* [T, D] */
+  moe_tensor dh;              /* [T, D] of a norm's output; where delta was */
   moe_tensor dattended, dqkv; /* [T, H d], [T, (H+2G)d] */
   moe_tensor dgates, dlogits; /* f32 [T, K], [T, E] */
   moe_tensor rows;            /* [R, D] rows on their way back */
@@ -47,7 +48,7 @@ typedef struct {
 
 /* Expert weight gradients not yet computed: they cover the next exchange. */
 typedef struct {
-  moe_tensor left, right, dw; /* ops.h, moe_expert_weight_grad; left absent: none is due */
+  moe_tensor left, right, window, dw; /* ops.h, moe_expert_weight_grad; left absent: none is due */
   int accumulate;
   bool last; /* round: dw is then what it will be */
 } moe_due_grad;

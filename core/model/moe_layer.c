@@ -26,6 +26,7 @@
 /* The buffers of one round, cut to its rows. */
 typedef struct {
   int64_t begin, rows;
+  moe_tensor window;             /* i32 [e + 1]: its part of the offsets */
   moe_tensor pair;               /* i32 [rows] */
   moe_tensor xs, ys, dxs, gu, a; /* [rows, ...] */
   moe_tensor y;                  /* [rows, D] forward: where ys are, or are kept for backward */
@@ -34,13 +35,18 @@ typedef struct {
   moe_gu_kind kind;              /* MOE_GU_SLOPES: xs, a and y are kept */
 } round_view;
 
+/* Whether one round holds all: then its window is the offsets. */
+static bool one_round(const moe_block_env *env, const moe_stash *s) {
+  return s->sorted_rows <= env->round_rows;
+}
+
 /* Rows of sorted work to go through. Where one round holds whatever comes nobody needs to know how
  * many came: operations read the offsets on the device. Else the number is sent for here, and the
  * host waits for it in count_rows, once the first round is queued: the device is never idle. */
 static moe_status ask_rows(moe_block_env *env, moe_stash *s) {
   int64_t last = moe_range_size(env->mesh->owned);
   s->sorted_rows = moe_block_most_rows(env);
-  if (s->sorted_rows <= env->round_rows) return MOE_OK;
+  if (one_round(env, s)) return MOE_OK;
   const char *at = (const char *)s->offsets.data + last * moe_dtype_size(MOE_I32);
   MOE_TRY(moe_device_download(env->dev, env->rows_host, at, (int64_t)sizeof *env->rows_host));
   moe_device_mark(env->dev, &env->rows_asked);
@@ -48,7 +54,7 @@ static moe_status ask_rows(moe_block_env *env, moe_stash *s) {
 }
 
 static moe_status count_rows(moe_block_env *env, moe_stash *s) {
-  if (s->sorted_rows <= env->round_rows) return MOE_OK;
+  if (one_round(env, s)) return MOE_OK;
   MOE_TRY(moe_device_wait(env->dev, &env->rows_asked));
   s->sorted_rows = *env->rows_host;
   return MOE_OK;
@@ -61,6 +67,7 @@ static round_view round_at(moe_block_env *env, moe_block *b, int64_t begin) {
                   .again = begin > 0 || b->recompute == MOE_RECOMPUTE_EXPERTS};
   bool keeps = begin == 0 && moe_tensor_present(b->a);
   r.kind = keeps ? MOE_GU_SLOPES : r.again ? MOE_GU_AND_A : MOE_GU_VALUES;
+  r.window = one_round(env, b->stash) ? b->stash->offsets : w->window;
   r.pair = moe_tensor_rows(b->stash->pair, begin, r.rows);
   r.xs = moe_tensor_rows(keeps ? b->xs : w->xs, 0, r.rows);
   r.ys = moe_tensor_rows(w->ys, 0, r.rows);
@@ -73,13 +80,17 @@ static round_view round_at(moe_block_env *env, moe_block *b, int64_t begin) {
   return r;
 }
 
-/* Sorted inputs of a round: its window of the offsets, gates, and rows unless they are there. */
-static moe_status gather_round(moe_block_env *env, moe_block *b, const round_view *r, bool there) {
+static moe_status cut_window(moe_block_env *env, moe_block *b, const round_view *r) {
+  if (one_round(env, b->stash)) return MOE_OK;
+  return moe_permute_window(env->dev, b->stash->offsets, r->begin, r->rows, r->window);
+}
+
+/* Sorted inputs of a round: its window of the offsets, rows and gates. */
+static moe_status gather_round(moe_block_env *env, moe_block *b, const round_view *r) {
   moe_stash *s = b->stash;
-  MOE_TRY(moe_permute_window(env->dev, s->offsets, r->begin, r->rows, env->work.window));
-  MOE_TRY(moe_gather_gates(env->dev, s->route.gates, r->pair, r->gates));
-  if (there) return MOE_OK;
-  return moe_gather_rows(env->dev, s->route.x, r->pair, env->dims.top_k, r->xs);
+  MOE_TRY(cut_window(env, b, r));
+  MOE_TRY(moe_gather_rows(env->dev, s->route.x, r->pair, env->dims.top_k, r->xs));
+  return moe_gather_gates(env->dev, s->route.gates, r->pair, r->gates);
 }
 
 static moe_status route_tokens(moe_block_env *env, moe_block *b, moe_tensor stats) {
@@ -108,9 +119,9 @@ static moe_status route_tokens(moe_block_env *env, moe_block *b, moe_tensor stat
 
 static moe_status round_forward(moe_block_env *env, moe_block *b, int64_t begin, moe_tensor rows) {
   round_view r = round_at(env, b, begin);
-  MOE_TRY(gather_round(env, b, &r, false));
-  MOE_TRY(moe_expert_up(env->dev, r.xs, env->work.window, b->w.w13, r.gates, r.kind, r.gu, r.a));
-  MOE_TRY(moe_expert_down(env->dev, r.a, env->work.window, b->w.w2, r.y));
+  MOE_TRY(gather_round(env, b, &r));
+  MOE_TRY(moe_expert_up(env->dev, r.xs, r.window, b->w.w13, r.gates, r.kind, r.gu, r.a));
+  MOE_TRY(moe_expert_down(env->dev, r.a, r.window, b->w.w2, r.y));
   return moe_combine_rows(env->dev, r.y, b->stash->slot, begin, begin > 0, rows);
 }
 
@@ -135,7 +146,7 @@ static moe_status final_from(moe_block_env *env, moe_tensor dw) {
 
 static moe_status due_grad(moe_block_env *env, moe_due_grad *due) {
   if (!moe_tensor_present(due->left)) return MOE_OK;
-  MOE_TRY(moe_expert_weight_grad(env->dev, due->left, due->right, env->work.window, due->accumulate,
+  MOE_TRY(moe_expert_weight_grad(env->dev, due->left, due->right, due->window, due->accumulate,
                                  due->dw, due->last ? env->grad_squares : moe_tensor_none()));
   due->left = moe_tensor_none();
   return due->last ? final_from(env, due->dw) : MOE_OK;
@@ -147,9 +158,10 @@ moe_status moe_experts_backward_end(moe_block_env *env) {
 
 /* A round's inputs again, and its gate and up projections, where they were not kept. */
 static moe_status prepare_round(moe_block_env *env, moe_block *b, const round_view *r) {
-  MOE_TRY(gather_round(env, b, r, r->kind == MOE_GU_SLOPES));
+  if (r->kind == MOE_GU_SLOPES) return cut_window(env, b, r); /* slopes have the gates in them */
+  MOE_TRY(gather_round(env, b, r));
   if (!r->again) return MOE_OK;
-  return moe_expert_up(env->dev, r->xs, env->work.window, b->w.w13, r->gates, r->kind, r->gu, r->a);
+  return moe_expert_up(env->dev, r->xs, r->window, b->w.w13, r->gates, r->kind, r->gu, r->a);
 }
 
 /* What the gradients of a prepared round's weights need: dY in r->ys, those of gate and up in place
@@ -159,7 +171,7 @@ static moe_status down_backward(moe_block_env *env, moe_block *b, const round_vi
   moe_tensor drows = moe_tensor_rows(w->drows, 0, b->stash->route.rows);
   moe_tensor dgates = r->kind == MOE_GU_SLOPES ? moe_tensor_none() : r->dgates;
   MOE_TRY(moe_gather_rows(env->dev, drows, r->pair, env->dims.top_k, r->ys));
-  return moe_expert_down_backward(env->dev, r->ys, w->window, b->w.w2, r->gates, r->kind, r->gu,
+  return moe_expert_down_backward(env->dev, r->ys, r->window, b->w.w2, r->gates, r->kind, r->gu,
                                   moe_tensor_rows(w->a, 0, r->rows), dgates);
 }
 
@@ -170,7 +182,7 @@ static moe_status up_backward(moe_block_env *env, moe_block *b, const round_view
   moe_tensor rows = moe_tensor_rows(w->rows, 0, s->route.rows);
   moe_tensor drows = moe_tensor_rows(w->drows, 0, s->route.rows);
   moe_tensor row_dgates = moe_tensor_rows(w->row_dgates, 0, s->route.rows);
-  MOE_TRY(moe_expert_up_backward(env->dev, r->gu, w->window, b->w.w13, r->dxs));
+  MOE_TRY(moe_expert_up_backward(env->dev, r->gu, r->window, b->w.w13, r->dxs));
   MOE_TRY(moe_combine_rows(env->dev, r->dxs, s->slot, r->begin, r->begin > 0, rows));
   if (r->kind == MOE_GU_SLOPES)
     return moe_gates_backward(env->dev, drows, r->y, s->slot, s->route.gates, row_dgates);
@@ -190,8 +202,8 @@ static moe_status rounds_backward(moe_block_env *env, moe_block *b, moe_due_grad
     MOE_TRY(down_backward(env, b, &r));
     bool last = begin + env->round_rows >= b->stash->sorted_rows;
     int accumulate = b->accumulate || begin > 0;
-    *grad_w2 = (moe_due_grad){r.ys, r.a, b->g.w2, accumulate, last};
-    env->due = (moe_due_grad){r.gu, r.xs, b->g.w13, accumulate, last};
+    *grad_w2 = (moe_due_grad){r.ys, r.a, r.window, b->g.w2, accumulate, last};
+    env->due = (moe_due_grad){r.gu, r.xs, r.window, b->g.w13, accumulate, last};
     if (env->mesh->ep == 1) {
       MOE_TRY(due_grad(env, grad_w2));
       MOE_TRY(due_grad(env, &env->due));
