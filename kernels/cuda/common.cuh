@@ -241,6 +241,18 @@ template <typename T> __device__ __forceinline__ T block_scan(T x, T *total) {
   return base + sum - x;
 }
 
+/* Whether this block is the last of its grid to get here: then it sees (by __ldcg) what the others
+ * have written. All threads must call; *ended is 0 before and after the kernel. */
+__device__ __forceinline__ bool block_is_last(unsigned *ended) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicInc(ended, gridDim.x - 1) == gridDim.x - 1; /* back to 0 */
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
 /* ---- loops --------------------------------------------------------------------------------- */
 
 /* A grid-stride loop: f(i) for each whole group of N elements from i on; the last n % N elements

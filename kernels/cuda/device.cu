@@ -229,6 +229,7 @@ static void close_device(moe_device *dev) {
   if (s->blas != nullptr) cublasLtDestroy(s->blas);
   cudaFree(s->workspace);
   cudaFree(s->partial);
+  cudaFree(s->ended);
   cudaFree(s->beside);
   cuda_lanes_destroy(s);
   free(s);
@@ -260,7 +261,9 @@ static moe_status acquire(moe_device *dev) {
   CUDA_TRY(dev, cudaMalloc(&s->workspace, WORKSPACE));
   CUDA_TRY(dev, cudaMalloc(reinterpret_cast<void **>(&s->partial), PARTIAL));
   s->beside = static_cast<double *>(alloc(dev, (1 + 8LL * s->sms) * (int64_t)sizeof *s->beside));
-  if (s->beside == nullptr) return moe_fail(MOE_NO_MEMORY, "cuda: no memory for partial sums");
+  s->ended = static_cast<unsigned *>(alloc(dev, (int64_t)sizeof *s->ended));
+  if (s->beside == nullptr || s->ended == nullptr)
+    return moe_fail(MOE_NO_MEMORY, "cuda: no memory for partial sums");
   cublasStatus_t blas = cublasLtCreate(&s->blas);
   if (blas != CUBLAS_STATUS_SUCCESS)
     return moe_fail(MOE_FAILED, "cuda: cuBLASLt does not start on %s: %s", dev->name,

@@ -245,17 +245,9 @@ __device__ __forceinline__ double sum_rows(const sum_rows_args<X> &p, int64_t fi
 /* *out += the sum of s over all threads, by the block that ends last, in the order of blocks. A
  * second kernel would have to wait for a multiprocessor again where others run beside. */
 __device__ __forceinline__ void add_over_blocks(double s, double *partial, double *out) {
-  __shared__ bool last;
   s = block_sum(s);
-  if (threadIdx.x == 0) {
-    partial[1 + blockIdx.x] = s;
-    __threadfence();
-    unsigned *ended = reinterpret_cast<unsigned *>(partial);
-    last = atomicInc(ended, gridDim.x - 1) == gridDim.x - 1; /* which sets it back to 0 */
-  }
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
+  if (threadIdx.x == 0) partial[1 + blockIdx.x] = s;
+  if (!block_is_last(reinterpret_cast<unsigned *>(partial))) return;
   s = 0;
   for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) s += __ldcg(partial + 1 + i);
   s = block_sum(s);

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/swiglu.cuh"
 
 /* ---- which kernels ------------------------------------------------------------------------- */
@@ -275,6 +276,8 @@ constexpr int gates_warps = 8, gates_each = 4;
 
 /* A row of dy meets gates_each rows of y at a time: as many loads are on their way. */
 template <typename T, int N> __global__ void gates_backward_kernel(gates_args p) {
+  launch_wait();
+  launch_release();
   int64_t row = (int64_t)blockIdx.x * gates_warps + threadIdx.x / 32;
   int lane = (int)threadIdx.x % 32;
   if (row >= p.rows) return;
@@ -326,10 +329,8 @@ moe_status moe_cuda_gates_backward(moe_device *dev, moe_tensor dy, moe_tensor y,
         p.width,
         [&](auto w) {
           constexpr int N = decltype(w)::value;
-          gates_backward_kernel<T, N><<<(unsigned)div_up(p.rows, gates_warps), 32 * gates_warps, 0,
-                                        cuda_of(dev)->stream>>>(p);
-          CUDA_LAUNCHED(dev);
-          return MOE_OK;
+          return cuda_start(dev, gates_backward_kernel<T, N>,
+                            dim3((unsigned)div_up(p.rows, gates_warps)), 32 * gates_warps, 0, p);
         },
         (char *)dy.data, (char *)y.data);
   });

@@ -78,7 +78,7 @@ moe_status moe_cuda_rms_norm(moe_device *dev, moe_tensor x, moe_tensor residual,
                             ? fused ? norm_kernel<T, N, true, true> : norm_kernel<T, N, true, false>
                         : fused ? norm_kernel<T, N, false, true>
                                 : norm_kernel<T, N, false, false>;
-          return cuda_launch(dev, rows <= launch_few, kernel, dim3((unsigned)rows), threads, 0, p);
+          return cuda_start(dev, kernel, dim3((unsigned)rows), threads, 0, p);
         },
         (char *)x.data, (char *)residual.data, (char *)sum.data, (char *)out.data,
         (char *)gain.data);
@@ -102,6 +102,8 @@ __global__ void __launch_bounds__(MOST_THREADS) norm_backward_kernel(norm_backwa
   int64_t step = (int64_t)blockDim.x * N;
   float *partial = p.partial + blockIdx.x * p.width;
   float d[N], x[N], gain[N], part[N] = {};
+  launch_wait();
+  launch_release();
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const T *dout_row = (const T *)p.dout + row * p.width, *x_row = (const T *)p.x + row * p.width;
     T *dx_row = (T *)p.dx + row * p.width;
@@ -148,6 +150,8 @@ __global__ void __launch_bounds__(32 * narrow_warps, 2)
   __shared__ float share[narrow_warps][GROUPS * 256];
   int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
   float gain[GROUPS][8], part[GROUPS][8] = {};
+  launch_wait();
+  launch_release();
 #pragma unroll
   for (int j = 0; j < GROUPS; j++) {
     int64_t c = (lane + 32 * j) * 8;
@@ -199,41 +203,45 @@ __global__ void __launch_bounds__(32 * narrow_warps, 2)
   }
 }
 
-/* Queue it where it fits: 16-byte accesses, few groups. Returns its blocks, 0 if it does not. */
+/* Queue it where it fits: 16-byte accesses, few groups. *blocks: how many, 0 if it does not. */
 template <typename T, int N>
-static unsigned norm_backward_narrow(moe_device *dev, const norm_backward_args &p) {
+static moe_status norm_backward_narrow(moe_device *dev, const norm_backward_args &p,
+                                       unsigned *blocks) {
   static const bool wide = cuda_plain("norm");
   if constexpr (N == 8 && sizeof(T) == 2) {
     const cuda_state *s = cuda_of(dev);
     int groups = (int)min(div_up(p.width, 256), (int64_t)narrow_most + 1);
-    if (wide || groups > narrow_most) return 0;
+    if (wide || groups > narrow_most) return MOE_OK;
     int64_t most = min((int64_t)2 * s->sms, s->partial_bytes / (4 * p.width));
-    unsigned blocks = (unsigned)min(div_up(p.rows, narrow_warps), most);
+    *blocks = (unsigned)min(div_up(p.rows, narrow_warps), most);
     auto start = [&](auto n) {
-      norm_backward_narrow_kernel<T, decltype(n)::value>
-          <<<blocks, 32 * narrow_warps, 0, s->stream>>>(p);
+      return cuda_start(dev, norm_backward_narrow_kernel<T, decltype(n)::value>, dim3(*blocks),
+                        32 * narrow_warps, 0, p);
     };
-    if (groups == 1) start(cuda_int<1>{});
-    if (groups == 2) start(cuda_int<2>{});
-    if (groups == 3) start(cuda_int<3>{});
-    if (groups == 4) start(cuda_int<4>{});
-    return blocks;
+    if (groups == 1) return start(cuda_int<1>{});
+    if (groups == 2) return start(cuda_int<2>{});
+    if (groups == 3) return start(cuda_int<3>{});
+    return start(cuda_int<4>{});
   }
-  return 0;
+  return MOE_OK;
 }
 
 /* out[c] += sum over rows of partial [rows, width], in an order that depends on `rows` alone.
  * Blocks of 32 columns by 16 interleaved shares of the rows. */
 __global__ void add_columns_kernel(const float *partial, int64_t rows, int64_t width, float *out) {
   __shared__ float share[16][33];
-  int64_t c = (int64_t)blockIdx.x * 32 + threadIdx.x;
+  int column = (int)threadIdx.x % 32, part = (int)threadIdx.x / 32;
+  int64_t c = (int64_t)blockIdx.x * 32 + column;
   float sum = 0;
+  launch_wait();
+  launch_release();
   if (c < width)
-    for (int64_t row = threadIdx.y; row < rows; row += 16) sum += partial[row * width + c];
-  share[threadIdx.y][threadIdx.x] = sum;
+#pragma unroll 8
+    for (int64_t row = part; row < rows; row += 16) sum += partial[row * width + c];
+  share[part][column] = sum;
   __syncthreads();
-  if (threadIdx.y != 0 || c >= width) return;
-  for (int i = 1; i < 16; i++) sum += share[i][threadIdx.x];
+  if (part != 0 || c >= width) return;
+  for (int i = 1; i < 16; i++) sum += share[i][column];
   out[c] += sum;
 }
 
@@ -271,19 +279,16 @@ moe_status moe_cuda_rms_norm_backward(moe_device *dev, moe_tensor dout, moe_tens
           constexpr int N = decltype(w)::value;
           bool once;
           unsigned threads = row_threads(width, N, &once);
-          unsigned blocks = norm_backward_narrow<T, N>(dev, p);
+          unsigned blocks = 0;
+          MOE_TRY((norm_backward_narrow<T, N>(dev, p, &blocks)));
           if (blocks == 0) {
+            auto kernel =
+                once ? norm_backward_kernel<T, N, true> : norm_backward_kernel<T, N, false>;
             blocks = backward_blocks(dev, rows, width, threads);
-            if (once)
-              norm_backward_kernel<T, N, true><<<blocks, threads, 0, s->stream>>>(p);
-            else
-              norm_backward_kernel<T, N, false><<<blocks, threads, 0, s->stream>>>(p);
+            MOE_TRY(cuda_start(dev, kernel, dim3(blocks), (int)threads, 0, p));
           }
-          CUDA_LAUNCHED(dev);
-          add_columns_kernel<<<(unsigned)div_up(width, 32), dim3(32, 16), 0, s->stream>>>(
-              p.partial, blocks, width, cuda_data<float>(dgain));
-          CUDA_LAUNCHED(dev);
-          return MOE_OK;
+          return cuda_start(dev, add_columns_kernel, dim3((unsigned)div_up(width, 32)), 512, 0,
+                            p.partial, blocks, width, cuda_data<float>(dgain));
         },
         (char *)dout.data, (char *)x.data, (char *)dx.data, (char *)gain.data);
   });

@@ -1,10 +1,10 @@
 /* Sorting token-expert pairs by expert, and moving rows into and out of that order.
  *
- * The plan is a stable counting sort in three kernels, without atomics and without the host: each
- * warp counts a chunk of consecutive pairs by expert; one block turns the counts into where each
- * chunk's pairs of each expert begin; each warp places its chunk, 32 pairs at a time, the pairs of
- * one expert in lane order (match_any). The moves read the plan one way each, so every output
- * element has one writer and sums have a fixed order. */
+ * The plan is a stable counting sort in two kernels, without the host: each warp counts a chunk of
+ * consecutive pairs by expert, and the block that ends last turns the counts into where each
+ * chunk's pairs of each expert begin; then each warp places its chunk, 32 pairs at a time, the
+ * pairs of one expert in lane order (match_any). The moves read the plan one way each, so every
+ * output element has one writer and sums have a fixed order. */
 #include "kernels/cuda/launch.cuh"
 
 /* ---- plan ---------------------------------------------------------------------------------- */
@@ -14,59 +14,61 @@ struct sort_args {
   int64_t pairs, chunk, chunks, room;
   int count; /* experts here: e */
   int pad;
-  int32_t *begin; /* [chunks, e]: counts, then sums over the chunks before */
+  int32_t *begin;  /* [chunks + 1, e]: counts, then sums over the chunks before */
+  unsigned *ended; /* of the blocks that count */
   int32_t *offsets, *pair, *slot;
 };
 
-constexpr int sort_warps = 2;
+constexpr int sort_most_warps = 16, sort_ahead = 8; /* of a block; numbers that a lane asks for */
 
-/* One warp per chunk; `cursor` is its e counters. PLACE: write pair and slot, else count. */
-template <bool PLACE> __global__ void sort_kernel(sort_args p) {
-  extern __shared__ int32_t cursors[];
-  int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
-  int32_t *cursor = cursors + warp * p.count;
-  int64_t chunk = (int64_t)blockIdx.x * sort_warps + warp;
-  if (chunk >= p.chunks) return;
-  int32_t *begin = p.begin + chunk * p.count;
-  for (int j = lane; j < p.count; j += 32) cursor[j] = PLACE ? p.offsets[j] + begin[j] : 0;
-  __syncwarp();
-  int64_t end = (chunk + 1) * p.chunk < p.pairs ? (chunk + 1) * p.chunk : p.pairs;
-  for (int64_t base = chunk * p.chunk; base < end; base += 32) {
-    int64_t i = base + lane;
-    int expert = i < end ? p.experts[i] : -1;
-    if (expert < 0 || expert >= p.count) expert = -1;
-    unsigned same = __match_any_sync(full_warp, expert);
-    int rank = __popc(same & ((1u << lane) - 1));
-    int32_t at = expert >= 0 ? cursor[expert] + rank : -1;
-    __syncwarp();
-    if (expert >= 0 && rank == 0) cursor[expert] += __popc(same);
-    __syncwarp();
-    if constexpr (PLACE) {
-      if (i < end) p.slot[i] = at;
-      if (at >= 0 && at < p.room) p.pair[at] = (int32_t)i;
+/* A warp's chunk: put(i, at) for each pair i of expert j, at = cursor[j] + how many came before. */
+template <typename F>
+__device__ __forceinline__ void sort_chunk(const sort_args &p, int64_t chunk, int32_t *cursor,
+                                           F put) {
+  int lane = (int)threadIdx.x % 32;
+  int64_t end = min((chunk + 1) * p.chunk, p.pairs);
+  for (int64_t base = chunk * p.chunk; base < end; base += 32 * sort_ahead) {
+    int ahead[sort_ahead];
+#pragma unroll
+    for (int u = 0; u < sort_ahead; u++)
+      ahead[u] = base + 32 * u + lane < end ? p.experts[base + 32 * u + lane] : -1;
+#pragma unroll
+    for (int u = 0; u < sort_ahead; u++) {
+      int expert = ahead[u] >= 0 && ahead[u] < p.count ? ahead[u] : -1;
+      unsigned same = __match_any_sync(full_warp, expert);
+      int rank = __popc(same & ((1u << lane) - 1));
+      int32_t at = expert >= 0 ? cursor[expert] + rank : -1;
+      __syncwarp();
+      if (expert >= 0 && rank == 0) cursor[expert] += __popc(same);
+      __syncwarp();
+      if (base + 32 * u + lane < end) put(base + 32 * u + lane, at);
     }
   }
-  if constexpr (!PLACE)
-    for (int j = lane; j < p.count; j += 32) begin[j] = cursor[j];
 }
 
-/* One block: where each expert's padded segment starts, and each chunk's part within it. */
-__global__ void __launch_bounds__(512) sort_offsets_kernel(sort_args p) {
-  extern __shared__ int32_t segment[]; /* [e]: padded rows */
+/* By one block: where each expert's padded segment starts, and each chunk's part within it. */
+static __device__ void sort_offsets(const sort_args &p, int32_t *segment) {
   int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
   for (int j = warp; j < p.count; j += (int)blockDim.x / 32) {
     int32_t sum = 0; /* of the chunks so far: begin becomes exclusive sums, chunk by chunk */
-    for (int64_t base = 0; base < p.chunks; base += 32) {
-      int64_t chunk = base + lane;
-      int32_t mine = chunk < p.chunks ? p.begin[chunk * p.count + j] : 0, upto = mine;
+    for (int64_t base = lane; base - lane < p.chunks; base += 32 * sort_ahead) {
+      int32_t mine[sort_ahead];
 #pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        int32_t before = __shfl_up_sync(full_warp, upto, step);
-        if (lane >= step) upto += before;
+      for (int u = 0; u < sort_ahead; u++)
+        mine[u] = base + 32 * u < p.chunks ? __ldcg(p.begin + (base + 32 * u) * p.count + j) : 0;
+#pragma unroll
+      for (int u = 0; u < sort_ahead; u++) {
+        int32_t upto = mine[u];
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+          int32_t before = __shfl_up_sync(full_warp, upto, step);
+          if (lane >= step) upto += before;
+        }
+        if (base + 32 * u < p.chunks) p.begin[(base + 32 * u) * p.count + j] = sum + upto - mine[u];
+        sum += __shfl_sync(full_warp, upto, 31);
       }
-      if (chunk < p.chunks) p.begin[chunk * p.count + j] = sum + upto - mine;
-      sum += __shfl_sync(full_warp, upto, 31);
     }
+    if (lane == 0) p.begin[p.chunks * p.count + j] = sum;
     if (lane == 0) segment[j] = (sum + p.pad - 1) / p.pad * p.pad;
   }
   __syncthreads();
@@ -79,6 +81,48 @@ __global__ void __launch_bounds__(512) sort_offsets_kernel(sort_args p) {
     base += total;
   }
   if (threadIdx.x == 0) p.offsets[p.count] = base;
+}
+
+/* A warp per chunk. */
+__global__ void sort_count_kernel(sort_args p) {
+  extern __shared__ int32_t cursors[]; /* [warps, e] */
+  int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+  int32_t *cursor = cursors + warp * p.count;
+  int64_t chunk = (int64_t)blockIdx.x * (blockDim.x / 32) + warp;
+  launch_wait();
+  launch_release();
+  if (chunk < p.chunks) {
+    for (int j = lane; j < p.count; j += 32) cursor[j] = 0;
+    __syncwarp();
+    sort_chunk(p, chunk, cursor, [](int64_t, int32_t) {});
+    for (int j = lane; j < p.count; j += 32) p.begin[chunk * p.count + j] = cursor[j];
+  }
+  if (block_is_last(p.ended)) sort_offsets(p, cursors);
+}
+
+/* A warp per chunk; and what is no pair's, padding and what follows the last segment, by all. */
+__global__ void sort_place_kernel(sort_args p) {
+  extern __shared__ int32_t cursors[];
+  int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+  int32_t *cursor = cursors + warp * p.count;
+  int64_t chunk = (int64_t)blockIdx.x * (blockDim.x / 32) + warp;
+  launch_wait();
+  launch_release();
+  if (chunk < p.chunks) {
+    for (int j = lane; j < p.count; j += 32)
+      cursor[j] = p.offsets[j] + p.begin[chunk * p.count + j];
+    __syncwarp();
+    sort_chunk(p, chunk, cursor, [&](int64_t i, int32_t at) {
+      p.slot[i] = at;
+      if (at >= 0 && at < p.room) p.pair[at] = (int32_t)i;
+    });
+  }
+  stride((int64_t)p.count * p.pad, [&](int64_t i) {
+    int64_t j = i / p.pad, at = p.offsets[j] + p.begin[p.chunks * p.count + j] + i % p.pad;
+    if (at < p.offsets[j + 1] && at < p.room) p.pair[at] = -1;
+  });
+  int64_t end = p.offsets[p.count];
+  stride(p.room - end, [&](int64_t i) { p.pair[end + i] = -1; });
 }
 
 moe_status moe_cuda_permute_plan(moe_device *dev, moe_tensor experts, int64_t pad,
@@ -94,26 +138,20 @@ moe_status moe_cuda_permute_plan(moe_device *dev, moe_tensor experts, int64_t pa
   p.offsets = cuda_data<int32_t>(offsets);
   p.pair = cuda_data<int32_t>(pair);
   p.slot = cuda_data<int32_t>(slot);
-  int64_t cursors = (int64_t)sort_warps * p.count * 4;
-  if (cursors > 48 << 10)
+  p.ended = s->ended;
+  constexpr int64_t room = 47 << 10; /* of 48 KiB, with what else the kernels have */
+  if (4 * p.count > room)
     return moe_fail(MOE_INVALID, "cuda: permute_plan: %d experts on one rank are more than %d",
-                    p.count, (48 << 10) / (sort_warps * 4));
+                    p.count, (int)(room / 4));
   cuda_offsets_changed(dev, offsets.data, moe_tensor_bytes(offsets));
   /* 256 pairs a chunk, more where the chunks' counters would not fit */
-  int64_t fits = s->partial_bytes / (4 * (p.count > 0 ? p.count : 1));
-  int64_t least = round_up(div_up(p.pairs, fits), 32);
-  p.chunk = least > 256 ? least : 256;
+  int64_t row = 4 * max(p.count, 1), fits = s->partial_bytes / row - 1;
+  p.chunk = max(round_up(div_up(p.pairs, fits), 32), (int64_t)32 * sort_ahead);
   p.chunks = div_up(p.pairs, p.chunk);
-  unsigned blocks = (unsigned)div_up(p.chunks, sort_warps);
-  if (p.room > 0)
-    CUDA_TRY(dev, cudaMemsetAsync(p.pair, 0xff, (size_t)p.room * 4, s->stream)); /* all -1 */
-  if (blocks > 0) sort_kernel<false><<<blocks, 32 * sort_warps, (size_t)cursors, s->stream>>>(p);
-  CUDA_LAUNCHED(dev);
-  sort_offsets_kernel<<<1, 512, (size_t)p.count * 4, s->stream>>>(p);
-  CUDA_LAUNCHED(dev);
-  if (blocks > 0) sort_kernel<true><<<blocks, 32 * sort_warps, (size_t)cursors, s->stream>>>(p);
-  CUDA_LAUNCHED(dev);
-  return MOE_OK;
+  int warps = (int)min(room / row, (int64_t)sort_most_warps), shared = (int)row * warps;
+  dim3 blocks((unsigned)max(div_up(p.chunks, warps), (int64_t)1));
+  MOE_TRY(cuda_start(dev, sort_count_kernel, blocks, 32 * warps, shared, p));
+  return cuda_start(dev, sort_place_kernel, blocks, 32 * warps, shared, p);
 }
 
 __global__ void window_kernel(const int32_t *offsets, int64_t count, int64_t begin, int64_t rows,
@@ -170,6 +208,8 @@ struct gather_args {
  * at about the same time, and from memory once. */
 template <typename T, int N>
 __global__ void gather_rows_kernel(const T *src, gather_args p, T *out) {
+  launch_wait();
+  launch_release();
   int64_t warp = (int64_t)blockIdx.x * row_warps + threadIdx.x / 32;
   int64_t begin = warp % p.stripes * p.stripe, end = min(begin + p.stripe, p.rows);
   int64_t first = begin + warp / p.stripes * gather_each;
@@ -213,11 +253,8 @@ moe_status moe_cuda_gather_rows(moe_device *dev, moe_tensor src, moe_tensor pair
         [&](auto w) {
           constexpr int N = decltype(w)::value;
           int64_t warps = p.stripes * p.stripe / gather_each;
-          gather_rows_kernel<T, N>
-              <<<(unsigned)div_up(warps, row_warps), 32 * row_warps, 0, cuda_of(dev)->stream>>>(
-                  cuda_data<T>(src), p, cuda_data<T>(out));
-          CUDA_LAUNCHED(dev);
-          return MOE_OK;
+          return cuda_start(dev, gather_rows_kernel<T, N>, dim3((unsigned)div_up(warps, row_warps)),
+                            32 * row_warps, 0, cuda_data<T>(src), p, cuda_data<T>(out));
         },
         (char *)src.data, (char *)out.data);
   });
@@ -231,7 +268,11 @@ struct combine_args {
   int beta;
 };
 
+constexpr int combine_each = 4; /* rows on their way at a time */
+
 template <typename T, int N> __global__ void combine_rows_kernel(combine_args p) {
+  launch_wait();
+  launch_release();
   int64_t row = (int64_t)blockIdx.x * row_warps + threadIdx.x / 32;
   if (row >= p.rows) return;
   const int32_t *slot = p.slot + row * p.k;
@@ -239,14 +280,20 @@ template <typename T, int N> __global__ void combine_rows_kernel(combine_args p)
   for (int64_t c = threadIdx.x % 32 * N; c < p.width; c += 32 * N) {
     float sum[N] = {};
     if (p.beta) load<T, N>(sum, y + c);
-#pragma unroll 4
-    for (int64_t k = 0; k < p.k; k++) {
-      int64_t at = slot[k] < 0 ? -1 : slot[k] - p.begin;
-      if (at < 0 || at >= p.window) continue;
-      float v[N];
-      load<T, N>(v, (const T *)p.src + at * p.width + c);
+    for (int64_t first = 0; first < p.k; first += combine_each) {
+      cuda_pack<T, N> v[combine_each];
+      bool here[combine_each];
 #pragma unroll
-      for (int i = 0; i < N; i++) sum[i] += v[i];
+      for (int i = 0; i < combine_each; i++) {
+        int64_t at = first + i < p.k ? slot[first + i] - p.begin : -1;
+        here[i] = at >= 0 && at < p.window;
+        if (here[i]) v[i].load((const T *)p.src + at * p.width + c);
+      }
+#pragma unroll
+      for (int i = 0; i < combine_each; i++)
+#pragma unroll
+        for (int j = 0; j < N; j++)
+          if (here[i]) sum[j] += to_float(v[i].v[j]);
     }
     store<T, N>(y + c, sum);
   }
@@ -266,10 +313,8 @@ moe_status moe_cuda_combine_rows(moe_device *dev, moe_tensor src, moe_tensor slo
         p.width,
         [&](auto w) {
           constexpr int N = decltype(w)::value;
-          combine_rows_kernel<T, N>
-              <<<(unsigned)div_up(p.rows, row_warps), 32 * row_warps, 0, cuda_of(dev)->stream>>>(p);
-          CUDA_LAUNCHED(dev);
-          return MOE_OK;
+          return cuda_start(dev, combine_rows_kernel<T, N>,
+                            dim3((unsigned)div_up(p.rows, row_warps)), 32 * row_warps, 0, p);
         },
         (char *)src.data, (char *)out.data);
   });
@@ -323,6 +368,8 @@ moe_status moe_cuda_sum_choices(moe_device *dev, moe_tensor terms, moe_tensor ou
 
 __global__ void gather_gates_kernel(const float *values, const int32_t *pair, int64_t n,
                                     float *out) {
+  launch_wait();
+  launch_release();
   stride(n, [=](int64_t i) { out[i] = pair[i] < 0 ? 0.0f : values[pair[i]]; });
 }
 
@@ -330,10 +377,8 @@ moe_status moe_cuda_gather_gates(moe_device *dev, moe_tensor values, moe_tensor 
                                  moe_tensor out) {
   int64_t n = out.shape[0];
   if (n == 0) return MOE_OK;
-  gather_gates_kernel<<<cuda_blocks(dev, n, 256), 256, 0, cuda_of(dev)->stream>>>(
-      cuda_data<float>(values), cuda_data<int32_t>(pair), n, cuda_data<float>(out));
-  CUDA_LAUNCHED(dev);
-  return MOE_OK;
+  return cuda_start(dev, gather_gates_kernel, dim3(cuda_blocks(dev, n, 256)), 256, 0,
+                    cuda_data<float>(values), cuda_data<int32_t>(pair), n, cuda_data<float>(out));
 }
 
 __global__ void combine_gates_kernel(const float *src, const int32_t *slot, int64_t n,

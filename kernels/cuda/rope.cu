@@ -63,8 +63,8 @@ moe_status moe_cuda_rope(moe_device *dev, moe_tensor qkv, moe_tensor positions, 
           constexpr int N = decltype(w)::value;
           p.groups = pairs / N;
           constexpr int threads = 256;
-          return cuda_launch(dev, qkv.shape[0] <= launch_few, rope_kernel<T, N>,
-                             dim3(cuda_blocks(dev, p.groups, threads)), threads, 0, p);
+          return cuda_start(dev, rope_kernel<T, N>, dim3(cuda_blocks(dev, p.groups, threads)),
+                            threads, 0, p);
         },
         (char *)qkv.data, (char *)table.data);
   });

@@ -89,6 +89,8 @@ constexpr int stats_sum_warps = 4;
 /* Partial sums, in a fixed order, into the three blocks of stats. A warp for each sum. */
 __global__ void stats_sum_kernel(stats_args a, int64_t groups_here) {
   int64_t width = 2 * a.count + 1, warps = (int64_t)gridDim.x * stats_sum_warps;
+  launch_wait();
+  launch_release();
   for (int64_t i = (int64_t)blockIdx.x * stats_sum_warps + threadIdx.x / 32;
        i < groups_here * width; i += warps) {
     int64_t here = i / width, c = i % width, group = a.first_group + here;
@@ -106,10 +108,8 @@ __global__ void stats_sum_kernel(stats_args a, int64_t groups_here) {
 
 static moe_status add_stats(moe_device *dev, const stats_args &a, int64_t groups_here) {
   int64_t sums = groups_here * (2 * a.count + 1);
-  stats_sum_kernel<<<cuda_blocks(dev, 32 * sums, 32 * stats_sum_warps), 32 * stats_sum_warps, 0,
-                     cuda_of(dev)->stream>>>(a, groups_here);
-  CUDA_LAUNCHED(dev);
-  return MOE_OK;
+  dim3 blocks(cuda_blocks(dev, 32 * sums, 32 * stats_sum_warps));
+  return cuda_start(dev, stats_sum_kernel, blocks, 32 * stats_sum_warps, 0, a, groups_here);
 }
 
 static moe_status sum_stats(moe_device *dev, stats_args a) {

@@ -200,6 +200,8 @@ __global__ void __launch_bounds__(back_threads, KT == 1 ? 3 : 2) back_kernel(bac
   int column = (int)blockIdx.y * back_columns;
   bool sums = threadIdx.x >= back_threads / 2;
   const __nv_bfloat16 *rows = sums ? a.x : a.dx;
+  launch_wait();
+  launch_release();
   auto fetch = [&](int step) {
     for (int i = 0; i < 4 && step < back_steps; i++) {
       back_place at = sums ? back_dw_place(step, i) : back_dx_place(step, i);
@@ -269,11 +271,9 @@ static inline moe_status back(moe_device *dev, back_args a, float *dweight) {
     int64_t parts = min(div_up(a.g.tokens - a.first, (int64_t)back_tokens), fits);
     dim3 grid((unsigned)parts, (unsigned)div_up(a.width, back_columns));
     if (a.g.count <= 16)
-      MOE_TRY(cuda_launch(dev, false, back_kernel<1>, grid, back_threads,
-                          (int)sizeof(back_shared<1>), a));
+      MOE_TRY(cuda_start(dev, back_kernel<1>, grid, back_threads, (int)sizeof(back_shared<1>), a));
     else
-      MOE_TRY(cuda_launch(dev, false, back_kernel<2>, grid, back_threads,
-                          (int)sizeof(back_shared<2>), a));
+      MOE_TRY(cuda_start(dev, back_kernel<2>, grid, back_threads, (int)sizeof(back_shared<2>), a));
     MOE_TRY(few_sum(dev, {a.partial, back_tokens, (int)parts}, count, dweight));
   }
   return MOE_OK;

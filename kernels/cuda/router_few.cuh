@@ -316,26 +316,27 @@ __global__ void __launch_bounds__(few_dw_threads, 2)
 
 constexpr int few_sum_rows = 8;
 
-/* to += the sum over parts, every 8th first. Block (32, 8). */
+/* to += the sum over parts, every 8th first. 32 columns by 8 shares of the parts. */
 static __global__ void few_sum_kernel(few_parts parts, int64_t count, float *to) {
   __shared__ float row[few_sum_rows][32];
-  int64_t i = (int64_t)blockIdx.x * 32 + threadIdx.x;
+  int column = (int)threadIdx.x % 32, share = (int)threadIdx.x / 32;
+  int64_t i = (int64_t)blockIdx.x * 32 + column;
   float sum = 0;
+  launch_wait();
+  launch_release();
 #pragma unroll 8
-  for (int part = (int)threadIdx.y; part < parts.parts; part += few_sum_rows)
+  for (int part = share; part < parts.parts; part += few_sum_rows)
     sum += i < count ? parts.partial[part * count + i] : 0.0f;
-  row[threadIdx.y][threadIdx.x] = sum;
+  row[share][column] = sum;
   __syncthreads();
-  if (threadIdx.y > 0 || i >= count) return;
-  for (int r = 1; r < few_sum_rows; r++) sum += row[r][threadIdx.x];
+  if (share > 0 || i >= count) return;
+  for (int r = 1; r < few_sum_rows; r++) sum += row[r][column];
   to[i] += sum;
 }
 
 static inline moe_status few_sum(moe_device *dev, few_parts parts, int64_t count, float *to) {
-  few_sum_kernel<<<(unsigned)div_up(count, 32), dim3(32, few_sum_rows), 0, cuda_of(dev)->stream>>>(
-      parts, count, to);
-  CUDA_LAUNCHED(dev);
-  return MOE_OK;
+  return cuda_start(dev, few_sum_kernel, dim3((unsigned)div_up(count, 32)), 32 * few_sum_rows, 0,
+                    parts, count, to);
 }
 
 /* Two blocks for each multiprocessor, where the partial sums fit; parts is 0 if none does. */

@@ -13,6 +13,7 @@
 #include <climits>
 #include <cmath>
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/mma.cuh"
 
 constexpr int fused_tiles = 8, fused_tokens = 16 * fused_tiles, fused_threads = 64 * fused_tiles;
@@ -207,6 +208,8 @@ __global__ void __launch_bounds__(fused_threads, 1) fused_router_kernel(fused_ro
   int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, tile = warp % fused_tiles;
   int64_t token = (int64_t)blockIdx.x * fused_tokens + tile * 16;
   float acc[TILES][4] = {};
+  launch_wait();
+  launch_release();
   fused_split<8 * TILES>(a, parts);
   __syncthreads();
   fused_logits<TILES>(a, parts, token, warp / fused_tiles, acc);
@@ -258,13 +261,8 @@ static inline bool fused_router_fits(const cuda_state *s, moe_tensor x, moe_tens
 static inline moe_status fused_router(moe_device *dev, const fused_router_args &a) {
   auto start = [&](auto tiles) {
     constexpr int N = decltype(tiles)::value;
-    int bytes = fused_bytes(a.width, 8 * N);
-    CUDA_TRY(dev, cudaFuncSetAttribute(fused_router_kernel<N>,
-                                       cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    fused_router_kernel<N><<<(unsigned)div_up(a.tokens, fused_tokens), fused_threads, (size_t)bytes,
-                             cuda_of(dev)->stream>>>(a);
-    CUDA_LAUNCHED(dev);
-    return MOE_OK;
+    return cuda_start(dev, fused_router_kernel<N>, dim3((unsigned)div_up(a.tokens, fused_tokens)),
+                      fused_threads, fused_bytes(a.width, 8 * N), a);
   };
   return a.count <= 16 ? start(cuda_int<2>{}) : start(cuda_int<4>{});
 }

@@ -26,8 +26,9 @@ struct cuda_state {
   size_t workspace_bytes;
   char *partial; /* partial sums between the two stages of a reduction, inside one op */
   int64_t partial_bytes;
-  double *beside; /* the same for moe_sum_rows, which runs beside others: [1 + 8 sms] */
-  bool own_gemm;  /* MOE_GEMM=own: the tiled kernel instead of cuBLASLt, for tests */
+  unsigned *ended; /* 0 between operations of the main lane: common.cuh, block_is_last */
+  double *beside;  /* the same for moe_sum_rows, which runs beside others: [1 + 8 sms] */
+  bool own_gemm;   /* MOE_GEMM=own: the tiled kernel instead of cuBLASLt, for tests */
   cuda_plans *plans;
   cuda_offsets *offsets;
   const cuda_expert_ops *experts;

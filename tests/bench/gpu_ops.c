@@ -80,7 +80,7 @@ static rotating numbers(int64_t n, int64_t below) {
 static rotating x, y, z, gain, rstd, dgain, qkv, dqkv, wqkv, attended, lse_heads, positions, table;
 static rotating router_w, probs, lse, experts, gates, stats, dlogits, router_dw, offsets, pair,
     slot;
-static rotating sorted, sorted_gates, w13, w2, gu, a, again, dgates, dw13, dw2, dhidden;
+static rotating row_dgates, sorted, sorted_gates, w13, w2, gu, a, again, dgates, dw13, dw2, dhidden;
 static rotating logits, targets, loss, head, tokens, embedding, dembedding;
 static rotating grad, master, m, v, weight, scale, now, squares, sampled, next;
 static rotating half_grad, half_m, half_v, half_dw13, half_dw2; /* in bf16 */
@@ -114,6 +114,7 @@ static void make_moe(void) {
   stats = MATRIX(MOE_F32, 1, 2 * E + 1, 1), dlogits = MATRIX(MOE_F32, T, E, 1);
   router_dw = MATRIX(MOE_F32, E, D, 0), offsets = VECTOR(MOE_I32, E + 1, 0);
   pair = VECTOR(MOE_I32, C, 0), slot = MATRIX(MOE_I32, T, K, 0);
+  row_dgates = MATRIX(MOE_F32, T, K, 0);
   sorted = MATRIX(act, C, D, 1), sorted_gates = VECTOR(MOE_F32, C, 0.25);
   w13 = make(act, 4, E, 2, F, D, 0.03), w2 = make(act, 3, E, D, F, 1, 0.01);
   gu = MATRIX(act, C, 2 * F, 1), a = MATRIX(act, C, F, 1), again = MATRIX(act, C, F, 1);
@@ -167,6 +168,10 @@ static void make_moe(void) {
     moe_gather_rows(dev, at(x), at(pair), K, at(sorted)))                                          \
   X("combine_rows", 2.0 * T * D + 2.0 * ROUTED * D, 0,                                             \
     moe_combine_rows(dev, at(sorted), at(slot), 0, 0, at(y)))                                      \
+  X("gather_gates", 12.0 * ROUTED, 0,                                                              \
+    moe_gather_gates(dev, at(gates), at(pair), at(sorted_gates)))                                  \
+  X("gates_backward", 2.0 * T * D + 2.0 * ROUTED * D, 0,                                           \
+    moe_gates_backward(dev, at(x), at(sorted), at(slot), at(gates), at(row_dgates)))               \
   X("expert_up", 2.0 * ROUTED * (D + 3 * F), ROUTED * 4 * D * F,                                   \
     moe_expert_up(dev, at(sorted), at(offsets), at(w13), at(sorted_gates), MOE_GU_VALUES, at(gu),  \
                   at(a)))                                                                          \
