@@ -61,8 +61,8 @@ typedef struct moe_backend {
                                moe_tensor dweight);
   moe_status (*rms_norm)(moe_device *dev, moe_tensor x, moe_tensor residual, moe_tensor gain,
                          double eps, moe_tensor sum, moe_tensor out, moe_tensor rstd);
-  /* These two may be NULL, or leave *done false and queue nothing: then the two operations that
-   * they are made of are called. */
+  /* These two, and router_norm_backward, may be NULL, or leave *done false and queue nothing: then
+   * the two operations that they are made of are called. */
   moe_status (*norm_gemm)(moe_device *dev, moe_norm norm, moe_tensor b, moe_tensor c, bool *done);
   moe_status (*norm_router)(moe_device *dev, moe_norm norm, moe_tensor weight, moe_tensor bias,
                             moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
@@ -93,6 +93,11 @@ typedef struct moe_backend {
                                 moe_tensor probs, moe_tensor lse, moe_tensor experts,
                                 moe_tensor gates, moe_tensor load, float aux_scale, float z_scale,
                                 moe_tensor dlogits, moe_tensor dx, moe_tensor dweight);
+  moe_status (*router_norm_backward)(moe_device *dev, moe_tensor dgates, moe_tensor x,
+                                     moe_tensor weight, moe_tensor probs, moe_tensor lse,
+                                     moe_tensor experts, moe_tensor gates, moe_tensor load,
+                                     float aux_scale, float z_scale, moe_tensor dlogits,
+                                     moe_tensor dweight, moe_norm_gradient norm, bool *done);
   moe_status (*permute_plan)(moe_device *dev, moe_tensor experts, int64_t pad, moe_tensor offsets,
                              moe_tensor pair, moe_tensor slot);
   moe_status (*permute_window)(moe_device *dev, moe_tensor offsets, int64_t begin, int64_t rows,

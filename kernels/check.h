@@ -41,6 +41,8 @@ moe_status moe_check_rule(const char *op, int holds, const char *rule);
 
 /* moe_rms_norm's operands (ops.c). */
 moe_status moe_check_norm(moe_norm norm);
+/* moe_rms_norm_backward's. */
+moe_status moe_check_norm_gradient(moe_norm_gradient norm);
 
 /* Debug mode: MOE_DIVERGED names the operation, where it ran (moe_device_label) and the first
  * element of a floating-point output that is not finite. Nothing without options.debug. */

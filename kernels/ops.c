@@ -118,16 +118,21 @@ moe_status moe_rms_norm(moe_device *dev, moe_tensor x, moe_tensor residual, moe_
   return moe_check_finite(dev, "rms_norm", "out", out);
 }
 
+moe_status moe_check_norm_gradient(moe_norm_gradient n) {
+  const char *op = "rms_norm_backward";
+  MOE_TRY(moe_check_2d(op, "x", n.x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
+  int64_t rows = n.x.shape[0], width = n.x.shape[1];
+  MOE_TRY(moe_check_2d(op, "dout", n.dout, moe_same_type(n.x), rows, width));
+  MOE_TRY(moe_check_1d(op, "gain", n.gain, MOE_IS_F32, width));
+  MOE_TRY(moe_check_1d(op, "rstd", n.rstd, MOE_IS_F32, rows));
+  MOE_TRY(moe_check_2d(op, "dx", n.dx, moe_same_type(n.x), rows, width));
+  return moe_check_1d(op, "dgain", n.dgain, MOE_IS_F32, width);
+}
+
 moe_status moe_rms_norm_backward(moe_device *dev, moe_tensor dout, moe_tensor x, moe_tensor gain,
                                  moe_tensor rstd, moe_tensor dx, moe_tensor dgain) {
   const char *op = "rms_norm_backward";
-  MOE_TRY(moe_check_2d(op, "x", x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
-  int64_t rows = x.shape[0], width = x.shape[1];
-  MOE_TRY(moe_check_2d(op, "dout", dout, moe_same_type(x), rows, width));
-  MOE_TRY(moe_check_1d(op, "gain", gain, MOE_IS_F32, width));
-  MOE_TRY(moe_check_1d(op, "rstd", rstd, MOE_IS_F32, rows));
-  MOE_TRY(moe_check_2d(op, "dx", dx, moe_same_type(x), rows, width));
-  MOE_TRY(moe_check_1d(op, "dgain", dgain, MOE_IS_F32, width));
+  MOE_TRY(moe_check_norm_gradient((moe_norm_gradient){dout, x, gain, rstd, dx, dgain}));
   MOE_TRY(dev->backend->rms_norm_backward(dev, dout, x, gain, rstd, dx, dgain));
   MOE_TRY(moe_check_finite(dev, op, "dx", dx));
   return moe_check_finite(dev, op, "dgain", dgain);

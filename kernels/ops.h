@@ -64,6 +64,10 @@ typedef struct {
  * dgain f32 [D] adds. */
 moe_status moe_rms_norm_backward(moe_device *dev, moe_tensor dout, moe_tensor x, moe_tensor gain,
                                  moe_tensor rstd, moe_tensor dx, moe_tensor dgain);
+/* Its arguments, for operations that end with one. */
+typedef struct {
+  moe_tensor dout, x, gain, rstd, dx, dgain;
+} moe_norm_gradient;
 
 /* ---- gemm ---------------------------------------------------------------------------------- */
 
@@ -163,6 +167,13 @@ moe_status moe_router_backward(moe_device *dev, moe_tensor dgates, moe_tensor x,
                                moe_tensor probs, moe_tensor lse, moe_tensor experts,
                                moe_tensor gates, moe_tensor load, float aux_scale, float z_scale,
                                moe_tensor dlogits, moe_tensor dx, moe_tensor dweight);
+/* router_backward of what a norm made, its dx being norm.dout, then that norm's: one kernel where
+ * the backend has it. x [T, D]: what the norm made. norm.dout is work afterwards. */
+moe_status moe_router_norm_backward(moe_device *dev, moe_tensor dgates, moe_tensor x,
+                                    moe_tensor weight, moe_tensor probs, moe_tensor lse,
+                                    moe_tensor experts, moe_tensor gates, moe_tensor load,
+                                    float aux_scale, float z_scale, moe_tensor dlogits,
+                                    moe_tensor dweight, moe_norm_gradient norm);
 
 /* ---- permute: sort token-expert pairs by expert ------------------------------------------------
  */

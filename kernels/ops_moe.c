@@ -72,32 +72,69 @@ moe_status moe_router_drop(moe_device *dev, moe_tensor probs, int64_t capacity, 
   return dev->backend->router_drop(dev, probs, capacity, experts, gates, dropped);
 }
 
+/* What a router's gradient is made of, and what it makes. */
+typedef struct {
+  moe_tensor dgates, x, weight, probs, lse, experts, gates, load, dlogits, dx, dweight;
+} routing_gradient;
+
+static moe_status check_routing_gradient(const routing_gradient *r) {
+  const char *op = "router_backward";
+  MOE_TRY(moe_check_2d(op, "x", r->x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
+  MOE_TRY(moe_check_2d(op, "weight", r->weight, MOE_IS_F32, MOE_ANY, r->x.shape[1]));
+  int64_t tokens = r->x.shape[0], e = r->weight.shape[0];
+  MOE_TRY(moe_check_2d(op, "probs", r->probs, MOE_IS_F32, tokens, e));
+  MOE_TRY(moe_check_1d(op, "lse", r->lse, MOE_IS_F32, tokens));
+  MOE_TRY(moe_check_2d(op, "experts", r->experts, MOE_IS_I32, tokens, MOE_ANY));
+  int64_t k = r->experts.shape[1];
+  MOE_TRY(moe_check_rule(op, k >= 1 && k <= e, "K must be from 1 to the number of experts"));
+  MOE_TRY(moe_check_2d(op, "gates", r->gates, MOE_IS_F32, tokens, k));
+  MOE_TRY(moe_check_2d(op, "dgates", r->dgates, MOE_IS_F32, tokens, k));
+  MOE_TRY(moe_check_2d(op, "load", r->load, MOE_IS_F32, MOE_ANY, e));
+  MOE_TRY(moe_check_rule(op, r->load.shape[0] > 0 && tokens % r->load.shape[0] == 0,
+                         "the tokens must divide evenly into the groups of load"));
+  MOE_TRY(moe_check_2d(op, "dlogits", r->dlogits, MOE_IS_F32, tokens, e));
+  MOE_TRY(moe_check_2d(op, "dx", r->dx, moe_same_type(r->x), tokens, r->x.shape[1]));
+  return moe_check_2d(op, "dweight", r->dweight, MOE_IS_F32, e, r->x.shape[1]);
+}
+
 moe_status moe_router_backward(moe_device *dev, moe_tensor dgates, moe_tensor x, moe_tensor weight,
                                moe_tensor probs, moe_tensor lse, moe_tensor experts,
                                moe_tensor gates, moe_tensor load, float aux_scale, float z_scale,
                                moe_tensor dlogits, moe_tensor dx, moe_tensor dweight) {
   const char *op = "router_backward";
-  MOE_TRY(moe_check_2d(op, "x", x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
-  MOE_TRY(moe_check_2d(op, "weight", weight, MOE_IS_F32, MOE_ANY, x.shape[1]));
-  int64_t tokens = x.shape[0], e = weight.shape[0];
-  MOE_TRY(moe_check_2d(op, "probs", probs, MOE_IS_F32, tokens, e));
-  MOE_TRY(moe_check_1d(op, "lse", lse, MOE_IS_F32, tokens));
-  MOE_TRY(moe_check_2d(op, "experts", experts, MOE_IS_I32, tokens, MOE_ANY));
-  int64_t k = experts.shape[1];
-  MOE_TRY(moe_check_rule(op, k >= 1 && k <= e, "K must be from 1 to the number of experts"));
-  MOE_TRY(moe_check_2d(op, "gates", gates, MOE_IS_F32, tokens, k));
-  MOE_TRY(moe_check_2d(op, "dgates", dgates, MOE_IS_F32, tokens, k));
-  MOE_TRY(moe_check_2d(op, "load", load, MOE_IS_F32, MOE_ANY, e));
-  MOE_TRY(moe_check_rule(op, load.shape[0] > 0 && tokens % load.shape[0] == 0,
-                         "the tokens must divide evenly into the groups of load"));
-  MOE_TRY(moe_check_2d(op, "dlogits", dlogits, MOE_IS_F32, tokens, e));
-  MOE_TRY(moe_check_2d(op, "dx", dx, moe_same_type(x), tokens, x.shape[1]));
-  MOE_TRY(moe_check_2d(op, "dweight", dweight, MOE_IS_F32, e, x.shape[1]));
+  routing_gradient r = {dgates, x, weight, probs, lse, experts, gates, load, dlogits, dx, dweight};
+  MOE_TRY(check_routing_gradient(&r));
   MOE_TRY(dev->backend->router_backward(dev, dgates, x, weight, probs, lse, experts, gates, load,
                                         aux_scale, z_scale, dlogits, dx, dweight));
   MOE_TRY(moe_check_finite(dev, op, "dlogits", dlogits));
   MOE_TRY(moe_check_finite(dev, op, "dx", dx));
   return moe_check_finite(dev, op, "dweight", dweight);
+}
+
+moe_status moe_router_norm_backward(moe_device *dev, moe_tensor dgates, moe_tensor x,
+                                    moe_tensor weight, moe_tensor probs, moe_tensor lse,
+                                    moe_tensor experts, moe_tensor gates, moe_tensor load,
+                                    float aux_scale, float z_scale, moe_tensor dlogits,
+                                    moe_tensor dweight, moe_norm_gradient n) {
+  const char *op = "router_norm_backward";
+  routing_gradient r = {dgates, x,    weight,  probs,  lse,    experts,
+                        gates,  load, dlogits, n.dout, dweight};
+  bool done = false;
+  MOE_TRY(check_routing_gradient(&r));
+  MOE_TRY(moe_check_norm_gradient(n));
+  if (dev->backend->router_norm_backward)
+    MOE_TRY(dev->backend->router_norm_backward(dev, dgates, x, weight, probs, lse, experts, gates,
+                                               load, aux_scale, z_scale, dlogits, dweight, n,
+                                               &done));
+  if (!done) {
+    MOE_TRY(moe_router_backward(dev, dgates, x, weight, probs, lse, experts, gates, load, aux_scale,
+                                z_scale, dlogits, n.dout, dweight));
+    return moe_rms_norm_backward(dev, n.dout, n.x, n.gain, n.rstd, n.dx, n.dgain);
+  }
+  MOE_TRY(moe_check_finite(dev, op, "dlogits", dlogits));
+  MOE_TRY(moe_check_finite(dev, op, "dweight", dweight));
+  MOE_TRY(moe_check_finite(dev, op, "dx", n.dx));
+  return moe_check_finite(dev, op, "dgain", n.dgain);
 }
 
 /* ---- permute ----------------------------------------------------------------------------- */

@@ -143,6 +143,16 @@ static moe_status timed_router_backward(moe_device *dev, moe_tensor dgates, moe_
         (dev, dgates, x, weight, probs, lse, experts, gates, load, aux_scale, z_scale, dlogits, dx,
          dweight));
 }
+static moe_status timed_router_norm_backward(moe_device *dev, moe_tensor dgates, moe_tensor x,
+                                             moe_tensor weight, moe_tensor probs, moe_tensor lse,
+                                             moe_tensor experts, moe_tensor gates, moe_tensor load,
+                                             float aux_scale, float z_scale, moe_tensor dlogits,
+                                             moe_tensor dweight, moe_norm_gradient norm,
+                                             bool *done) {
+  TIMED(router_norm_backward, 0.0,
+        (dev, dgates, x, weight, probs, lse, experts, gates, load, aux_scale, z_scale, dlogits,
+         dweight, norm, done));
+}
 static moe_status timed_permute_plan(moe_device *dev, moe_tensor experts, int64_t pad,
                                      moe_tensor offsets, moe_tensor pair, moe_tensor slot) {
   TIMED(permute_plan, 0.0, (dev, experts, pad, offsets, pair, slot));
@@ -255,6 +265,7 @@ static void wrap(moe_backend *table) {
   table->router = timed_router;
   table->router_drop = timed_router_drop;
   table->router_backward = timed_router_backward;
+  if (table->router_norm_backward != NULL) table->router_norm_backward = timed_router_norm_backward;
   table->permute_plan = timed_permute_plan;
   table->permute_window = timed_permute_window;
   table->gather_rows = timed_gather_rows;

@@ -122,12 +122,9 @@ static moe_status recompute(moe_block_env *env, moe_block *b) {
 
 moe_status moe_block_backward_experts(moe_block_env *env, moe_block *b, float aux_scale,
                                       float z_scale) {
-  moe_stash *s = b->stash;
-  moe_work *w = &env->work;
   if (b->recompute == MOE_RECOMPUTE_BLOCK) MOE_TRY(recompute(env, b));
   moe_device_label(env->dev, "experts backward", b->index);
-  MOE_TRY(moe_experts_backward(env, b, aux_scale, z_scale));
-  return moe_rms_norm_backward(env->dev, w->dh, s->mid, b->w.norm2, s->rstd2, w->dx, b->g.norm2);
+  return moe_experts_backward(env, b, aux_scale, z_scale);
 }
 
 moe_status moe_block_backward_attention(moe_block_env *env, moe_block *b) {

@@ -114,7 +114,7 @@ moe_status moe_attention_forward(moe_block_env *env, moe_block *b);
 moe_status moe_attention_backward_pass(moe_block_env *env, moe_block *b); /* dx -> dh (of h1) */
 moe_status moe_experts_forward(moe_block_env *env, moe_block *b, moe_tensor stats);
 moe_status moe_experts_backward(moe_block_env *env, moe_block *b, float aux_scale,
-                                float z_scale); /* dx -> dh (of h2) */
+                                float z_scale); /* with the norm before: dx += of mid */
 /* The weight gradients that the last moe_experts_backward left. */
 moe_status moe_experts_backward_end(moe_block_env *env);
 

@@ -246,7 +246,8 @@ moe_status moe_experts_backward(moe_block_env *env, moe_block *b, float aux_scal
   MOE_TRY(due_grad(env, &grad_w2));
   MOE_TRY(moe_dispatch_wait(env->dispatcher));
   moe_tensor load = moe_tensor_2d(b->stats.data, MOE_F32, env->groups, env->dims.experts);
-  return moe_router_backward(env->dev, w->dgates, s->h2, b->w.router, s->probs, s->router_lse,
-                             s->experts, s->gates, load, aux_scale, z_scale, w->dlogits, w->dh,
-                             b->g.router);
+  moe_norm_gradient norm = {w->dh, s->mid, b->w.norm2, s->rstd2, w->dx, b->g.norm2};
+  return moe_router_norm_backward(env->dev, w->dgates, s->h2, b->w.router, s->probs, s->router_lse,
+                                  s->experts, s->gates, load, aux_scale, z_scale, w->dlogits,
+                                  b->g.router, norm);
 }

@@ -62,6 +62,11 @@ moe_status moe_cuda_router_backward(moe_device *dev, moe_tensor dgates, moe_tens
                                     moe_tensor experts, moe_tensor gates, moe_tensor load,
                                     float aux_scale, float z_scale, moe_tensor dlogits,
                                     moe_tensor dx, moe_tensor dweight);
+moe_status moe_cuda_router_norm_backward(moe_device *dev, moe_tensor dgates, moe_tensor x,
+                                         moe_tensor weight, moe_tensor probs, moe_tensor lse,
+                                         moe_tensor experts, moe_tensor gates, moe_tensor load,
+                                         float aux_scale, float z_scale, moe_tensor dlogits,
+                                         moe_tensor dweight, moe_norm_gradient norm, bool *done);
 moe_status moe_cuda_permute_plan(moe_device *dev, moe_tensor experts, int64_t pad,
                                  moe_tensor offsets, moe_tensor pair, moe_tensor slot);
 moe_status moe_cuda_permute_window(moe_device *dev, moe_tensor offsets, int64_t begin, int64_t rows,

@@ -326,7 +326,7 @@ static const moe_backend *table(void) {
   SLOT(sum_squares);
   SLOT(embed), SLOT(embed_backward);
   SLOT(rms_norm), SLOT(rms_norm_backward);
-  SLOT(gemm), SLOT(norm_gemm), SLOT(norm_router);
+  SLOT(gemm), SLOT(norm_gemm), SLOT(norm_router), SLOT(router_norm_backward);
   SLOT(rope);
   SLOT(attention), SLOT(attention_backward), SLOT(attention_scratch);
   SLOT(router), SLOT(router_drop), SLOT(router_backward);

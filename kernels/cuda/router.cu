@@ -6,11 +6,12 @@
  * does all of it (router_mma.cuh), as one block does for up to 32 tokens (router_small.cuh).
  * Whatever is summed over tokens goes through a fixed number of partial sums.
  *
- * The way back (router_gradient.cuh has its formula) is one kernel where router_back.cuh's fits. */
+ * The way back (router_gradient.cuh has its formula) is one kernel where router_back.cuh's fits,
+ * and the norm's before it is in the same where router_norm_back.cuh's does. */
 #include "kernels/cuda/plain.h"
-#include "kernels/cuda/router_back.cuh"
 #include "kernels/cuda/router_few.cuh"
 #include "kernels/cuda/router_mma.cuh"
+#include "kernels/cuda/router_norm_back.cuh"
 #include "kernels/cuda/router_small.cuh"
 #include "kernels/cuda/tiled.cuh"
 
@@ -347,33 +348,59 @@ static moe_status pass_back(moe_device *dev, moe_tensor dlogits, moe_tensor x, m
   });
 }
 
+static gradient_args gradient_of(moe_tensor dgates, moe_tensor probs, moe_tensor lse,
+                                 moe_tensor experts, moe_tensor gates, moe_tensor load,
+                                 float aux_scale, float z_scale, moe_tensor dlogits) {
+  int64_t tokens = probs.shape[0];
+  return {cuda_data<float>(dgates),
+          cuda_data<float>(probs),
+          cuda_data<float>(lse),
+          cuda_data<float>(gates),
+          cuda_data<float>(load),
+          cuda_data<int32_t>(experts),
+          cuda_data<float>(dlogits),
+          tokens,
+          tokens / load.shape[0],
+          (int)probs.shape[1],
+          (int)experts.shape[1],
+          aux_scale,
+          z_scale};
+}
+
 moe_status moe_cuda_router_backward(moe_device *dev, moe_tensor dgates, moe_tensor x,
                                     moe_tensor weight, moe_tensor probs, moe_tensor lse,
                                     moe_tensor experts, moe_tensor gates, moe_tensor load,
                                     float aux_scale, float z_scale, moe_tensor dlogits,
                                     moe_tensor dx, moe_tensor dweight) {
-  static const bool in_steps = cuda_plain("router");
-  int64_t tokens = x.shape[0], e = weight.shape[0];
-  if (tokens == 0 || x.shape[1] == 0) return MOE_OK;
-  gradient_args a = {cuda_data<float>(dgates),
-                     cuda_data<float>(probs),
-                     cuda_data<float>(lse),
-                     cuda_data<float>(gates),
-                     cuda_data<float>(load),
-                     cuda_data<int32_t>(experts),
-                     cuda_data<float>(dlogits),
-                     tokens,
-                     tokens / load.shape[0],
-                     (int)e,
-                     (int)experts.shape[1],
-                     aux_scale,
-                     z_scale};
-  if (!in_steps && back_fits(cuda_of(dev), x, weight, dx))
+  if (x.shape[0] == 0 || x.shape[1] == 0) return MOE_OK;
+  gradient_args a =
+      gradient_of(dgates, probs, lse, experts, gates, load, aux_scale, z_scale, dlogits);
+  if (!router_in_steps() && back_fits(cuda_of(dev), x, weight, dx))
     return back(dev,
                 {a, cuda_data<__nv_bfloat16>(x), cuda_data<__nv_bfloat16>(dx),
                  cuda_data<float>(weight), nullptr, 0, (int)x.shape[1]},
                 cuda_data<float>(dweight));
-  router_gradient_kernel<<<(unsigned)div_up(tokens, 4), 128, 0, cuda_of(dev)->stream>>>(a);
+  router_gradient_kernel<<<(unsigned)div_up(a.tokens, 4), 128, 0, cuda_of(dev)->stream>>>(a);
   CUDA_LAUNCHED(dev);
   return pass_back(dev, dlogits, x, weight, dx, dweight);
+}
+
+moe_status moe_cuda_router_norm_backward(moe_device *dev, moe_tensor dgates, moe_tensor x,
+                                         moe_tensor weight, moe_tensor probs, moe_tensor lse,
+                                         moe_tensor experts, moe_tensor gates, moe_tensor load,
+                                         float aux_scale, float z_scale, moe_tensor dlogits,
+                                         moe_tensor dweight, moe_norm_gradient norm, bool *done) {
+  static const bool apart = cuda_plain("joint");
+  *done = !apart && !router_in_steps() && joint_fits(cuda_of(dev), norm, weight);
+  if (!*done || x.shape[0] == 0) return MOE_OK;
+  gradient_args a =
+      gradient_of(dgates, probs, lse, experts, gates, load, aux_scale, z_scale, dlogits);
+  return joint(dev,
+               {{a, cuda_data<__nv_bfloat16>(norm.x), cuda_data<__nv_bfloat16>(norm.dx),
+                 cuda_data<float>(weight), nullptr, 0, (int)x.shape[1]},
+                cuda_data<__nv_bfloat16>(norm.dout),
+                cuda_data<float>(norm.gain),
+                cuda_data<float>(norm.rstd),
+                nullptr},
+               cuda_data<float>(dweight), cuda_data<float>(norm.dgain));
 }

@@ -174,21 +174,22 @@ __device__ __forceinline__ void back_dw_write(const back_args &a, int column,
 
 /* ---- the kernel: block (128 tokens, 256 columns) --------------------------------------------- */
 
-/* Gradients of the block's logits, two threads for a token; zeros where there is none. */
+/* Gradients of the block's logits, two threads for a token; zeros where there is none. `keeps`:
+ * this block writes dlogits. */
 template <int KT>
 __device__ __forceinline__ void back_logits(const back_args &a, int64_t token,
-                                            float (*grad)[16 * KT + 8]) {
-  static_assert(back_threads == 2 * back_tokens, "two threads for a token");
-  int mine = (int)threadIdx.x / 2;
-  int64_t t = token + mine;
-  bool here = t < a.g.tokens;
+                                            float (*grad)[16 * KT + 8], bool keeps) {
+  for (int mine = (int)threadIdx.x / 2; mine < back_tokens; mine += (int)blockDim.x / 2) {
+    int64_t t = token + mine;
+    bool here = t < a.g.tokens;
 #pragma unroll
-  for (int j = 0; j < 8 * KT; j++) grad[mine][(int)threadIdx.x % 2 + 2 * j] = 0.0f;
-  token_gradient<2>(a.g, here ? t : a.g.tokens - 1, [&](int j, float v) {
-    if (!here) return;
-    grad[mine][j] = v;
-    if (blockIdx.y == 0) a.g.dlogits[t * a.g.count + j] = v;
-  });
+    for (int j = 0; j < 8 * KT; j++) grad[mine][(int)threadIdx.x % 2 + 2 * j] = 0.0f;
+    token_gradient<2>(a.g, here ? t : a.g.tokens - 1, [&](int j, float v) {
+      if (!here) return;
+      grad[mine][j] = v;
+      if (keeps) a.g.dlogits[t * a.g.count + j] = v;
+    });
+  }
 }
 
 template <int KT>
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(back_threads, KT == 1 ? 3 : 2) back_kernel(bac
   };
 #pragma unroll
   for (int step = 0; step < back_ahead; step++) fetch(step);
-  back_logits<KT>(a, token, s.grad);
+  back_logits<KT>(a, token, s.grad, blockIdx.y == 0);
   __syncthreads();
   if (sums) {
     float acc[KT][8][4] = {};

@@ -8,6 +8,7 @@
 #ifndef MOE_KERNELS_CUDA_ROUTER_FEW_CUH
 #define MOE_KERNELS_CUDA_ROUTER_FEW_CUH
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/mma.cuh"
 
 constexpr int few_most = 64, few_pass = 16;
