@@ -61,8 +61,8 @@ typedef struct moe_backend {
                                moe_tensor dweight);
   moe_status (*rms_norm)(moe_device *dev, moe_tensor x, moe_tensor residual, moe_tensor gain,
                          double eps, moe_tensor sum, moe_tensor out, moe_tensor rstd);
-  /* These two, and router_norm_backward, may be NULL, or leave *done false and queue nothing: then
-   * the two operations that they are made of are called. */
+  /* These two, router_norm_backward and gather_backward may be NULL, or leave *done false and queue
+   * nothing: then the two operations that they are made of are called. */
   moe_status (*norm_gemm)(moe_device *dev, moe_norm norm, moe_tensor b, moe_tensor c, bool *done);
   moe_status (*norm_router)(moe_device *dev, moe_norm norm, moe_tensor weight, moe_tensor bias,
                             moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
@@ -120,6 +120,9 @@ typedef struct moe_backend {
                                      moe_tensor gu, moe_tensor a, moe_tensor dgates);
   moe_status (*gates_backward)(moe_device *dev, moe_tensor dy, moe_tensor y, moe_tensor slot,
                                moe_tensor gates, moe_tensor dgates);
+  moe_status (*gather_backward)(moe_device *dev, moe_tensor dy, moe_tensor pair, moe_tensor y,
+                                moe_tensor slot, moe_tensor gates, moe_tensor out,
+                                moe_tensor dgates, bool *done);
   moe_status (*expert_up_backward)(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                    moe_tensor w13, moe_tensor dx);
   moe_status (*expert_weight_grad)(moe_device *dev, moe_tensor left, moe_tensor right,

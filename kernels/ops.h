@@ -243,6 +243,11 @@ moe_status moe_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor o
  * where the gate is 0, for then y is. */
 moe_status moe_gates_backward(moe_device *dev, moe_tensor dy, moe_tensor y, moe_tensor slot,
                               moe_tensor gates, moe_tensor dgates);
+/* gather_rows of dy to out [C, D], and gates_backward: one kernel where the backend has it, which
+ * reads dy once. pair i32 [C] and slot must be of one plan, from its first row on. */
+moe_status moe_gather_backward(moe_device *dev, moe_tensor dy, moe_tensor pair, moe_tensor y,
+                               moe_tensor slot, moe_tensor gates, moe_tensor out,
+                               moe_tensor dgates);
 /* dgu [C, 2 F] -> dx [C, D] = dg w1 + du w3. */
 moe_status moe_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                   moe_tensor w13, moe_tensor dx);

@@ -275,15 +275,40 @@ moe_status moe_expert_down_backward(moe_device *dev, moe_tensor dy, moe_tensor o
   return moe_check_finite_rows(dev, op, "dgates", dgates, offsets);
 }
 
-moe_status moe_gates_backward(moe_device *dev, moe_tensor dy, moe_tensor y, moe_tensor slot,
-                              moe_tensor gates, moe_tensor dgates) {
+static moe_status check_gates_backward(moe_tensor dy, moe_tensor y, moe_tensor slot,
+                                       moe_tensor gates, moe_tensor dgates) {
   const char *op = "gates_backward";
   MOE_TRY(moe_check_2d(op, "dy", dy, MOE_IS_ACT, MOE_ANY, MOE_ANY));
   MOE_TRY(moe_check_2d(op, "y", y, moe_same_type(dy), MOE_ANY, dy.shape[1]));
   MOE_TRY(moe_check_2d(op, "slot", slot, MOE_IS_I32, dy.shape[0], MOE_ANY));
   MOE_TRY(moe_check_2d(op, "gates", gates, MOE_IS_F32, slot.shape[0], slot.shape[1]));
-  MOE_TRY(moe_check_2d(op, "dgates", dgates, MOE_IS_F32, slot.shape[0], slot.shape[1]));
+  return moe_check_2d(op, "dgates", dgates, MOE_IS_F32, slot.shape[0], slot.shape[1]);
+}
+
+moe_status moe_gates_backward(moe_device *dev, moe_tensor dy, moe_tensor y, moe_tensor slot,
+                              moe_tensor gates, moe_tensor dgates) {
+  MOE_TRY(check_gates_backward(dy, y, slot, gates, dgates));
   MOE_TRY(dev->backend->gates_backward(dev, dy, y, slot, gates, dgates));
+  return moe_check_finite(dev, "gates_backward", "dgates", dgates);
+}
+
+moe_status moe_gather_backward(moe_device *dev, moe_tensor dy, moe_tensor pair, moe_tensor y,
+                               moe_tensor slot, moe_tensor gates, moe_tensor out,
+                               moe_tensor dgates) {
+  const char *op = "gather_backward";
+  bool done = false;
+  MOE_TRY(check_gates_backward(dy, y, slot, gates, dgates));
+  MOE_TRY(moe_check_2d(op, "out", out, moe_same_type(dy), y.shape[0], dy.shape[1]));
+  MOE_TRY(moe_check_1d(op, "pair", pair, MOE_IS_I32, y.shape[0]));
+  MOE_TRY(moe_check_rule(op, out.data != dy.data && out.data != y.data,
+                         "out must be neither dy nor y"));
+  if (dev->backend->gather_backward)
+    MOE_TRY(dev->backend->gather_backward(dev, dy, pair, y, slot, gates, out, dgates, &done));
+  if (!done) {
+    MOE_TRY(moe_gather_rows(dev, dy, pair, slot.shape[1], out));
+    return moe_gates_backward(dev, dy, y, slot, gates, dgates);
+  }
+  MOE_TRY(moe_check_finite(dev, op, "out", out));
   return moe_check_finite(dev, op, "dgates", dgates);
 }
 

@@ -201,6 +201,11 @@ static moe_status timed_gates_backward(moe_device *dev, moe_tensor dy, moe_tenso
                                        moe_tensor slot, moe_tensor gates, moe_tensor dgates) {
   TIMED(gates_backward, 0.0, (dev, dy, y, slot, gates, dgates));
 }
+static moe_status timed_gather_backward(moe_device *dev, moe_tensor dy, moe_tensor pair,
+                                        moe_tensor y, moe_tensor slot, moe_tensor gates,
+                                        moe_tensor out, moe_tensor dgates, bool *done) {
+  TIMED(gather_backward, 0.0, (dev, dy, pair, y, slot, gates, out, dgates, done));
+}
 static moe_status timed_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                            moe_tensor w13, moe_tensor dx) {
   TIMED(expert_up_backward, 2.0 * (double)moe_tensor_count(dgu) * (double)dx.shape[1],
@@ -277,6 +282,7 @@ static void wrap(moe_backend *table) {
   table->expert_down = timed_expert_down;
   table->expert_down_backward = timed_expert_down_backward;
   table->gates_backward = timed_gates_backward;
+  if (table->gather_backward != NULL) table->gather_backward = timed_gather_backward;
   table->expert_up_backward = timed_expert_up_backward;
   table->expert_weight_grad = timed_expert_weight_grad;
   table->experts_decode = timed_experts_decode;

@@ -165,28 +165,32 @@ static moe_status prepare_round(moe_block_env *env, moe_block *b, const round_vi
 }
 
 /* What the gradients of a prepared round's weights need: dY in r->ys, those of gate and up in place
- * of r->gu. */
+ * of r->gu; and the gates' gradients. */
 static moe_status down_backward(moe_block_env *env, moe_block *b, const round_view *r) {
   moe_work *w = &env->work;
-  moe_tensor drows = moe_tensor_rows(w->drows, 0, b->stash->route.rows);
-  moe_tensor dgates = r->kind == MOE_GU_SLOPES ? moe_tensor_none() : r->dgates;
-  MOE_TRY(moe_gather_rows(env->dev, drows, r->pair, env->dims.top_k, r->ys));
-  return moe_expert_down_backward(env->dev, r->ys, r->window, b->w.w2, r->gates, r->kind, r->gu,
-                                  moe_tensor_rows(w->a, 0, r->rows), dgates);
+  moe_stash *s = b->stash;
+  bool slopes = r->kind == MOE_GU_SLOPES;
+  moe_tensor drows = moe_tensor_rows(w->drows, 0, s->route.rows), dgates = moe_tensor_none();
+  moe_tensor row_dgates = moe_tensor_rows(w->row_dgates, 0, s->route.rows);
+  if (slopes) {
+    MOE_TRY(moe_gather_backward(env->dev, drows, r->pair, r->y, s->slot, s->route.gates, r->ys,
+                                row_dgates));
+  } else {
+    dgates = r->dgates;
+    MOE_TRY(moe_gather_rows(env->dev, drows, r->pair, env->dims.top_k, r->ys));
+  }
+  MOE_TRY(moe_expert_down_backward(env->dev, r->ys, r->window, b->w.w2, r->gates, r->kind, r->gu,
+                                   moe_tensor_rows(w->a, 0, r->rows), dgates));
+  if (slopes) return MOE_OK;
+  return moe_combine_gates(env->dev, dgates, s->slot, r->begin, r->begin > 0, row_dgates);
 }
 
-/* Then the gradients of its rows (into r->dxs) and gates. */
+/* Then the gradients of its rows, into r->dxs. */
 static moe_status up_backward(moe_block_env *env, moe_block *b, const round_view *r) {
-  moe_work *w = &env->work;
   moe_stash *s = b->stash;
-  moe_tensor rows = moe_tensor_rows(w->rows, 0, s->route.rows);
-  moe_tensor drows = moe_tensor_rows(w->drows, 0, s->route.rows);
-  moe_tensor row_dgates = moe_tensor_rows(w->row_dgates, 0, s->route.rows);
+  moe_tensor rows = moe_tensor_rows(env->work.rows, 0, s->route.rows);
   MOE_TRY(moe_expert_up_backward(env->dev, r->gu, r->window, b->w.w13, r->dxs));
-  MOE_TRY(moe_combine_rows(env->dev, r->dxs, s->slot, r->begin, r->begin > 0, rows));
-  if (r->kind == MOE_GU_SLOPES)
-    return moe_gates_backward(env->dev, drows, r->y, s->slot, s->route.gates, row_dgates);
-  return moe_combine_gates(env->dev, r->dgates, s->slot, r->begin, r->begin > 0, row_dgates);
+  return moe_combine_rows(env->dev, r->dxs, s->slot, r->begin, r->begin > 0, rows);
 }
 
 /* All rounds; of the last one the weights' gradients are left in grad_w2 and env->due, if there is

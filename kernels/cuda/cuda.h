@@ -90,6 +90,9 @@ moe_status moe_cuda_expert_down_backward(moe_device *dev, moe_tensor dy, moe_ten
                                          moe_tensor gu, moe_tensor a, moe_tensor dgates);
 moe_status moe_cuda_gates_backward(moe_device *dev, moe_tensor dy, moe_tensor y, moe_tensor slot,
                                    moe_tensor gates, moe_tensor dgates);
+moe_status moe_cuda_gather_backward(moe_device *dev, moe_tensor dy, moe_tensor pair, moe_tensor y,
+                                    moe_tensor slot, moe_tensor gates, moe_tensor out,
+                                    moe_tensor dgates, bool *done);
 moe_status moe_cuda_expert_up_backward(moe_device *dev, moe_tensor dgu, moe_tensor offsets,
                                        moe_tensor w13, moe_tensor dx);
 moe_status moe_cuda_expert_weight_grad(moe_device *dev, moe_tensor left, moe_tensor right,

@@ -333,7 +333,7 @@ static const moe_backend *table(void) {
   SLOT(permute_plan), SLOT(permute_window), SLOT(localize_experts);
   SLOT(gather_rows), SLOT(gather_gates), SLOT(combine_rows), SLOT(combine_gates);
   SLOT(expert_up), SLOT(expert_down), SLOT(expert_down_backward), SLOT(expert_up_backward);
-  SLOT(gates_backward);
+  SLOT(gates_backward), SLOT(gather_backward);
   SLOT(expert_weight_grad), SLOT(expert_scratch);
   SLOT(attention_cached), SLOT(attention_cached_scratch), SLOT(experts_decode);
   SLOT(sum_choices);

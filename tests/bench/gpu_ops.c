@@ -162,6 +162,11 @@ static void make_moe(void) {
     moe_router_backward(dev, at(gates), at(x), at(router_w), at(probs), at(lse), at(experts),      \
                         at(gates), moe_tensor_2d(at(stats).data, MOE_F32, 1, E), 1e-3f, 0,         \
                         at(dlogits), at(y), at(router_dw)))                                        \
+  X("router_norm_backward", 8.0 * T * D + 12.0 * T * E, 0,                                         \
+    moe_router_norm_backward(                                                                      \
+        dev, at(gates), at(x), at(router_w), at(probs), at(lse), at(experts), at(gates),           \
+        moe_tensor_2d(at(stats).data, MOE_F32, 1, E), 1e-3f, 0, at(dlogits), at(router_dw),        \
+        (moe_norm_gradient){at(z), at(x), at(gain), at(rstd), at(y), at(dgain)}))                  \
   X("permute_plan", 12.0 * T * K + 4.0 * C, 0,                                                     \
     moe_permute_plan(dev, at(experts), PAD, at(offsets), at(pair), at(slot)))                      \
   X("gather_rows", 2.0 * T * D + 2.0 * C * D, 0,                                                   \
@@ -172,6 +177,9 @@ static void make_moe(void) {
     moe_gather_gates(dev, at(gates), at(pair), at(sorted_gates)))                                  \
   X("gates_backward", 2.0 * T * D + 2.0 * ROUTED * D, 0,                                           \
     moe_gates_backward(dev, at(x), at(sorted), at(slot), at(gates), at(row_dgates)))               \
+  X("gather_backward", 2.0 * T * D + 2.0 * (ROUTED + C) * D, 0,                                    \
+    moe_gather_backward(dev, at(x), at(pair), at(sorted), at(slot), at(gates), at(dhidden),        \
+                        at(row_dgates)))                                                           \
   X("expert_up", 2.0 * ROUTED * (D + 3 * F), ROUTED * 4 * D * F,                                   \
     moe_expert_up(dev, at(sorted), at(offsets), at(w13), at(sorted_gates), MOE_GU_VALUES, at(gu),  \
                   at(a)))                                                                          \

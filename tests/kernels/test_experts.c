@@ -2,6 +2,7 @@
  * NaN on the way in and must come back as they were. */
 #include <criterion/criterion.h>
 #include <math.h>
+#include <string.h>
 
 #include "tests/support/op_check.h"
 
@@ -170,6 +171,27 @@ Test(experts, down_backward_turns_gate_and_up_or_slopes_into_their_gradients) {
   op_each(down_backward);
 }
 
+/* The same gates' gradients, to the bit, beside rows of dy in y's order with zeros between. */
+static void gathers_too(moe_device *dev, op_tensor dy, op_tensor y, op_tensor slot, op_tensor gates,
+                        op_tensor dgates) {
+  int64_t c = y.t.shape[0], d = y.t.shape[1], k = slot.t.shape[1];
+  op_tensor out = op_output(dev, "out", y.t.dtype, OP_SHAPE(c, d));
+  op_tensor again = op_output(dev, "dgates again", MOE_F32, OP_SHAPE(slot.t.shape[0], k));
+  int32_t *pairs = op_int32s(c);
+  double *want = op_doubles(c * d);
+  memset(pairs, 0xff, (size_t)c * sizeof *pairs);
+  for (int64_t i = 0; i < slot.count; i++) {
+    int64_t at = (int64_t)slot.v[i];
+    if (at < 0 || at >= c) continue;
+    pairs[at] = (int32_t)i;
+    memcpy(want + at * d, dy.v + i / k * d, (size_t)d * sizeof *want);
+  }
+  op_tensor pair = op_ints(dev, "pair", OP_SHAPE(c), pairs);
+  op_ok(moe_gather_backward(dev, dy.t, pair.t, y.t, slot.t, gates.t, out.t, again.t));
+  op_equal(out, want);
+  op_equal(again, op_read(&dgates));
+}
+
 /* Rows that no slot names are NaN; some slots name none, or one beyond the rows there are. */
 static void gates_backward(moe_device *dev, moe_dtype act) {
   enum { R = 37, K = 3, C = 90 };
@@ -198,6 +220,7 @@ static void gates_backward(moe_device *dev, moe_dtype act) {
     op_tensor slot = op_ints(dev, "slot", OP_SHAPE(R, K), slots);
     op_ok(moe_gates_backward(dev, dy.t, y.t, slot.t, gates.t, dgates.t));
     op_close(dgates, want, 2e-6);
+    gathers_too(dev, dy, y, slot, gates, dgates);
   }
 }
 Test(experts, gates_backward_is_a_dot_product_with_what_came_back) {
