@@ -61,8 +61,8 @@ typedef struct moe_backend {
                                moe_tensor dweight);
   moe_status (*rms_norm)(moe_device *dev, moe_tensor x, moe_tensor residual, moe_tensor gain,
                          double eps, moe_tensor sum, moe_tensor out, moe_tensor rstd);
-  /* These two, router_norm_backward and gather_backward may be NULL, or leave *done false and queue
-   * nothing: then the two operations that they are made of are called. */
+  /* These two, combine_norm, router_norm_backward and gather_backward may be NULL, or leave *done
+   * false and queue nothing: then the two operations that they are made of are called. */
   moe_status (*norm_gemm)(moe_device *dev, moe_norm norm, moe_tensor b, moe_tensor c, bool *done);
   moe_status (*norm_router)(moe_device *dev, moe_norm norm, moe_tensor weight, moe_tensor bias,
                             moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
@@ -107,6 +107,8 @@ typedef struct moe_backend {
   moe_status (*gather_gates)(moe_device *dev, moe_tensor values, moe_tensor pair, moe_tensor out);
   moe_status (*combine_rows)(moe_device *dev, moe_tensor src, moe_tensor slot, int64_t begin,
                              int beta, moe_tensor out);
+  moe_status (*combine_norm)(moe_device *dev, moe_tensor src, moe_tensor slot, moe_norm norm,
+                             bool *done);
   moe_status (*combine_gates)(moe_device *dev, moe_tensor src, moe_tensor slot, int64_t begin,
                               int beta, moe_tensor out);
   moe_status (*localize_experts)(moe_device *dev, moe_tensor experts, moe_tensor gates,

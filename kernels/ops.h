@@ -200,6 +200,9 @@ moe_status moe_gather_gates(moe_device *dev, moe_tensor values, moe_tensor pair,
  * src[slot[r,k] - begin]. src [C, D] act; slot i32 [R, K]. The order of addition is fixed. */
 moe_status moe_combine_rows(moe_device *dev, moe_tensor src, moe_tensor slot, int64_t begin,
                             int beta, moe_tensor out);
+/* combine_rows of src, a whole plan's, to norm.residual, then rms_norm: one kernel where the
+ * backend has it. norm.residual is work; norm.sum may not be it. */
+moe_status moe_combine_norm(moe_device *dev, moe_tensor src, moe_tensor slot, moe_norm norm);
 /* out f32 [R, K]: src[slot - begin] for slots in the window; others 0 when beta is 0, else kept. */
 moe_status moe_combine_gates(moe_device *dev, moe_tensor src, moe_tensor slot, int64_t begin,
                              int beta, moe_tensor out);

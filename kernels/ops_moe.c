@@ -202,6 +202,26 @@ moe_status moe_combine_rows(moe_device *dev, moe_tensor src, moe_tensor slot, in
   return moe_check_finite(dev, "combine_rows", "out", out);
 }
 
+moe_status moe_combine_norm(moe_device *dev, moe_tensor src, moe_tensor slot, moe_norm n) {
+  const char *op = "combine_norm";
+  bool done = false;
+  MOE_TRY(moe_check_norm(n));
+  MOE_TRY(moe_check_2d(op, "src", src, moe_same_type(n.x), MOE_ANY, n.x.shape[1]));
+  MOE_TRY(moe_check_2d(op, "slot", slot, MOE_IS_I32, n.x.shape[0], MOE_ANY));
+  MOE_TRY(moe_check_rule(op,
+                         moe_tensor_present(n.residual) && n.residual.data != n.x.data &&
+                             n.residual.data != n.sum.data,
+                         "there must be a residual, for itself"));
+  if (dev->backend->combine_norm) MOE_TRY(dev->backend->combine_norm(dev, src, slot, n, &done));
+  if (!done) {
+    MOE_TRY(moe_combine_rows(dev, src, slot, 0, 0, n.residual));
+    return moe_rms_norm(dev, n.x, n.residual, n.gain, n.eps, n.sum, n.out, n.rstd);
+  }
+  MOE_TRY(moe_check_finite(dev, op, "sum", n.sum));
+  MOE_TRY(moe_check_finite(dev, op, "rstd", n.rstd));
+  return moe_check_finite(dev, op, "out", n.out);
+}
+
 moe_status moe_combine_gates(moe_device *dev, moe_tensor src, moe_tensor slot, int64_t begin,
                              int beta, moe_tensor out) {
   MOE_TRY(moe_check_1d("combine_gates", "src", src, MOE_IS_F32, MOE_ANY));

@@ -173,6 +173,10 @@ static moe_status timed_combine_rows(moe_device *dev, moe_tensor src, moe_tensor
                                      int64_t begin, int beta, moe_tensor out) {
   TIMED(combine_rows, 0.0, (dev, src, slot, begin, beta, out));
 }
+static moe_status timed_combine_norm(moe_device *dev, moe_tensor src, moe_tensor slot,
+                                     moe_norm norm, bool *done) {
+  TIMED(combine_norm, 0.0, (dev, src, slot, norm, done));
+}
 static moe_status timed_combine_gates(moe_device *dev, moe_tensor src, moe_tensor slot,
                                       int64_t begin, int beta, moe_tensor out) {
   TIMED(combine_gates, 0.0, (dev, src, slot, begin, beta, out));
@@ -276,6 +280,7 @@ static void wrap(moe_backend *table) {
   table->gather_rows = timed_gather_rows;
   table->gather_gates = timed_gather_gates;
   table->combine_rows = timed_combine_rows;
+  if (table->combine_norm != NULL) table->combine_norm = timed_combine_norm;
   table->combine_gates = timed_combine_gates;
   table->localize_experts = timed_localize_experts;
   table->expert_up = timed_expert_up;

@@ -106,7 +106,8 @@ moe_status moe_block_forward(moe_block_env *env, moe_block *b, moe_tensor x_in,
   moe_stash *s = b->stash;
   double eps = env->config->model.norm_eps;
   moe_device_label(env->dev, "attention forward", b->index);
-  MOE_TRY(moe_rms_norm(env->dev, x_in, delta_in, b->w.norm1, eps, b->x, s->h1, s->rstd1));
+  MOE_TRY(moe_norm_after_experts(
+      env, (moe_norm){x_in, delta_in, b->w.norm1, eps, b->x, s->h1, s->rstd1}));
   return forward_from_x(env, b, b->stats);
 }
 

@@ -7,6 +7,7 @@
 
 #include "core/model/model.h"
 #include "core/model/views.h"
+#include "kernels/ops.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -53,6 +54,11 @@ typedef struct {
   bool last; /* round: dw is then what it will be */
 } moe_due_grad;
 
+/* Sorted rows that are still to be summed to their tokens. */
+typedef struct {
+  moe_tensor y, slot; /* ops.h, moe_combine_rows */
+} moe_left_rows;
+
 typedef struct {
   moe_dims dims;
   const moe_config *config;
@@ -67,6 +73,7 @@ typedef struct {
   moe_dtype dtype;
   moe_work work;
   moe_due_grad due;
+  moe_left_rows left;      /* of the last experts; with ep 1 they are the delta */
   moe_tensor grad_squares; /* f64 [1] of the experts' gradients as they are made, or absent */
   moe_grad_pool *sums;     /* of the experts' gradients; NULL: others will add to them */
   moe_tensor forced;  /* i32 [T, K] experts in place of the router's; absent but in benchmarks */
@@ -109,12 +116,15 @@ moe_status moe_block_backward_experts(moe_block_env *env, moe_block *b, float au
                                       float z_scale);
 moe_status moe_block_backward_attention(moe_block_env *env, moe_block *b);
 
-/* The halves (attention.c, moe_layer.c). stash->h1 -> work.delta; stash->h2 -> work.delta. */
+/* The halves (attention.c, moe_layer.c). stash->h1 -> work.delta; stash->h2 -> work.delta,
+ * but with ep 1 -> env->left. */
 moe_status moe_attention_forward(moe_block_env *env, moe_block *b);
 moe_status moe_attention_backward_pass(moe_block_env *env, moe_block *b); /* dx -> dh (of h1) */
 moe_status moe_experts_forward(moe_block_env *env, moe_block *b, moe_tensor stats);
 moe_status moe_experts_backward(moe_block_env *env, moe_block *b, float aux_scale,
                                 float z_scale); /* with the norm before: dx += of mid */
+/* rms_norm of what comes after experts: n.residual is their delta, or absent. */
+moe_status moe_norm_after_experts(moe_block_env *env, moe_norm n);
 /* The weight gradients that the last moe_experts_backward left. */
 moe_status moe_experts_backward_end(moe_block_env *env);
 

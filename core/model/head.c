@@ -24,8 +24,8 @@ void moe_head_create(moe_block_env *env, moe_arena *arena, moe_head *out) {
 }
 
 static moe_status final_norm(moe_block_env *env, moe_head *head, moe_tensor x, moe_tensor delta) {
-  return moe_rms_norm(env->dev, x, delta, head->gain, env->config->model.norm_eps, head->x, head->h,
-                      head->rstd);
+  return moe_norm_after_experts(env, (moe_norm){x, delta, head->gain, env->config->model.norm_eps,
+                                                head->x, head->h, head->rstd});
 }
 
 /* Logits of `count` tokens from `begin`. */

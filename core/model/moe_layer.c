@@ -4,6 +4,8 @@
  *
  *   router -> dispatch -> sort by expert -> expert GEMMs -> sum per row -> return
  *
+ * Where rows do not travel the sum is left to the norm that follows.
+ *
  * Expert work is done in rounds of at most C sorted rows. C holds a little more than balanced
  * routing needs, so one round is usual; what exceeds it runs in further rounds, and no routing can
  * overflow a buffer. Only the first round's gate and up projections may be kept for backward, or
@@ -117,24 +119,35 @@ static moe_status route_tokens(moe_block_env *env, moe_block *b, moe_tensor stat
   return ask_rows(env, s);
 }
 
-static moe_status round_forward(moe_block_env *env, moe_block *b, int64_t begin, moe_tensor rows) {
-  round_view r = round_at(env, b, begin);
-  MOE_TRY(gather_round(env, b, &r));
-  MOE_TRY(moe_expert_up(env->dev, r.xs, r.window, b->w.w13, r.gates, r.kind, r.gu, r.a));
-  MOE_TRY(moe_expert_down(env->dev, r.a, r.window, b->w.w2, r.y));
-  return moe_combine_rows(env->dev, r.y, b->stash->slot, begin, begin > 0, rows);
+static moe_status round_forward(moe_block_env *env, moe_block *b, const round_view *r) {
+  MOE_TRY(gather_round(env, b, r));
+  MOE_TRY(moe_expert_up(env->dev, r->xs, r->window, b->w.w13, r->gates, r->kind, r->gu, r->a));
+  return moe_expert_down(env->dev, r->a, r->window, b->w.w2, r->y);
 }
 
 moe_status moe_experts_forward(moe_block_env *env, moe_block *b, moe_tensor stats) {
   moe_stash *s = b->stash;
   MOE_TRY(route_tokens(env, b, stats));
   moe_tensor rows = moe_tensor_rows(env->work.rows, 0, s->route.rows);
-  MOE_TRY(round_forward(env, b, 0, rows));
+  round_view r = round_at(env, b, 0);
+  MOE_TRY(round_forward(env, b, &r));
+  env->left = (moe_left_rows){r.y, s->slot};
+  if (env->mesh->ep == 1) return MOE_OK; /* and one round holds all */
+  MOE_TRY(moe_combine_rows(env->dev, r.y, s->slot, 0, 0, rows));
   MOE_TRY(count_rows(env, s));
-  for (int64_t begin = env->round_rows; begin < s->sorted_rows; begin += env->round_rows)
-    MOE_TRY(round_forward(env, b, begin, rows));
+  for (int64_t begin = env->round_rows; begin < s->sorted_rows; begin += env->round_rows) {
+    r = round_at(env, b, begin);
+    MOE_TRY(round_forward(env, b, &r));
+    MOE_TRY(moe_combine_rows(env->dev, r.y, s->slot, begin, 1, rows));
+  }
   MOE_TRY(moe_dispatch_return(env->dispatcher, &s->route, rows, env->work.delta));
   return moe_dispatch_wait(env->dispatcher);
+}
+
+moe_status moe_norm_after_experts(moe_block_env *env, moe_norm n) {
+  if (env->mesh->ep == 1 && moe_tensor_present(n.residual))
+    return moe_combine_norm(env->dev, env->left.y, env->left.slot, n);
+  return moe_rms_norm(env->dev, n.x, n.residual, n.gain, n.eps, n.sum, n.out, n.rstd);
 }
 
 /* ---- backward ------------------------------------------------------------------------------ */

@@ -77,6 +77,8 @@ moe_status moe_cuda_gather_gates(moe_device *dev, moe_tensor values, moe_tensor 
                                  moe_tensor out);
 moe_status moe_cuda_combine_rows(moe_device *dev, moe_tensor src, moe_tensor slot, int64_t begin,
                                  int beta, moe_tensor out);
+moe_status moe_cuda_combine_norm(moe_device *dev, moe_tensor src, moe_tensor slot, moe_norm norm,
+                                 bool *done);
 moe_status moe_cuda_combine_gates(moe_device *dev, moe_tensor src, moe_tensor slot, int64_t begin,
                                   int beta, moe_tensor out);
 moe_status moe_cuda_localize_experts(moe_device *dev, moe_tensor experts, moe_tensor gates,

@@ -331,7 +331,8 @@ static const moe_backend *table(void) {
   SLOT(attention), SLOT(attention_backward), SLOT(attention_scratch);
   SLOT(router), SLOT(router_drop), SLOT(router_backward);
   SLOT(permute_plan), SLOT(permute_window), SLOT(localize_experts);
-  SLOT(gather_rows), SLOT(gather_gates), SLOT(combine_rows), SLOT(combine_gates);
+  SLOT(gather_rows), SLOT(gather_gates), SLOT(combine_rows), SLOT(combine_norm),
+      SLOT(combine_gates);
   SLOT(expert_up), SLOT(expert_down), SLOT(expert_down_backward), SLOT(expert_up_backward);
   SLOT(gates_backward), SLOT(gather_backward);
   SLOT(expert_weight_grad), SLOT(expert_scratch);

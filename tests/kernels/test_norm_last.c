@@ -1,5 +1,5 @@
-/* The router's gradient with the norm's before it, in one kernel where there is one, against the
- * two operations that they are. */
+/* Operations that end with a norm or its gradient, in one kernel where there is one, against the
+ * two operations that they are made of. */
 #include <criterion/criterion.h>
 
 #include "tests/support/op_check.h"
@@ -107,4 +107,59 @@ static void refusals(moe_device *dev) {
 }
 Test(norm_last, refuses_a_norm_of_another_width) {
   op_each_device(refusals);
+}
+
+/* ---- sums of experts' rows, then a norm ------------------------------------------------------ */
+
+/* Each token's slots are different rows, of which some name none and two thirds are left over. */
+static op_tensor draw_slots(moe_device *dev, int64_t tokens, int64_t k) {
+  int32_t *slots = op_int32s(tokens * k);
+  for (int64_t i = 0; i < tokens * k; i++)
+    slots[i] = op_pick("none", i, 5) == 0 ? -1 : (int32_t)(i * 3 + op_pick("slot", i, 3));
+  return op_ints(dev, "slot", OP_SHAPE(tokens, k), slots);
+}
+
+static void check_sum(moe_device *dev, moe_dtype act, int64_t tokens, int64_t width, int64_t k) {
+  op_tensor src = op_random(dev, "src", act, OP_SHAPE(3 * tokens * k, width), 1.0);
+  op_tensor slot = draw_slots(dev, tokens, k),
+            gain = op_random(dev, "gain", MOE_F32, OP_SHAPE(width), 1.0);
+  op_tensor x = op_random(dev, "x", act, OP_SHAPE(tokens, width), 2.0);
+  op_tensor sum[2], out[2], rstd[2], residual[2];
+  moe_norm n[2];
+  for (int i = 0; i < 2; i++) {
+    residual[i] = op_output(dev, "residual", act, OP_SHAPE(tokens, width));
+    sum[i] = op_output(dev, "sum", act, OP_SHAPE(tokens, width));
+    out[i] = op_output(dev, "out", act, OP_SHAPE(tokens, width));
+    rstd[i] = op_output(dev, "rstd", MOE_F32, OP_SHAPE(tokens));
+    n[i] = (moe_norm){x.t, residual[i].t, gain.t, eps, sum[i].t, out[i].t, rstd[i].t};
+  }
+  op_ok(moe_combine_norm(dev, src.t, slot.t, n[0]));
+  op_ok(moe_combine_rows(dev, src.t, slot.t, 0, 0, n[1].residual));
+  op_ok(moe_rms_norm(dev, n[1].x, n[1].residual, n[1].gain, eps, n[1].sum, n[1].out, n[1].rstd));
+  op_equal(sum[0], op_read(&sum[1]));
+  op_close(rstd[0], op_read(&rstd[1]), 1e-6);
+  op_close(out[0], op_read(&out[1]), op_tolerance(act) / 10.0);
+}
+
+static void sums(moe_device *dev, moe_dtype act) {
+  const int64_t list[][3] = {{1, 8, 1},     {37, 72, 3},  {9, 256, 4},  {20, 768, 4},
+                             {33, 1000, 5}, {5, 1024, 9}, {7, 1032, 2}, {12, 77, 4}};
+  for (size_t i = 0; i < sizeof list / sizeof *list; i++)
+    check_sum(dev, act, list[i][0], list[i][1], list[i][2]);
+}
+Test(norm_last, the_norm_of_summed_rows_is_their_sum_and_the_norm) {
+  op_each(sums);
+}
+
+static void shared_residual(moe_device *dev) {
+  op_tensor x = op_random(dev, "x", MOE_F32, OP_SHAPE(4, 8), 1.0);
+  op_tensor gain = op_random(dev, "gain", MOE_F32, OP_SHAPE(8), 1.0);
+  op_tensor rstd = op_output(dev, "rstd", MOE_F32, OP_SHAPE(4));
+  op_tensor out = op_output(dev, "out", MOE_F32, OP_SHAPE(4, 8));
+  moe_norm n = {x.t, x.t, gain.t, eps, out.t, out.t, rstd.t};
+  op_refuses(MOE_INVALID, "combine_norm: there must be a residual",
+             moe_combine_norm(dev, x.t, draw_slots(dev, 4, 1).t, n));
+}
+Test(norm_last, a_norm_of_summed_rows_refuses_a_residual_that_is_not_its_own) {
+  op_each_device(shared_residual);
 }
