@@ -130,6 +130,12 @@ static moe_status timed_router(moe_device *dev, moe_tensor x, moe_tensor weight,
                                moe_tensor gates, moe_tensor stats) {
   TIMED(router, 0.0, (dev, x, weight, bias, probs, lse, experts, gates, stats));
 }
+static moe_status timed_norm_router(moe_device *dev, moe_norm norm, moe_tensor weight,
+                                    moe_tensor bias, moe_tensor probs, moe_tensor lse,
+                                    moe_tensor experts, moe_tensor gates, moe_tensor stats,
+                                    bool *done) {
+  TIMED(norm_router, 0.0, (dev, norm, weight, bias, probs, lse, experts, gates, stats, done));
+}
 static moe_status timed_router_drop(moe_device *dev, moe_tensor probs, int64_t capacity,
                                     moe_tensor experts, moe_tensor gates, moe_tensor dropped) {
   TIMED(router_drop, 0.0, (dev, probs, capacity, experts, gates, dropped));
@@ -266,7 +272,7 @@ static void wrap(moe_backend *table) {
   table->rms_norm_backward = timed_rms_norm_backward;
   table->gemm = timed_gemm;
   table->norm_gemm = NULL; /* each part for itself */
-  table->norm_router = NULL;
+  if (table->norm_router != NULL) table->norm_router = timed_norm_router;
   table->rope = timed_rope;
   table->attention = timed_attention;
   table->attention_backward = timed_attention_backward;

@@ -92,11 +92,8 @@ void moe_work_create(moe_block_env *env, moe_memory *memory, bool training) {
 
 /* From block->x to work.delta; `stats` receives the router's statistics. */
 static moe_status forward_from_x(moe_block_env *env, moe_block *b, moe_tensor stats) {
-  moe_stash *s = b->stash;
-  double eps = env->config->model.norm_eps;
   moe_device_label(env->dev, "attention forward", b->index);
   MOE_TRY(moe_attention_forward(env, b));
-  MOE_TRY(moe_rms_norm(env->dev, b->x, env->work.delta, b->w.norm2, eps, s->mid, s->h2, s->rstd2));
   moe_device_label(env->dev, "experts forward", b->index);
   return moe_experts_forward(env, b, stats);
 }

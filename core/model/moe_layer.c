@@ -95,12 +95,24 @@ static moe_status gather_round(moe_block_env *env, moe_block *b, const round_vie
   return moe_gather_gates(env->dev, s->route.gates, r->pair, r->gates);
 }
 
+/* The norm and the router; where rows travel they set out between. */
+static moe_status norm_and_router(moe_block_env *env, moe_block *b, moe_tensor stats) {
+  moe_stash *s = b->stash;
+  moe_norm n = {b->x,   env->work.delta, b->w.norm2, env->config->model.norm_eps,
+                s->mid, s->h2,           s->rstd2};
+  if (env->mesh->ep == 1)
+    return moe_norm_router(env->dev, n, b->w.router, b->bias, s->probs, s->router_lse, s->experts,
+                           s->gates, stats);
+  MOE_TRY(moe_rms_norm(env->dev, n.x, n.residual, n.gain, n.eps, n.sum, n.out, n.rstd));
+  MOE_TRY(moe_dispatch_send_early(env->dispatcher, s->h2, &s->route));
+  return moe_router(env->dev, s->h2, b->w.router, b->bias, s->probs, s->router_lse, s->experts,
+                    s->gates, stats);
+}
+
 static moe_status route_tokens(moe_block_env *env, moe_block *b, moe_tensor stats) {
   moe_stash *s = b->stash;
   const moe_dims *d = &env->dims;
-  MOE_TRY(moe_dispatch_send_early(env->dispatcher, s->h2, &s->route));
-  MOE_TRY(moe_router(env->dev, s->h2, b->w.router, b->bias, s->probs, s->router_lse, s->experts,
-                     s->gates, stats));
+  MOE_TRY(norm_and_router(env, b, stats));
   if (moe_tensor_present(env->forced)) { /* bits, not numbers: f32 to f32 is a copy */
     int64_t n = moe_tensor_count(s->experts);
     MOE_TRY(moe_copy(env->dev, moe_tensor_1d(s->experts.data, MOE_F32, n),

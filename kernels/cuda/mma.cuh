@@ -119,6 +119,12 @@ __device__ __forceinline__ void copy_wait() {
 #endif
 }
 
+/* Over the four lanes that have a row of a fragment; each gets the result. */
+template <typename T, typename Op> __device__ __forceinline__ T quad_reduce(T x, Op op) {
+  x = op(x, __shfl_xor_sync(full_warp, x, 1));
+  return op(x, __shfl_xor_sync(full_warp, x, 2));
+}
+
 /* Two floats, rounded, the first in the low half; and back, of bf16. */
 template <typename T> __device__ __forceinline__ uint32_t pack(float a, float b) {
   std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162> pair;

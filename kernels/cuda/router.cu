@@ -3,7 +3,8 @@
  * Logits are float32 products of kernels that take x as it is stored and the float32 weights:
  * router_few.cuh's for few experts, else the own tiled one. Then a warp per token: softmax, and K
  * rounds of "largest score, ties to the lower index". For bf16 and at most 32 experts one kernel
- * does all of it (router_mma.cuh), as one block does for up to 32 tokens (router_small.cuh).
+ * does all of it (router_mma.cuh), with the norm before it where router_norm.cuh's fits; one block
+ * does for up to 32 tokens (router_small.cuh).
  * Whatever is summed over tokens goes through a fixed number of partial sums.
  *
  * The way back (router_gradient.cuh has its formula) is one kernel where router_back.cuh's fits,
@@ -11,6 +12,7 @@
 #include "kernels/cuda/plain.h"
 #include "kernels/cuda/router_few.cuh"
 #include "kernels/cuda/router_mma.cuh"
+#include "kernels/cuda/router_norm.cuh"
 #include "kernels/cuda/router_norm_back.cuh"
 #include "kernels/cuda/router_small.cuh"
 #include "kernels/cuda/tiled.cuh"
@@ -173,48 +175,78 @@ static choose_args choice_of(moe_tensor bias, moe_tensor probs, moe_tensor lse, 
           (int)probs.shape[1],     (int)experts.shape[1]};
 }
 
+static stats_args stats_of(moe_device *dev, const choose_args &c, moe_tensor stats) {
+  stats_args a = {};
+  a.probs = c.probs;
+  a.lse = c.lse;
+  a.experts = c.experts;
+  a.partial = (double *)cuda_of(dev)->partial;
+  a.stats = cuda_data<float>(stats);
+  a.groups = stats.shape[0];
+  a.per_group = c.tokens / a.groups;
+  a.count = c.count;
+  a.k = c.k;
+  return a;
+}
+
+/* `start` queues a kernel for all tokens, which leaves the sums of each fused_tokens where it is
+ * told, unless that is NULL; then stats. */
+template <typename F>
+static moe_status route_and_sum(moe_device *dev, const choose_args &c, moe_tensor x,
+                                moe_tensor weight, moe_tensor stats, F start) {
+  stats_args a = stats_of(dev, c, stats);
+  bool sums = a.per_group % fused_tokens == 0 &&
+              div_up(c.tokens, fused_tokens) * (2 * c.count + 1) * 8 <= cuda_of(dev)->partial_bytes;
+  fused_router_args r = {cuda_data<__nv_bfloat16>(x),
+                         cuda_data<float>(weight),
+                         c.bias,
+                         c.probs,
+                         c.lse,
+                         c.gates,
+                         c.experts,
+                         sums ? a.partial : nullptr,
+                         c.tokens,
+                         (int)x.shape[1],
+                         c.count,
+                         c.k};
+  MOE_TRY(start(r));
+  a.splits = (int)(a.per_group / fused_tokens);
+  return sums ? add_stats(dev, a, a.groups) : sum_stats(dev, a);
+}
+
 moe_status moe_cuda_norm_router(moe_device *dev, moe_norm norm, moe_tensor weight, moe_tensor bias,
                                 moe_tensor probs, moe_tensor lse, moe_tensor experts,
                                 moe_tensor gates, moe_tensor stats, bool *done) {
+  static const bool apart = cuda_plain("joint");
   choose_args c = choice_of(bias, probs, lse, experts, gates);
-  *done = !router_in_steps() && small_router_fits(c.tokens, c.count, c.k) && norm_few_fits(norm) &&
-          reinterpret_cast<uintptr_t>(weight.data) % 16 == 0;
-  return *done ? small_router(dev, c, &norm, norm.out, weight, stats) : MOE_OK;
+  bool few = small_router_fits(c.tokens, c.count, c.k) && norm_few_fits(norm) &&
+             reinterpret_cast<uintptr_t>(weight.data) % 16 == 0;
+  *done = !router_in_steps() && (few || (!apart && many_fits(cuda_of(dev), norm, weight)));
+  if (!*done) return MOE_OK;
+  if (few) return small_router(dev, c, &norm, norm.out, weight, stats);
+  return route_and_sum(dev, c, norm.out, weight, stats, [&](const fused_router_args &r) {
+    return many_router(
+        dev, {r, cuda_data<__nv_bfloat16>(norm.x), cuda_data<__nv_bfloat16>(norm.residual),
+              cuda_data<__nv_bfloat16>(norm.sum), cuda_data<__nv_bfloat16>(norm.out),
+              cuda_data<float>(norm.gain), cuda_data<float>(norm.rstd), (float)norm.eps});
+  });
 }
 
 moe_status moe_cuda_router(moe_device *dev, moe_tensor x, moe_tensor weight, moe_tensor bias,
                            moe_tensor probs, moe_tensor lse, moe_tensor experts, moe_tensor gates,
                            moe_tensor stats) {
   bool in_steps = router_in_steps();
-  cuda_state *s = cuda_of(dev);
-  int64_t tokens = x.shape[0], e = weight.shape[0], k = experts.shape[1];
   choose_args c = choice_of(bias, probs, lse, experts, gates);
-  stats_args a = {};
-  a.probs = c.probs;
-  a.lse = c.lse;
-  a.experts = c.experts;
-  a.partial = (double *)s->partial;
-  a.stats = cuda_data<float>(stats);
-  a.groups = stats.shape[0];
-  a.per_group = tokens / a.groups;
-  a.count = (int)e;
-  a.k = (int)k;
-  if (!in_steps && small_router_fits(tokens, e, k))
+  if (!in_steps && small_router_fits(c.tokens, c.count, c.k))
     return small_router(dev, c, nullptr, x, weight, stats);
-  if (tokens > 0 && !in_steps && fused_router_fits(s, x, weight)) {
-    bool sums = a.per_group % fused_tokens == 0 &&
-                div_up(tokens, fused_tokens) * (2 * e + 1) * 8 <= s->partial_bytes;
-    MOE_TRY(fused_router(dev, {cuda_data<__nv_bfloat16>(x), cuda_data<float>(weight), c.bias,
-                               c.probs, c.lse, c.gates, c.experts, sums ? a.partial : nullptr,
-                               tokens, (int)x.shape[1], c.count, c.k}));
-    a.splits = (int)(a.per_group / fused_tokens);
-    return sums ? add_stats(dev, a, a.groups) : sum_stats(dev, a);
-  }
-  if (tokens > 0) {
+  if (c.tokens > 0 && !in_steps && fused_router_fits(cuda_of(dev), x, weight))
+    return route_and_sum(dev, c, x, weight, stats,
+                         [&](const fused_router_args &r) { return fused_router(dev, r); });
+  if (c.tokens > 0) {
     MOE_TRY(find_logits(dev, x, weight, probs));
     MOE_TRY(choose(dev, c));
   }
-  return sum_stats(dev, a);
+  return sum_stats(dev, stats_of(dev, c, stats));
 }
 
 /* ---- drop: a block per expert -------------------------------------------------------------- */

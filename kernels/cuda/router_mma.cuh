@@ -102,11 +102,6 @@ __device__ __forceinline__ void fused_logits(const fused_router_args &a, const _
   }
 }
 
-template <typename T, typename Op> __device__ __forceinline__ T quad_reduce(T x, Op op) {
-  x = op(x, __shfl_xor_sync(full_warp, x, 1));
-  return op(x, __shfl_xor_sync(full_warp, x, 2));
-}
-
 /* One row's logits, of which each of four lanes has 2 TILES (p[i]: expert 8 (i / 2) + 2 q + i % 2),
  * become probabilities; the choice is written, *taken gets its bits. `here`: the row exists. */
 template <int TILES>
@@ -188,7 +183,7 @@ template <int TILES> struct fused_sums {
   }
   /* By all threads of a block, after a barrier: the warps' sums, in order. */
   __device__ __forceinline__ void write(int count, double *to) const {
-    for (int i = (int)threadIdx.x; i < 2 * count + 1; i += fused_threads) {
+    for (int i = (int)threadIdx.x; i < 2 * count + 1; i += (int)blockDim.x) {
       double sum = 0;
       for (int w = 0; w < fused_tiles; w++)
         sum += i < count ? load[w][i] : i < 2 * count ? mass[w][i - count] : squares[w];
@@ -196,6 +191,33 @@ template <int TILES> struct fused_sums {
     }
   }
 };
+
+/* What follows from the logits of a warp's 16 tokens, from `token` on; logit(r, i): of row lane / 4
+ * + 8 r for expert 8 (i / 2) + 2 q + i % 2. */
+template <int TILES, typename F>
+__device__ __forceinline__ void fused_rows(const fused_router_args &a, int64_t token, int tile,
+                                           fused_sums<TILES> &sums, F logit) {
+  float mass[2 * TILES] = {};
+  unsigned taken[2];
+  double squares = 0;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    int64_t t = token + (int)threadIdx.x % 32 / 4 + 8 * r;
+    bool here = t < a.tokens;
+    float p[2 * TILES], lse;
+#pragma unroll
+    for (int i = 0; i < 2 * TILES; i++) p[i] = logit(r, i);
+    fused_choose<TILES>(a, t, here, p, &lse, &taken[r]);
+    if (!here) taken[r] = 0;
+    if (here && threadIdx.x % 4 == 0) {
+      a.lse[t] = lse;
+      squares += (double)lse * (double)lse;
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * TILES; i++) mass[i] += here ? p[i] : 0.0f;
+  }
+  if (a.partial != nullptr) sums.put(tile, mass, taken, squares);
+}
 
 /* Warps w and w + 8 share 16 tokens: each takes half of the columns, the lower one the rest. */
 template <int TILES>
@@ -218,31 +240,10 @@ __global__ void __launch_bounds__(fused_threads, 1) fused_router_kernel(fused_ro
     for (int i = 0; i < 4 * TILES; i++) upper[tile][lane][i] = acc[i / 4][i % 4];
   }
   __syncthreads();
-  if (warp < fused_tiles) {
-    float mass[2 * TILES] = {};
-    unsigned taken[2];
-    double squares = 0;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      int64_t t = token + lane / 4 + 8 * r;
-      bool here = t < a.tokens;
-      float p[2 * TILES], lse;
-#pragma unroll
-      for (int i = 0; i < 2 * TILES; i++) {
-        int at = i / 2 * 4 + 2 * r + i % 2;
-        p[i] = acc[i / 2][2 * r + i % 2] + upper[tile][lane][at];
-      }
-      fused_choose<TILES>(a, t, here, p, &lse, &taken[r]);
-      if (!here) taken[r] = 0;
-      if (here && lane % 4 == 0) {
-        a.lse[t] = lse;
-        squares += (double)lse * (double)lse;
-      }
-#pragma unroll
-      for (int i = 0; i < 2 * TILES; i++) mass[i] += here ? p[i] : 0.0f;
-    }
-    if (a.partial != nullptr) sums.put(warp, mass, taken, squares);
-  }
+  if (warp < fused_tiles)
+    fused_rows<TILES>(a, token, warp, sums, [&](int r, int i) {
+      return acc[i / 2][2 * r + i % 2] + upper[tile][lane][i / 2 * 4 + 2 * r + i % 2];
+    });
   if (a.partial == nullptr) return;
   __syncthreads();
   sums.write(a.count, a.partial + (int64_t)blockIdx.x * (2 * a.count + 1));

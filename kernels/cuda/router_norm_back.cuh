@@ -12,9 +12,9 @@
 #define MOE_KERNELS_CUDA_ROUTER_NORM_BACK_CUH
 
 #include "kernels/cuda/router_back.cuh"
+#include "kernels/cuda/row_pieces.cuh"
 
-constexpr int joint_columns = 64, joint_warps = 12, joint_threads = 32 * joint_warps; /* at most */
-constexpr int joint_tile = 16, joint_ahead = 2, joint_most = 16; /* tokens; tiles; experts */
+constexpr int joint_ahead = 2, joint_most = 16; /* tiles; experts */
 
 struct joint_args {
   back_args b; /* x: the norm's; dx: the norm's; partial: of dW */
@@ -24,39 +24,12 @@ struct joint_args {
 };
 
 struct joint_shared {
-  uint4 dh[joint_ahead][4][joint_threads], x[joint_ahead][4][joint_threads];
-  uint4 weight[12][joint_threads];
+  uint4 dh[joint_ahead][4][piece_threads], x[joint_ahead][4][piece_threads];
+  uint4 dx[4][piece_threads], weight[12][piece_threads];
   float grad[back_tokens][16 + 8]; /* as back_shared has it */
-  float rstd[back_tokens], gain[joint_warps * joint_columns];
-  float dot[2][joint_warps][joint_tile];
+  float rstd[back_tokens], gain[piece_warps * piece_columns];
+  float dot[2][piece_warps][piece_tile];
 };
-
-/* A thread's piece i of a tile: rows lane / 4 and 8 more, 8 columns in each half of its warp's. */
-__device__ __forceinline__ back_place joint_place(int i) {
-  int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-  return {lane / 4 + i % 2 * 8, warp * joint_columns + i / 2 * 32 + lane % 4 * 8};
-}
-
-/* Eight neighbours of a row in shared memory, as they lie. */
-__device__ __forceinline__ void joint_gain(const joint_shared &s, int column, float (&gain)[8]) {
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    float4 v = *reinterpret_cast<const float4 *>(s.gain + column + 4 * i);
-    gain[4 * i] = v.x, gain[4 * i + 1] = v.y, gain[4 * i + 2] = v.z, gain[4 * i + 3] = v.w;
-  }
-}
-
-__device__ __forceinline__ void joint_unpack(const uint4 &from, float (&v)[8]) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    uint32_t word = reinterpret_cast<const uint32_t *>(&from)[i];
-    v[2 * i] = low(word), v[2 * i + 1] = high(word);
-  }
-}
-__device__ __forceinline__ uint4 joint_pack(const float (&v)[8]) {
-  return {pack<__nv_bfloat16>(v[0], v[1]), pack<__nv_bfloat16>(v[2], v[3]),
-          pack<__nv_bfloat16>(v[4], v[5]), pack<__nv_bfloat16>(v[6], v[7])};
-}
 
 /* What all tiles need: gains, rstd, and W's fragments for each thread's columns. */
 __device__ __forceinline__ void joint_prepare(const joint_args &a, int64_t token, joint_shared &s) {
@@ -66,7 +39,7 @@ __device__ __forceinline__ void joint_prepare(const joint_args &a, int64_t token
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     uint32_t w[1][4][2][3];
-    back_weights<1>(a.b, (int)threadIdx.x / 32 * joint_columns + half * 32, w);
+    back_weights<1>(a.b, (int)threadIdx.x / 32 * piece_columns + half * 32, w);
 #pragma unroll
     for (int i = 0; i < 6; i++)
       s.weight[6 * half + i][threadIdx.x] = reinterpret_cast<const uint4 *>(w)[i];
@@ -83,26 +56,22 @@ __device__ __forceinline__ void joint_dh(const joint_shared &s, int tile, uint4 
       reinterpret_cast<uint4 *>(w)[i] = s.weight[6 * half + i][threadIdx.x];
 #pragma unroll
     for (int r = 0; r < 2; r++) dh[half][r] = s.dh[tile % joint_ahead][2 * half + r][threadIdx.x];
-    back_dx_rows<1>(s.grad + tile * joint_tile, w, dh[half]);
+    back_dx_rows<1>(s.grad + tile * piece_tile, w, dh[half]);
   }
 }
 
-/* dW += the tile's. Token 4 i + lane % 4 at columns 8 (lane / 4) lies where joint_place put it. */
+/* dW += the tile's. Token 4 i + lane % 4 at columns 8 (lane / 4) lies where piece_place put it. */
 __device__ __forceinline__ void joint_dw(const joint_shared &s, int tile, float (&dw)[1][8][4]) {
   int lane = (int)threadIdx.x % 32, first = (int)threadIdx.x - lane, group = lane / 4;
-  float gain[8];
   uint4 h[4];
-  joint_gain(s, first / 32 * joint_columns + group * 8, gain);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     int t = 4 * i + lane % 4;
-    float v[8], rstd = s.rstd[tile * joint_tile + t];
-    joint_unpack(s.x[tile % joint_ahead][group / 4 * 2 + i / 2][first + t % 8 * 4 + group % 4], v);
-#pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = gain[j] * (v[j] * rstd);
-    h[i] = joint_pack(v);
+    const uint4 &x = s.x[tile % joint_ahead][group / 4 * 2 + i / 2][first + t % 8 * 4 + group % 4];
+    h[i] = piece_normed(s.gain, first / 32 * piece_columns + group * 8, x,
+                        s.rstd[tile * piece_tile + t]);
   }
-  back_dw_tokens<1>(s.grad + tile * joint_tile, h, dw);
+  back_dw_tokens<1>(s.grad + tile * piece_tile, h, dw);
 }
 
 /* The warp's part of the sums of g x over each row. */
@@ -112,42 +81,39 @@ __device__ __forceinline__ void joint_dots(joint_shared &s, int tile, const uint
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     float gain[8];
-    joint_gain(s, joint_place(2 * half).column, gain);
+    piece_gain(s.gain, piece_place(2 * half).column, gain);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       float d[8], v[8];
-      joint_unpack(dh[half][r], d);
-      joint_unpack(x[half][r], v);
+      piece_unpack(dh[half][r], d);
+      piece_unpack(x[half][r], v);
 #pragma unroll
       for (int j = 0; j < 8; j++) dot[r] += d[j] * gain[j] * v[j];
     }
   }
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    dot[r] += __shfl_xor_sync(full_warp, dot[r], 1);
-    dot[r] += __shfl_xor_sync(full_warp, dot[r], 2);
-    if (threadIdx.x % 4 == 0) s.dot[tile % 2][threadIdx.x / 32][joint_place(r).token] = dot[r];
+    dot[r] = quad_reduce(dot[r], op_sum{});
+    if (threadIdx.x % 4 == 0) s.dot[tile % 2][threadIdx.x / 32][piece_place(r).token] = dot[r];
   }
 }
 
-/* dx's piece and its part of dgain; row: of the block. */
-__device__ __forceinline__ void joint_dx(const joint_args &a, const joint_shared &s, int tile,
-                                         int row, int column, const uint4 &dh, const uint4 &x,
-                                         uint4 &dx, float (&dgain)[8]) {
-  float gain[8], d[8], v[8], out[8], dot = 0.0f, rstd = s.rstd[row];
-  for (int w = 0; w < (int)blockDim.x / 32; w++) dot += s.dot[tile % 2][w][row % joint_tile];
-  float mean = dot * rstd / (float)a.b.width;
-  joint_gain(s, column, gain);
-  joint_unpack(dh, d);
-  joint_unpack(x, v);
-  joint_unpack(dx, out);
+/* dx's piece and its part of dgain. mean: of g n over the row. */
+__device__ __forceinline__ void joint_dx(const joint_shared &s, int column, float rstd, float mean,
+                                         const uint4 &dh, const uint4 &x, uint4 &dx,
+                                         float (&dgain)[8]) {
+  float gain[8], d[8], v[8], out[8];
+  piece_gain(s.gain, column, gain);
+  piece_unpack(dh, d);
+  piece_unpack(x, v);
+  piece_unpack(dx, out);
 #pragma unroll
   for (int j = 0; j < 8; j++) {
     float n = v[j] * rstd;
     dgain[j] += d[j] * n;
     out[j] += rstd * (d[j] * gain[j] - n * mean);
   }
-  dx = joint_pack(out);
+  dx = piece_pack(out);
 }
 
 /* Over the rows that a warp's lanes have, and to memory. */
@@ -160,24 +126,24 @@ __device__ __forceinline__ void joint_dgain_write(const joint_args &a, float (&d
       for (int step = 4; step < 32; step *= 2)
         dgain[half][j] += __shfl_xor_sync(full_warp, dgain[half][j], step);
     if (threadIdx.x % 32 < 4)
-      few_store(a.gain_partial + (int64_t)blockIdx.x * a.b.width + joint_place(2 * half).column,
+      few_store(a.gain_partial + (int64_t)blockIdx.x * a.b.width + piece_place(2 * half).column,
                 dgain[half]);
   }
 }
 
 /* A block for 128 tokens, a warp for 64 columns. */
-static __global__ void __launch_bounds__(joint_threads, 1) joint_kernel(joint_args a) {
+static __global__ void __launch_bounds__(piece_threads, 1) joint_kernel(joint_args a) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) char memory[];
   joint_shared &s = *reinterpret_cast<joint_shared *>(memory);
   int64_t token = a.b.first + (int64_t)blockIdx.x * back_tokens;
-  int tiles = (int)min(div_up(a.b.g.tokens - token, (int64_t)joint_tile),
-                       (int64_t)(back_tokens / joint_tile));
+  int tiles = (int)min(div_up(a.b.g.tokens - token, (int64_t)piece_tile),
+                       (int64_t)(back_tokens / piece_tile));
   auto here = [&](int tile, int i) {
-    return token + tile * joint_tile + joint_place(i).token < a.b.g.tokens;
+    return token + tile * piece_tile + piece_place(i).token < a.b.g.tokens;
   };
   auto place = [&](int tile, int i) {
-    return (token + tile * joint_tile + joint_place(i).token) * a.b.width + joint_place(i).column;
+    return (token + tile * piece_tile + piece_place(i).token) * a.b.width + piece_place(i).column;
   };
   auto fetch = [&](int tile) {
     for (int i = 0; i < 4 && tile < tiles; i++) {
@@ -187,7 +153,7 @@ static __global__ void __launch_bounds__(joint_threads, 1) joint_kernel(joint_ar
     }
     copy_group();
   };
-  float dw[1][8][4] = {}, dgain[2][8] = {};
+  float dw[1][8][4] = {}, dgain[2][8] = {}, per_column = 1.0f / (float)a.b.width;
   launch_wait();
   launch_release();
 #pragma unroll
@@ -197,14 +163,12 @@ static __global__ void __launch_bounds__(joint_threads, 1) joint_kernel(joint_ar
   __syncthreads();
 #pragma unroll 1
   for (int tile = 0; tile < tiles; tile++) {
-    uint4 dh[2][2], x[2][2], dx[2][2];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      dx[i / 2][i % 2] = uint4{};
-      if (here(tile, i))
-        dx[i / 2][i % 2] = *reinterpret_cast<const uint4 *>(a.b.dx + place(tile, i));
-    }
-    copy_wait_but<joint_ahead - 1>();
+    uint4 dh[2][2], x[2][2];
+    for (int i = 0; i < 4; i++)
+      copy_start<16>(&s.dx[i][threadIdx.x], a.b.dx + (here(tile, i) ? place(tile, i) : 0),
+                     here(tile, i));
+    copy_group();
+    copy_wait_but<joint_ahead>();
     __syncwarp();
     joint_dh(s, tile, dh);
 #pragma unroll
@@ -213,16 +177,24 @@ static __global__ void __launch_bounds__(joint_threads, 1) joint_kernel(joint_ar
     joint_dw(s, tile, dw);
     __syncwarp(); /* all lanes have read their neighbours' pieces */
     fetch(tile + joint_ahead);
+    copy_wait_but<1>();
     __syncthreads(); /* all warps' sums are there */
+    float rstd[2], mean[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      rstd[r] = s.rstd[tile * piece_tile + piece_place(r).token];
+      mean[r] = piece_sum(s.dot[tile % 2], piece_place(r).token) * rstd[r] * per_column;
+    }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       int half = i / 2, r = i % 2;
-      joint_dx(a, s, tile, tile * joint_tile + joint_place(i).token, joint_place(i).column,
-               dh[half][r], x[half][r], dx[half][r], dgain[half]);
-      if (here(tile, i)) *reinterpret_cast<uint4 *>(a.b.dx + place(tile, i)) = dx[half][r];
+      uint4 dx = s.dx[i][threadIdx.x];
+      joint_dx(s, piece_place(i).column, rstd[r], mean[r], dh[half][r], x[half][r], dx,
+               dgain[half]);
+      if (here(tile, i)) *reinterpret_cast<uint4 *>(a.b.dx + place(tile, i)) = dx;
     }
   }
-  back_dw_write<1>(a.b, (int)threadIdx.x / 32 * joint_columns, dw);
+  back_dw_write<1>(a.b, (int)threadIdx.x / 32 * piece_columns, dw);
   joint_dgain_write(a, dgain);
 #endif
 }
@@ -231,11 +203,9 @@ static __global__ void __launch_bounds__(joint_threads, 1) joint_kernel(joint_ar
 static inline bool joint_fits(const cuda_state *s, const moe_norm_gradient &n, moe_tensor weight) {
   int64_t e = weight.shape[0], d = n.x.shape[1];
   const void *all[] = {n.dout.data, n.x.data, n.dx.data};
-  uintptr_t bits = 0;
-  for (const void *p : all) bits |= reinterpret_cast<uintptr_t>(p);
-  return s->arch >= 80 && n.x.dtype == MOE_BF16 && e > 0 && e <= joint_most && d > 0 &&
-         d % joint_columns == 0 && d <= joint_warps * joint_columns && bits % 16 == 0 &&
-         4 * (e + 1) * d <= s->partial_bytes && (int)sizeof(joint_shared) <= s->max_shared;
+  return s->arch >= 80 && n.x.dtype == MOE_BF16 && e > 0 && e <= joint_most &&
+         piece_fits(d, all, 3) && 4 * (e + 1) * d <= s->partial_bytes &&
+         (int)sizeof(joint_shared) <= s->max_shared;
 }
 
 /* As many tokens at once as their partial sums fit. */

@@ -162,6 +162,9 @@ static void make_moe(void) {
     moe_router_backward(dev, at(gates), at(x), at(router_w), at(probs), at(lse), at(experts),      \
                         at(gates), moe_tensor_2d(at(stats).data, MOE_F32, 1, E), 1e-3f, 0,         \
                         at(dlogits), at(y), at(router_dw)))                                        \
+  X("norm_router", 8.0 * T * D + 8.0 * T * E, 0,                                                   \
+    moe_norm_router(dev, (moe_norm){at(x), at(y), at(gain), 1e-5, at(y), at(z), at(rstd)},         \
+                    at(router_w), NONE, at(probs), at(lse), at(experts), at(gates), at(stats)))    \
   X("router_norm_backward", 8.0 * T * D + 12.0 * T * E, 0,                                         \
     moe_router_norm_backward(                                                                      \
         dev, at(gates), at(x), at(router_w), at(probs), at(lse), at(experts), at(gates),           \
@@ -173,6 +176,9 @@ static void make_moe(void) {
     moe_gather_rows(dev, at(x), at(pair), K, at(sorted)))                                          \
   X("combine_rows", 2.0 * T * D + 2.0 * ROUTED * D, 0,                                             \
     moe_combine_rows(dev, at(sorted), at(slot), 0, 0, at(y)))                                      \
+  X("combine_norm", 8.0 * T * D + 2.0 * ROUTED * D - 2.0 * T * D, 0,                               \
+    moe_combine_norm(dev, at(sorted), at(slot),                                                    \
+                     (moe_norm){at(x), at(attended), at(gain), 1e-5, at(y), at(z), at(rstd)}))     \
   X("gather_gates", 12.0 * ROUTED, 0,                                                              \
     moe_gather_gates(dev, at(gates), at(pair), at(sorted_gates)))                                  \
   X("gates_backward", 2.0 * T * D + 2.0 * ROUTED * D, 0,                                           \
