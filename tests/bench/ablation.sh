@@ -71,6 +71,7 @@ off all "nothing: all are on"
 off experts "Hopper's expert kernels: cuBLAS per expert" MOE_EXPERT_GEMM=cublas
 off router "the one-pass router, forward and backward" MOE_PLAIN=router
 off squares "gradients squared as they are stored" MOE_PLAIN=squares
+off joint "norms, routers and moves of rows in pairs" MOE_PLAIN=joint
 off norm "rms_norm_backward by a warp for a row" MOE_PLAIN=norm
 off gather "rows taken in an order that the cache likes" MOE_PLAIN=gather
 off hopper "our attention backward for Hopper: cuDNN's" MOE_ATTENTION=cudnn
