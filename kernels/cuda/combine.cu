@@ -73,21 +73,21 @@ moe_status moe_cuda_combine_rows(moe_device *dev, moe_tensor src, moe_tensor slo
   });
 }
 
+constexpr int norm_warps = 4; /* small blocks: its registers leave room for five */
+
 /* The norm of n.x and what is summed, which is rounded as if it were stored in between. */
 template <typename T, int GROUPS>
 __global__ void combine_norm_kernel(combine_args p, norm_few n, float *rstds) {
   launch_wait();
   launch_release();
-  int64_t row = (int64_t)blockIdx.x * row_warps + threadIdx.x / 32, at = row * p.width;
+  int64_t row = (int64_t)blockIdx.x * norm_warps + threadIdx.x / 32, at = row * p.width;
   int first = (int)threadIdx.x % 32 * 8;
   if (row >= p.rows) return;
   norm_few_part<T> part[GROUPS];
-  norm_few alone = n;
-  alone.residual = nullptr; /* it is made here */
   float v[GROUPS][8], squares = 0.0f;
 #pragma unroll
   for (int j = 0; j < GROUPS; j++)
-    if (int c = first + 256 * j; c < n.width) part[j].ask(alone, c, at + c);
+    if (int c = first + 256 * j; c < n.width) part[j].x.load(static_cast<const T *>(n.x) + at + c);
 #pragma unroll
   for (int j = 0; j < GROUPS; j++) {
     int c = first + 256 * j;
@@ -110,6 +110,7 @@ __global__ void combine_norm_kernel(combine_args p, norm_few n, float *rstds) {
   for (int j = 0; j < GROUPS; j++) {
     int c = first + 256 * j;
     if (c >= n.width) break;
+    load<float, 8>(part[j].gain, n.gain + c);
     part[j].scale(v[j], rstd);
     store<T, 8>(static_cast<T *>(n.out) + at + c, v[j]);
   }
@@ -120,7 +121,7 @@ static moe_status combine_norm(moe_device *dev, const combine_args &p, const moe
   norm_few n = norm_few_of(norm);
   auto start = [&](auto groups) {
     return cuda_start(dev, combine_norm_kernel<T, decltype(groups)::value>,
-                      dim3((unsigned)div_up(p.rows, row_warps)), 32 * row_warps, 0, p, n,
+                      dim3((unsigned)div_up(p.rows, norm_warps)), 32 * norm_warps, 0, p, n,
                       cuda_data<float>(norm.rstd));
   };
   int64_t groups = div_up(p.width, 256);

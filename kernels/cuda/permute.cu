@@ -1,4 +1,5 @@
-/* Sorting token-expert pairs by expert, and moving rows into that order.
+/* Sorting token-expert pairs by expert, moving rows and gates into that order, and gates'
+ * gradients.
  *
  * The plan is a stable counting sort in two kernels, without the host: each warp counts a chunk of
  * consecutive pairs by expert, and the block that ends last turns the counts into where each
@@ -275,4 +276,119 @@ moe_status moe_cuda_gather_gates(moe_device *dev, moe_tensor values, moe_tensor 
   if (n == 0) return MOE_OK;
   return cuda_start(dev, gather_gates_kernel, dim3(cuda_blocks(dev, n, 256)), 256, 0,
                     cuda_data<float>(values), cuda_data<int32_t>(pair), n, cuda_data<float>(out));
+}
+
+/* ---- their gradients: a warp per token ------------------------------------------------------- */
+
+struct gates_args {
+  const void *dy, *y;
+  const int32_t *slot;
+  const float *gates;
+  float *dgates;
+  int64_t rows, window, width;
+  int k;
+  const int32_t *pair; /* where rows are moved: [window]; padding is -1 */
+  void *out;           /* [window, width] */
+};
+
+constexpr int gates_warps = 8, gates_each = 4;
+
+/* Zeros where none of 32 pairs from `first` on is. */
+template <typename T, int N>
+__device__ __forceinline__ void clear_padding(const gates_args &p, int64_t first) {
+  int lane = (int)threadIdx.x % 32;
+  const float zero[N] = {};
+  bool none = first + lane < p.window && p.pair[first + lane] < 0;
+  for (unsigned left = __ballot_sync(full_warp, none); left != 0; left &= left - 1) {
+    T *row = (T *)p.out + (first + __ffs((int)left) - 1) * p.width;
+    for (int64_t c = lane * N; c < p.width; c += 32 * N) store<T, N>(row + c, zero);
+  }
+}
+
+/* A row of dy meets gates_each rows of y at a time: as many loads are on their way. MOVE: and is
+ * written where they are, by further warps zeros between. */
+template <typename T, int N, bool MOVE> __global__ void gates_backward_kernel(gates_args p) {
+  launch_wait();
+  launch_release();
+  int64_t row = (int64_t)blockIdx.x * gates_warps + threadIdx.x / 32;
+  int lane = (int)threadIdx.x % 32;
+  if (MOVE && row >= p.rows) clear_padding<T, N>(p, (row - p.rows) * 32);
+  if (row >= p.rows) return;
+  const T *dy = (const T *)p.dy + row * p.width;
+  for (int first = 0; first < p.k; first += gates_each) {
+    int32_t slot[gates_each];
+    float dot[gates_each] = {};
+#pragma unroll
+    for (int i = 0; i < gates_each; i++) {
+      slot[i] = first + i < p.k ? p.slot[row * p.k + first + i] : -1;
+      if (slot[i] >= p.window) slot[i] = -1;
+    }
+    for (int64_t c = lane * N; c < p.width; c += 32 * N) {
+      float l[N], r[gates_each][N] = {};
+      load<T, N>(l, dy + c);
+#pragma unroll
+      for (int i = 0; i < gates_each; i++)
+        if (slot[i] >= 0) load<T, N>(r[i], (const T *)p.y + slot[i] * p.width + c);
+#pragma unroll
+      for (int i = 0; i < gates_each; i++)
+        if (MOVE && slot[i] >= 0) store<T, N>((T *)p.out + slot[i] * p.width + c, l);
+#pragma unroll
+      for (int i = 0; i < gates_each; i++)
+#pragma unroll
+        for (int j = 0; j < N; j++) dot[i] = fmaf(l[j], r[i][j], dot[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < gates_each; i++) {
+      float sum = warp_sum(dot[i]);
+      if (lane != i || first + i >= p.k) continue;
+      float gate = p.gates[row * p.k + first + i];
+      p.dgates[row * p.k + first + i] = slot[i] >= 0 && gate != 0 ? sum / gate : 0;
+    }
+  }
+}
+
+/* pair and out may be absent: then nothing is moved. */
+static moe_status gates_backward(moe_device *dev, moe_tensor dy, moe_tensor y, moe_tensor slot,
+                                 moe_tensor gates, moe_tensor dgates, moe_tensor pair,
+                                 moe_tensor out) {
+  gates_args p = {dy.data,
+                  y.data,
+                  cuda_data<int32_t>(slot),
+                  cuda_data<float>(gates),
+                  cuda_data<float>(dgates),
+                  dy.shape[0],
+                  y.shape[0],
+                  dy.shape[1],
+                  (int)slot.shape[1],
+                  cuda_data<int32_t>(pair),
+                  out.data};
+  bool moves = moe_tensor_present(out);
+  int64_t warps = p.rows + (moves ? div_up(p.window, 32) : 0);
+  if (warps == 0 || p.k == 0) return MOE_OK;
+  return cuda_act(dy.dtype, [&](auto act) {
+    using T = decltype(act);
+    return cuda_width(
+        p.width,
+        [&](auto w) {
+          constexpr int N = decltype(w)::value;
+          auto kernel =
+              moves ? gates_backward_kernel<T, N, true> : gates_backward_kernel<T, N, false>;
+          return cuda_start(dev, kernel, dim3((unsigned)div_up(warps, gates_warps)),
+                            32 * gates_warps, 0, p);
+        },
+        (char *)dy.data, (char *)y.data, (char *)out.data);
+  });
+}
+
+moe_status moe_cuda_gates_backward(moe_device *dev, moe_tensor dy, moe_tensor y, moe_tensor slot,
+                                   moe_tensor gates, moe_tensor dgates) {
+  return gates_backward(dev, dy, y, slot, gates, dgates, moe_tensor_none(), moe_tensor_none());
+}
+
+moe_status moe_cuda_gather_backward(moe_device *dev, moe_tensor dy, moe_tensor pair, moe_tensor y,
+                                    moe_tensor slot, moe_tensor gates, moe_tensor out,
+                                    moe_tensor dgates, bool *done) {
+  static const bool apart = cuda_plain("joint");
+  *done = !apart;
+  return apart ? MOE_OK : gates_backward(dev, dy, y, slot, gates, dgates, pair, out);
 }

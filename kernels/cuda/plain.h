@@ -2,8 +2,9 @@
  * them, whose faster kernels stay out of use in favour of the plain ones.
  *
  *   router   the one-pass kernels on tensor cores (router_mma.cuh, router_back.cuh)
- *   joint    router_backward and the norm's in one kernel (router_norm_back.cuh), and the way back's
- *            rows with the gates' gradients (experts.cu)
+ *   joint    two operations in one kernel: routers with norms, both ways (router_norm.cuh,
+ *            router_norm_back.cuh), sums of rows with norms (combine.cu), rows with the gates'
+ *            gradients (permute.cu)
  *   norm     rms_norm_backward with a warp for a row (norm.cu)
  *   squares  the experts' gradients squared as they are stored (experts_sm90_grad.cu)
  *   gather   rows taken from all over by neighbouring warps (permute.cu)
