@@ -5,7 +5,8 @@
  *   attention_mma.cuh       fragments, asynchronous copies and products of tensor cores
  *   attention_forward.cu    bf16 and f16 on tensor cores, forward
  *   attention_backward.cu   and backward
- *   attention_sm90.cu       backward on Hopper, bf16, head size 64
+ *   attention_sm90.cuh      on Hopper, bf16, head size 64: tiles, products
+ *   attention_sm90.cu       and backward
  *
  * Every kernel walks blocks of queries against blocks of keys. Which keys query i sees is one
  * range, [doc_start[i], i]; doc_start never decreases, so the blocks that any row of a block needs

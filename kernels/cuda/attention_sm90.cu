@@ -18,20 +18,15 @@
  * run.deterministic. Its order in memory is that of the accumulators, 16 bytes of each thread side
  * by side. Source: Shah et al. 2024, arXiv:2407.08608 (FlashAttention-3).
  */
-#include "kernels/cuda/attention.cuh"
-#include "kernels/cuda/sm90_gemm.cuh"
+#include "kernels/cuda/attention_sm90.cuh"
 
 namespace sm90_attention {
 
 enum {
-  HEAD = 64,
-  KEYS = 128,    /* of a block */
-  QUERIES = 128, /* at a time */
+  KEYS = ROWS,    /* of a block */
+  QUERIES = ROWS, /* at a time */
   STAGES = 2,
   THREADS = 384,
-  TILE = 128 * HEAD * 2, /* bytes of 128 rows of a head */
-  STEP_ROWS = 16 * 128,  /* bytes of 16 rows, and of 16 columns: a product's K */
-  STEP_COLUMNS = 32,
 };
 
 struct backward_args : attention_args {
@@ -130,17 +125,10 @@ template <bool DOCUMENTS> struct backward_group {
                                             const work &w_, int group_)
       : p(p_), s(s_), w(w_), group(group_), thread((int)threadIdx.x % 128) {}
 
-  /* acc [64 keys, 128 queries] = keys queries^T, both [rows, HEAD]: S^T of K and Q, dP^T of V and
-   * dO */
+  /* acc [64 keys, 128 queries] = keys queries^T: S^T of K and Q, dP^T of V and dO */
   __device__ __forceinline__ void scores(float (&acc)[64], const char *keys,
                                          const char *queries) const {
-    uint64_t a = operand(shared_address(keys) + (uint32_t)(group * SM90_HALF), 0);
-    uint64_t b = operand(shared_address(queries), 0);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < HEAD / 16; i++)
-      wgmma<0, 0>(acc, a + (i * STEP_COLUMNS >> 4), b + (i * STEP_COLUMNS >> 4), i > 0);
-    wgmma_commit();
+    score_rows(acc, shared_address(keys) + (uint32_t)(group * SM90_HALF), shared_address(queries));
   }
 
   /* Keys that a query does not see have probability 0. */
@@ -193,16 +181,6 @@ template <bool DOCUMENTS> struct backward_group {
     wgmma_commit();
   }
 
-  /* acc [64 keys, HEAD] += left [64 keys, 128 queries] rows */
-  static __device__ __forceinline__ void key_grad(float (&acc)[32], const uint32_t (&left)[32],
-                                                  const char *rows) {
-    uint64_t b = operand(shared_address(rows), 0);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < QUERIES / 16; i++) wgmma<1>(acc, left + 4 * i, b + (i * STEP_ROWS >> 4));
-    wgmma_commit();
-  }
-
   __device__ __forceinline__ void free(uint64_t *empty) const {
     if (lane_of_warp() == 0) barrier_arrive(shared_address(empty));
   }
@@ -235,14 +213,14 @@ template <bool DOCUMENTS> struct backward_group {
                                     v[2 * i + 1] * (dp[2 * i + 1] - of.y));
     }
     wgmma_keep(dv);
-    key_grad(dv, prob, s.dout[stage]);
+    add_rows(dv, prob, shared_address(s.dout[stage]));
     uint32_t shared_ds = shared_address(s.ds[number % 2]);
     share(shared_ds, ds);
     warpgroup_meet<2>(1); /* both groups' dS is there */
     float dq[32];
     wgmma_keep(dk);
     query_grad(dq, shared_ds);
-    key_grad(dk, ds, s.q[stage]);
+    add_rows(dk, ds, shared_address(s.q[stage]));
     wgmma_wait<2>();
     wgmma_keep(dv);
     free(&s.dout_empty[stage]);
@@ -342,19 +320,6 @@ __global__ void __launch_bounds__(128) query_kernel(attention_args p) {
   slab_rows<128, HEAD>(slab, p.seq - row < 16 ? p.seq - row : 16, HEAD, to.data + row * to.stride,
                        to.stride);
 #endif
-}
-
-/* Rows of heads where they lie between those of other heads. */
-moe_status map_heads(moe_device *dev, CUtensorMap *out, const attention_args &p, const void *data,
-                     int64_t heads) {
-  int64_t width = heads * HEAD;
-  return sm90_map(dev, out,
-                  {const_cast<void *>(data),
-                   MOE_BF16,
-                   {HEAD, p.seq, heads, p.batch},
-                   {width, HEAD, p.seq * width},
-                   {HEAD, QUERIES, 1, 1},
-                   128});
 }
 
 } // namespace sm90_attention
