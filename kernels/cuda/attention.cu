@@ -3,10 +3,11 @@
  *   forward    out, lse
  *   backward   delta -> dQ; dK, dV -> sum of parts
  *
- * bf16 and f16 without a document mask go to cuDNN where it has a plan; with tensor cores and
- * 16-byte rows to our own tensor core kernels; all else is exact float32 arithmetic. Backward, our
- * own Hopper kernel comes before all of them. MOE_ATTENTION in the environment names who may
- * compute: cudnn (and what it leaves), own (all but cuDNN), mma or exact.
+ * On Hopper bf16 with heads of 64 goes to our own kernels for it (backward not with
+ * run.deterministic); other bf16 and f16 without a document mask to cuDNN where it has a plan; with
+ * tensor cores and 16-byte rows to our own tensor core kernels; all else is exact float32
+ * arithmetic. MOE_ATTENTION in the environment names who may compute: cudnn (and what it leaves),
+ * own (all but cuDNN), mma or exact.
  *
  * A K/V head's gradient is summed over all query heads that read it, by one block per key block.
  * With few K/V heads that is too few blocks: then its query heads are shared out in parts, whose
@@ -32,11 +33,13 @@ static bool cudnn_fits(moe_device *dev, moe_attention_shape s, moe_dtype dtype) 
 #endif
 }
 
-static bool sm90_fits(moe_device *dev, moe_attention_shape s, moe_dtype dtype) {
+static bool sm90_fits(moe_device *dev, moe_attention_shape s, moe_dtype dtype, bool backward) {
 #ifdef MOE_WITH_SM90A
-  return !wanted("cudnn") && !wanted("mma") && cuda_attention_sm90_fits(dev, s, dtype);
+  if (wanted("cudnn") || wanted("mma")) return false;
+  return backward ? cuda_attention_sm90_fits(dev, s, dtype)
+                  : cuda_attention_sm90_forward_fits(dev, s, dtype);
 #else
-  (void)dev, (void)s, (void)dtype;
+  (void)dev, (void)s, (void)dtype, (void)backward;
   return false;
 #endif
 }
@@ -45,7 +48,7 @@ static attention_maker choose(moe_device *dev, moe_attention_shape s, moe_dtype 
                               bool documents, bool backward, uintptr_t address_bits) {
   if (wanted("exact") || address_bits % 16 != 0 || !attention_mma_fits(dev, s.head_dim, dtype))
     return BY_EXACT;
-  if (backward && sm90_fits(dev, s, dtype)) return BY_SM90;
+  if (sm90_fits(dev, s, dtype, backward)) return BY_SM90;
   return !documents && cudnn_fits(dev, s, dtype) ? BY_CUDNN : BY_MMA;
 }
 
@@ -85,10 +88,11 @@ static int64_t backward_bytes(const moe_device *dev, moe_attention_shape s, atte
 int64_t moe_cuda_attention_scratch(moe_device *dev, moe_attention_shape shape, moe_dtype dtype) {
   if (shape.batch == 0 || shape.seq == 0) return 0;
   int64_t bytes = backward_bytes(dev, shape, BY_MMA), other = 0;
-  if (sm90_fits(dev, shape, dtype)) other = backward_bytes(dev, shape, BY_SM90);
+  if (sm90_fits(dev, shape, dtype, true)) other = backward_bytes(dev, shape, BY_SM90);
   if (other > bytes) bytes = other;
 #ifdef MOE_WITH_CUDNN
-  if (cudnn_fits(dev, shape, dtype)) other = cuda_cudnn_scratch(dev, shape, dtype);
+  bool own = sm90_fits(dev, shape, dtype, false) && sm90_fits(dev, shape, dtype, true);
+  if (!own && cudnn_fits(dev, shape, dtype)) other = cuda_cudnn_scratch(dev, shape, dtype);
 #endif
   return other > bytes ? other : bytes;
 }
@@ -133,6 +137,9 @@ moe_status moe_cuda_attention(moe_device *dev, moe_attention_shape shape, moe_te
   attention_args p = make_args(shape, qkv, doc_start);
   p.out = out.data;
   p.lse = cuda_data<float>(lse);
+#ifdef MOE_WITH_SM90A
+  if (by == BY_SM90) return cuda_attention_sm90_forward(dev, p);
+#endif
   return by == BY_MMA ? cuda_attention_mma(dev, qkv.dtype, p)
                       : cuda_attention_exact(dev, qkv.dtype, p);
 }

@@ -6,6 +6,7 @@
  *   attention_forward.cu    bf16 and f16 on tensor cores, forward
  *   attention_backward.cu   and backward
  *   attention_sm90.cuh      on Hopper, bf16, head size 64: tiles, products
+ *   attention_sm90_forward.cu   forward
  *   attention_sm90.cu       and backward
  *
  * Every kernel walks blocks of queries against blocks of keys. Which keys query i sees is one
@@ -155,6 +156,10 @@ moe_status cuda_attention_exact_backward(moe_device *dev, moe_dtype dtype, const
 /* attention_forward.cu, attention_backward.cu: the same with tensor cores. */
 moe_status cuda_attention_mma(moe_device *dev, moe_dtype dtype, const attention_args &p);
 moe_status cuda_attention_mma_backward(moe_device *dev, moe_dtype dtype, const attention_args &p);
+/* attention_sm90_forward.cu. */
+bool cuda_attention_sm90_forward_fits(const moe_device *dev, moe_attention_shape s,
+                                      moe_dtype dtype);
+moe_status cuda_attention_sm90_forward(moe_device *dev, const attention_args &p);
 /* attention_sm90.cu: backward. p.lse2 and p.dq are there. */
 bool cuda_attention_sm90_fits(const moe_device *dev, moe_attention_shape s, moe_dtype dtype);
 moe_status cuda_attention_sm90_backward(moe_device *dev, const attention_args &p);

@@ -20,17 +20,17 @@ enum {
   STEP_COLUMNS = 32,      /* from 16 columns to the next */
 };
 
-/* A tensor [B, S, heads, HEAD] for the copy engine, in boxes of ROWS rows of one head. Coordinates
- * are (0, row, head, batch). */
+/* A tensor [B, S, heads, HEAD] for the copy engine, in boxes of so many rows of one head.
+ * Coordinates are (0, row, head, batch). */
 static inline moe_status map_heads(moe_device *dev, CUtensorMap *out, const attention_args &p,
-                                   const void *data, int64_t heads) {
+                                   const void *data, int64_t heads, int rows = ROWS) {
   int64_t width = heads * HEAD;
   return sm90_map(dev, out,
                   {const_cast<void *>(data),
                    MOE_BF16,
                    {HEAD, p.seq, heads, p.batch},
                    {width, HEAD, p.seq * width},
-                   {HEAD, ROWS, 1, 1},
+                   {HEAD, rows, 1, 1},
                    128});
 }
 
@@ -45,12 +45,14 @@ __device__ __forceinline__ void score_rows(float (&acc)[64], uint32_t a, uint32_
 }
 
 /* acc [64, HEAD] += left [64, 128] b [128, HEAD], left in registers as score_rows leaves it,
- * rounded. */
-__device__ __forceinline__ void add_rows(float (&acc)[32], const uint32_t (&left)[32], uint32_t b) {
+ * rounded; add 0: stored instead of added. */
+__device__ __forceinline__ void add_rows(float (&acc)[32], const uint32_t (&left)[32], uint32_t b,
+                                         int add = 1) {
   uint64_t right = operand(b, 0);
   wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < ROWS / 16; i++) wgmma<1>(acc, left + 4 * i, right + (i * STEP_ROWS >> 4));
+  for (int i = 0; i < ROWS / 16; i++)
+    wgmma<1>(acc, left + 4 * i, right + (i * STEP_ROWS >> 4), i == 0 ? add : 1);
   wgmma_commit();
 }
 

@@ -40,6 +40,20 @@ __device__ __forceinline__ uint32_t cluster_address(const void *p, int z) {
   return at;
 }
 
+/* All threads of all blocks are here. */
+__device__ __forceinline__ void cluster_meet() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+#endif
+}
+/* Arrive at a barrier of block z. */
+__device__ __forceinline__ void cluster_arrive(const uint64_t *barrier, int z) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, z))
+               : "memory");
+#endif
+}
+
 /* Send to an address and a barrier of the same block. */
 __device__ __forceinline__ void cluster_send(uint32_t to, uint32_t barrier, float2 v) {
 #if __CUDA_ARCH__ >= 900

@@ -86,6 +86,14 @@ __device__ __forceinline__ void tma_load_kept(uint32_t to, const CUtensorMap *ma
                "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
                : "memory");
 }
+/* A box to this place, and to this barrier, of each block of the cluster whose bit is set. */
+__device__ __forceinline__ void tma_load_all(uint32_t to, const CUtensorMap *map, uint32_t bar,
+                                             int c0, int c1, int c2, int c3, int blocks) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+               ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+               "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"((uint16_t)blocks)
+               : "memory");
+}
 /* A box to a tensor; what lies outside the tensor is left out. */
 __device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from, int c0, int c1,
                                           int c2, int c3) {
@@ -235,14 +243,14 @@ __device__ __forceinline__ void wgmma(float (&c)[32], uint64_t a, uint64_t b, in
  * four pairs of a thread in the order of its accumulators. They must stay until the product ends.
  */
 template <int b_mn>
-__device__ __forceinline__ void wgmma(float (&c)[32], const uint32_t *a, uint64_t b) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"
+__device__ __forceinline__ void wgmma(float (&c)[32], const uint32_t *a, uint64_t b, int add = 1) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %38, 0;\n"
                "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
                "{%32, %33, %34, %35}, %36, add, 1, 1, %37;\n}"
                : SM90_F32(c, 0)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(b_mn));
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(b_mn), "r"(add));
 }
 #undef SM90_F32
 #undef SM90_F8

@@ -74,8 +74,8 @@ off squares "gradients squared as they are stored" MOE_PLAIN=squares
 off joint "norms, routers and moves of rows in pairs" MOE_PLAIN=joint
 off norm "rms_norm_backward by a warp for a row" MOE_PLAIN=norm
 off gather "rows taken in an order that the cache likes" MOE_PLAIN=gather
-off hopper "our attention backward for Hopper: cuDNN's" MOE_ATTENTION=cudnn
-off cudnn "cuDNN's attention forward: our tensor cores" MOE_ATTENTION=own
+off hopper "our attention for Hopper: cuDNN's" MOE_ATTENTION=cudnn
+off cudnn "our attention for Hopper: that for all tensor cores" MOE_ATTENTION=mma
 off tensor "attention on tensor cores: float32 kernels" MOE_ATTENTION=exact
 off lanes "lanes: exchanges and sums of gradients in the main one" MOE_LANES=off
 if [ "$ranks" -eq 1 ]; then

@@ -180,6 +180,40 @@ Test(attention, stays_exact_when_scores_are_hundreds) {
   op_each(sharp_scores);
 }
 
+/* The first keys score hundreds above what a query saw near itself, and more than 2^127 apart. */
+static void towering_keys(moe_device *dev, moe_dtype act) {
+  moe_attention_shape s = {1, 400, 4, 2, 64};
+  setup u = make(dev, act, (example){s, 0}, 1.0);
+  for (int64_t row = 0; row < 100; row++)
+    for (int64_t c = 0; c < s.kv_heads * s.head_dim; c++)
+      u.qkv.v[row * width_of(s) + s.heads * s.head_dim + c] *= 64.0;
+  u.qkv = op_values(dev, "qkv", act, OP_SHAPE(s.seq, width_of(s)), u.qkv.v);
+  forward(s, u.qkv.v, NULL, u.want_out, u.want_lse);
+  op_ok(moe_attention(dev, s, u.qkv.t, u.doc.t, u.out.t, u.lse.t));
+  op_close(u.out, u.want_out, act == MOE_F32 ? 2e-5 : 2.0 * op_tolerance(act));
+  op_close(u.lse, u.want_lse, act == MOE_F32 ? 1e-6 : op_tolerance(act));
+}
+Test(attention, follows_scores_that_tower_over_those_before) {
+  op_each(towering_keys);
+}
+
+/* A query that is not a number, among others that are. */
+static void bad_query(moe_device *dev, moe_dtype act) {
+  moe_attention_shape s = {1, 300, 2, 1, 64};
+  setup u = make(dev, act, (example){s, 0}, 1.0);
+  int64_t wide = s.heads * s.head_dim, bad = 137;
+  for (int64_t c = 0; c < s.head_dim; c++) u.qkv.v[bad * width_of(s) + c] = NAN;
+  u.qkv = op_values(dev, "qkv", act, OP_SHAPE(s.seq, width_of(s)), u.qkv.v);
+  op_ok(moe_attention(dev, s, u.qkv.t, u.doc.t, u.out.t, u.lse.t));
+  op_read(&u.out);
+  for (int64_t i = 0; i < u.out.count; i++)
+    op_require(isnan(u.out.v[i]) == (i / wide == bad && i % wide < s.head_dim), "out[%lld] is %g",
+               (long long)i, u.out.v[i]);
+}
+Test(attention, shows_what_is_not_a_number_and_goes_on) {
+  op_each(bad_query);
+}
+
 /* sum of dout * out, as a function of qkv. */
 static double loss(const double *qkv, void *context) {
   const setup *u = context;
