@@ -146,7 +146,7 @@ moe_status moe_cuda_attention(moe_device *dev, moe_attention_shape shape, moe_te
 
 /* ---- backward ------------------------------------------------------------------------------ */
 
-/* delta[b, h, i] = sum over d of dout * out, and lse2. LANES neighbours share a row. */
+/* delta[b, h, i] = sum over d of dout * out; lse2; zeros in dq. LANES neighbours share a row. */
 template <typename T, int N> __global__ void __launch_bounds__(256) delta_kernel(attention_args p) {
   constexpr int lanes = N == 1 ? 32 : 8, rows_at_once = 256 / lanes;
   const T *dout = static_cast<const T *>(p.dout), *out = static_cast<const T *>(p.out);
@@ -165,11 +165,15 @@ template <typename T, int N> __global__ void __launch_bounds__(256) delta_kernel
     }
 #pragma unroll
     for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(full_warp, sum, step);
-    if (lane != 0 || row >= rows) continue;
+    if (row >= rows) continue;
     int64_t token = row / p.heads, head = row % p.heads;
-    int64_t plane = token / p.seq * p.heads + head, i = token % p.seq;
-    p.delta[plane * p.padded + i] = sum;
-    if (p.lse2 != nullptr) p.lse2[plane * p.padded + i] = log2_e * p.lse[plane * p.seq + i];
+    int64_t plane = token / p.seq * p.heads + head, i = token % p.seq, at = plane * p.padded + i;
+    if (p.dq != nullptr)
+      for (int c = lane * 4; c < p.d; c += lanes * 4)
+        *reinterpret_cast<float4 *>(p.dq + at * p.d + c) = float4{};
+    if (lane != 0) continue;
+    p.delta[at] = sum;
+    if (p.lse2 != nullptr) p.lse2[at] = log2_e * p.lse[plane * p.seq + i];
   }
 }
 
@@ -178,6 +182,7 @@ static moe_status make_terms(moe_device *dev, moe_dtype dtype, const attention_a
   if (p.padded > p.seq) { /* queries that are not there: exp2(-3e38) is their probability */
     CUDA_TRY(dev, cudaMemsetAsync(p.delta, 0, bytes, cuda_of(dev)->stream));
     CUDA_TRY(dev, cudaMemsetAsync(p.lse2, 0x7f, bytes, cuda_of(dev)->stream));
+    CUDA_TRY(dev, cudaMemsetAsync(p.dq, 0, bytes * (size_t)p.d, cuda_of(dev)->stream));
   }
   return cuda_act(dtype, [&](auto x) {
     using T = decltype(x);
@@ -197,26 +202,38 @@ static moe_status make_terms(moe_device *dev, moe_dtype dtype, const attention_a
 }
 
 /* dqkv's keys and values = the sums of the parts, in their order. */
-template <typename T> __global__ void sum_parts_kernel(attention_args p) {
+template <typename T, int N> __global__ void sum_parts_kernel(attention_args p) {
   int64_t each = p.batch * p.kv_heads * 2 * p.seq * p.d;
-  stride(each, [&](int64_t i) {
-    float sum = 0.0f;
-    for (int part = 0; part < p.parts; part++) sum += p.partial[part * each + i];
-    int64_t c = i % p.d, row = i / p.d % p.seq, plane = i / p.d / p.seq; /* [B, G, 2] */
+  stride(each / N, [&](int64_t i) {
+    float sum[N] = {};
+    for (int part = 0; part < p.parts; part++) {
+      float x[N];
+      load<float, N>(x, p.partial + part * each + i * N);
+#pragma unroll
+      for (int e = 0; e < N; e++) sum[e] += x[e];
+    }
+    int64_t c = i * N % p.d, row = i * N / p.d % p.seq, plane = i * N / p.d / p.seq; /* [B, G, 2] */
     int which = (int)(plane % 2), kv = (int)(plane / 2 % p.kv_heads);
     auto to = qkv_rows(p, static_cast<T *>(p.dqkv), plane / 2 / p.kv_heads,
                        p.heads + which * p.kv_heads + kv);
-    to.data[row * to.stride + c] = from_float<T>(sum);
+    store<T, N>(to.data + row * to.stride + c, sum);
   });
 }
 
 static moe_status sum_parts(moe_device *dev, moe_dtype dtype, const attention_args &p) {
   if (p.parts == 1) return MOE_OK;
   return cuda_act(dtype, [&](auto x) {
-    int64_t each = p.batch * p.kv_heads * 2 * p.seq * p.d;
-    sum_parts_kernel<decltype(x)><<<cuda_blocks(dev, each, 256), 256, 0, cuda_of(dev)->stream>>>(p);
-    CUDA_LAUNCHED(dev);
-    return MOE_OK;
+    return cuda_width(
+        p.d,
+        [&](auto n) {
+          constexpr int N = decltype(n)::value;
+          int64_t each = p.batch * p.kv_heads * 2 * p.seq * p.d;
+          sum_parts_kernel<decltype(x), N>
+              <<<cuda_blocks(dev, each / N, 256), 256, 0, cuda_of(dev)->stream>>>(p);
+          CUDA_LAUNCHED(dev);
+          return MOE_OK;
+        },
+        p.partial, p.dqkv);
   });
 }
 

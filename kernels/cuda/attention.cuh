@@ -7,7 +7,7 @@
  *   attention_backward.cu   and backward
  *   attention_sm90.cuh      on Hopper, bf16, head size 64: tiles, products
  *   attention_sm90_forward.cu   forward
- *   attention_sm90.cu       and backward
+ *   attention_sm90.cu       and backward; its work in attention_sm90_work.cuh
  *
  * Every kernel walks blocks of queries against blocks of keys. Which keys query i sees is one
  * range, [doc_start[i], i]; doc_start never decreases, so the blocks that any row of a block needs
@@ -36,7 +36,7 @@ struct attention_args {
   int64_t padded; /* rows of delta, lse2 and dq for one head: S, or more */
   float *delta;   /* [B, H, padded]: sum over d of dout * out */
   float *lse2;    /* [B, H, padded]: log2(e) lse, or NULL; great where there is no query */
-  float *dq;      /* with lse2: [B, H, padded, d], as attention_sm90.cu says */
+  float *dq;      /* with lse2: [B, H, padded, d], as attention_sm90.cu says; zeros at first */
   float *partial; /* parts > 1: dk, dv f32 [parts, B, G, 2, S, d] before they are summed */
   int64_t batch;
 };

@@ -7,110 +7,26 @@
  *     dP^T = V dO^T       dS^T = P^T (dP^T - delta)
  *     dV += P^T dO         dK += dS^T Q         dQ += dS K
  *
- *     producer    brings Q, lse, dO, delta of the tiles to come; a ring of two stages
- *     group 0     keys 0 to 63: P and dS stay in registers, where dV and dK want them; dS goes to
- *                 shared memory too; the groups meet; dQ of queries 0 to 63 from all keys' dS
- *     group 1     keys 64 to 127, and dQ of queries 64 to 127, the same way
+ * A producer brings Q, lse, dO, delta of the tiles to come, through a ring of two stages. Two
+ * groups of threads have half the keys each; one multiplies while the other makes exponentials and
+ * dS, and since both want the tensor cores, they fall into such turns by themselves:
  *
- * While one group works on its exponentials the other multiplies, and the next tile's S^T is begun
- * before this one's dQ is added. A query's gradient comes from many blocks: it is added up in
- * memory in float32, in whatever order they come, and rounded at the end. So this is not for
- * run.deterministic. Its order in memory is that of the accumulators, 16 bytes of each thread side
- * by side. Source: Shah et al. 2024, arXiv:2407.08608 (FlashAttention-3).
+ *     group 0   exp dS | dV  dK  dQ-  S+  dP+ | exp dS ............. | dV  dK  dQ-  S+ ...
+ *     group 1   dK  dQ-  S+  dP+ | exp dS ........... | dV  dK  dQ-  S+  dP+ | exp dS ...
+ *
+ * + is of the next tile; - of the one before: dQ wants all keys' dS, and the other group's of that
+ * tile lie in shared memory long since, so that no one waits. P and dS stay in registers too, where
+ * dV and dK want them. Group 0 makes dQ of queries 0 to 63, group 1 of the others.
+ *
+ * A query's gradient comes from many blocks: it is added up in memory in float32, in whatever order
+ * they come, and rounded at the end. So this is not for run.deterministic. The copy engine adds:
+ * threads would wait for memory. Its order there is that of the accumulators, 16 queries in 4 KiB,
+ * 16 bytes of each thread side by side. Source: Shah et al. 2024, arXiv:2407.08608
+ * (FlashAttention-3).
  */
-#include "kernels/cuda/attention_sm90.cuh"
+#include "kernels/cuda/attention_sm90_work.cuh"
 
 namespace sm90_attention {
-
-enum {
-  KEYS = ROWS,    /* of a block */
-  QUERIES = ROWS, /* at a time */
-  STAGES = 2,
-  THREADS = 384,
-};
-
-struct backward_args : attention_args {
-  CUtensorMap qkv_map, dout_map;
-};
-
-struct backward_memory {
-  char k[TILE], v[TILE], q[STAGES][TILE], dout[STAGES][TILE];
-  char ds[2][2 * TILE]; /* [64 queries each, keys], by turns */
-  float lse2[STAGES][QUERIES], delta[STAGES][QUERIES];
-  uint64_t keys_full, q_full[STAGES], dout_full[STAGES], q_empty[STAGES], dout_empty[STAGES];
-};
-
-/* A block's keys, and the heads and blocks of queries that pass by. */
-template <bool DOCUMENTS> struct backward_work {
-  int64_t batch;
-  int kv_head, part, head, heads; /* `heads` query heads from `head` on */
-  int n0, begin, end;             /* first key; blocks of queries */
-  int all_end;                    /* queries from n0 + KEYS on, and before this, see all the keys */
-
-  __device__ __forceinline__ explicit backward_work(const attention_args &p) {
-    part = (int)(blockIdx.x % p.parts);
-    kv_head = (int)(blockIdx.x / p.parts % p.kv_heads);
-    batch = blockIdx.x / p.parts / p.kv_heads;
-    heads = p.rep / p.parts;
-    head = kv_head * p.rep + part * heads;
-    n0 = (int)blockIdx.y * KEYS; /* the longest first */
-    begin = n0 / QUERIES;
-    end = (p.seq + QUERIES - 1) / QUERIES;
-    all_end = p.seq;
-    if constexpr (DOCUMENTS) {
-      int last = min(n0 + KEYS, p.seq) - 1;
-      end = (end_of_queries<THREADS>(p, batch, last, last) + QUERIES - 1) / QUERIES;
-      all_end = end_of_queries<THREADS>(p, batch, n0, n0);
-    }
-  }
-  /* Whether some of the queries from m0 on do not see all keys. */
-  __device__ __forceinline__ bool masked(int m0) const {
-    return m0 < n0 + KEYS || (DOCUMENTS && m0 + QUERIES > all_end);
-  }
-  __device__ __forceinline__ int tiles() const {
-    return heads * (end - begin);
-  }
-};
-
-/* A tile: a block of queries of one head. */
-struct backward_place {
-  int head, m;
-  template <class Work>
-  __device__ __forceinline__ explicit backward_place(const Work &w) : head(w.head), m(w.begin) {}
-  template <class Work> __device__ __forceinline__ void next(const Work &w) {
-    if (++m == w.end) m = w.begin, head++;
-  }
-};
-
-__device__ __forceinline__ int64_t term_at(const attention_args &p, int64_t batch, int head,
-                                           int query) {
-  return (batch * p.heads + head) * p.padded + query;
-}
-
-template <class Work>
-__device__ __forceinline__ void produce(const backward_args &p, backward_memory &s, const Work &w) {
-  uint32_t keys = shared_address(&s.keys_full);
-  int batch = (int)w.batch, k_head = p.heads + w.kv_head;
-  barrier_expect(keys, 2 * TILE);
-  tma_load(shared_address(s.k), &p.qkv_map, keys, 0, w.n0, k_head, batch);
-  tma_load(shared_address(s.v), &p.qkv_map, keys, 0, w.n0, k_head + p.kv_heads, batch);
-  backward_place at(w);
-  for (int number = 0; number < w.tiles(); number++, at.next(w)) {
-    int stage = number % STAGES, m0 = at.m * QUERIES;
-    uint32_t free = (uint32_t)(number / STAGES & 1) ^ 1;
-    int64_t terms = term_at(p, w.batch, at.head, m0);
-    uint32_t full = shared_address(&s.q_full[stage]);
-    barrier_wait(shared_address(&s.q_empty[stage]), free);
-    barrier_expect(full, TILE + QUERIES * 4);
-    tma_load(shared_address(s.q[stage]), &p.qkv_map, full, 0, m0, at.head, batch);
-    bulk_load(shared_address(s.lse2[stage]), p.lse2 + terms, QUERIES * 4, full);
-    full = shared_address(&s.dout_full[stage]);
-    barrier_wait(shared_address(&s.dout_empty[stage]), free);
-    barrier_expect(full, TILE + QUERIES * 4);
-    tma_load(shared_address(s.dout[stage]), &p.dout_map, full, 0, m0, at.head, batch);
-    bulk_load(shared_address(s.delta[stage]), p.delta + terms, QUERIES * 4, full);
-  }
-}
 
 /* One group's keys. */
 template <bool DOCUMENTS> struct backward_group {
@@ -119,11 +35,28 @@ template <bool DOCUMENTS> struct backward_group {
   backward_memory &s;
   const work &w;
   int group, thread;
+  int key_end[2]; /* with documents: no query from here on sees this thread's keys */
   float dk[32] = {}, dv[32] = {};
 
   __device__ __forceinline__ backward_group(const backward_args &p_, backward_memory &s_,
                                             const work &w_, int group_)
-      : p(p_), s(s_), w(w_), group(group_), thread((int)threadIdx.x % 128) {}
+      : p(p_), s(s_), w(w_), group(group_), thread((int)threadIdx.x % 128) {
+    if constexpr (DOCUMENTS)
+      for (int i = 0; i < 2; i++) key_end[i] = end_of_key(first_row() + 8 * i);
+  }
+
+  /* The first of this thread's keys; the other is 8 further. */
+  __device__ __forceinline__ int first_row() const {
+    return w.n0 + group * 64 + warp_of_group() * 16 + lane_of_warp() / 4;
+  }
+  __device__ __forceinline__ int end_of_key(int key) const {
+    int seeing = key, end = w.some_end;
+    while (end - seeing > 1) {
+      int query = (seeing + end) / 2;
+      (first_key(p, w.batch, query) <= key ? seeing : end) = query;
+    }
+    return end;
+  }
 
   /* acc [64 keys, 128 queries] = keys queries^T: S^T of K and Q, dP^T of V and dO */
   __device__ __forceinline__ void scores(float (&acc)[64], const char *keys,
@@ -133,17 +66,14 @@ template <bool DOCUMENTS> struct backward_group {
 
   /* Keys that a query does not see have probability 0. */
   __device__ __forceinline__ void hide(float (&prob)[64], int m0) const {
-    int key = w.n0 + group * 64 + warp_of_group() * 16 + lane_of_warp() / 4;
-    int query = m0 + thread % 4 * 2;
+    int key = first_row(), query = m0 + thread % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 64; i++)
       if (key + i / 2 % 2 * 8 > query + i / 4 * 8 + i % 2) prob[i] = 0.0f;
     if constexpr (DOCUMENTS) {
 #pragma unroll
-      for (int i = 0; i < 64; i++) {
-        int first = first_key(p, w.batch, min(query + i / 4 * 8 + i % 2, p.seq - 1));
-        if (key + i / 2 % 2 * 8 < first) prob[i] = 0.0f;
-      }
+      for (int i = 0; i < 64; i++)
+        if (query + i / 4 * 8 + i % 2 >= key_end[i / 2 % 2]) prob[i] = 0.0f;
     }
   }
 
@@ -159,101 +89,153 @@ template <bool DOCUMENTS> struct backward_group {
     if (w.masked(m0)) hide(v, m0);
   }
 
+  __device__ __forceinline__ void signal(uint64_t *barrier) const {
+    if (lane_of_warp() == 0) barrier_arrive(shared_address(barrier));
+  }
+
+  __device__ __forceinline__ void begin_scores(float (&v)[64], int number) const {
+    int stage = number % STAGES;
+    barrier_wait(shared_address(&s.q_full[stage]), (uint32_t)(number / STAGES & 1));
+    scores(v, s.k, s.q[stage]);
+  }
+  __device__ __forceinline__ void begin_slopes(float (&dp)[64], int number) const {
+    int stage = number % STAGES;
+    barrier_wait(shared_address(&s.dout_full[stage]), (uint32_t)(number / STAGES & 1));
+    scores(dp, s.v, s.dout[stage]);
+  }
+
+  /* When the scores are there, and then their gradients: v becomes P. */
+  __device__ __forceinline__ void end_scores(float (&v)[64], float (&dp)[64], int number,
+                                             int m0) const {
+    wgmma_wait<1>();
+    wgmma_keep(v);
+    probabilities(v, s.lse2[number % STAGES], m0);
+    wgmma_wait<0>();
+    wgmma_keep(v);
+    wgmma_keep(dp);
+  }
+
+  /* P and dS, rounded. */
+  __device__ __forceinline__ void differentiate(uint32_t (&prob)[32], uint32_t (&ds)[32],
+                                                const float (&v)[64], const float (&dp)[64],
+                                                const float *delta) const {
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+      float2 of = *reinterpret_cast<const float2 *>(delta + j * 8 + thread % 4 * 2);
+#pragma unroll
+      for (int i = 2 * j; i < 2 * j + 2; i++) {
+        prob[i] = pack<__nv_bfloat16>(v[2 * i], v[2 * i + 1]);
+        ds[i] = pack<__nv_bfloat16>(v[2 * i] * (dp[2 * i] - of.x),
+                                    v[2 * i + 1] * (dp[2 * i + 1] - of.y));
+      }
+    }
+  }
+
   /* This group's dS, for both. Keys lie 128 bytes apart, 64 queries side by side. */
-  __device__ __forceinline__ void share(uint32_t to, const uint32_t (&ds)[32]) const {
+  __device__ __forceinline__ void share(const uint32_t (&ds)[32], int number) const {
     int lane = lane_of_warp(), key = group * 64 + warp_of_group() * 16 + lane % 16;
+    uint32_t to = shared_address(s.ds[number % 2]);
+    barrier_wait(shared_address(&s.ds_empty[number % 2]), (uint32_t)(number / 2 & 1) ^ 1);
 #pragma unroll
     for (int c = 0; c < 8; c++) {
       uint32_t v[4] = {ds[4 * c], ds[4 * c + 1], ds[4 * c + 2], ds[4 * c + 3]};
       int word = (2 * (c % 4) + lane / 16) ^ (key & 7);
       store_blocks(to + (uint32_t)(c / 4 * TILE + key * 128 + word * 16), v);
     }
+  }
+  /* What was shared is there: said once dV is under way, since it takes a while. */
+  __device__ __forceinline__ void announce(int number) const {
     async_fence();
+    __syncwarp();
+    signal(&s.ds_full[number % 2]);
   }
 
   /* dq [64 queries, HEAD] = dS K */
-  __device__ __forceinline__ void query_grad(float (&dq)[32], uint32_t ds) const {
-    uint64_t a = operand(ds + (uint32_t)(group * TILE), 0), b = operand(shared_address(s.k), 0);
+  __device__ __forceinline__ void begin_queries(float (&dq)[32], int number) const {
+    barrier_wait(shared_address(&s.ds_full[number % 2]), (uint32_t)(number / 2 & 1));
+    uint64_t a = operand(shared_address(s.ds[number % 2]) + (uint32_t)(group * TILE), 0);
+    uint64_t b = operand(shared_address(s.k), 0);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < KEYS / 16; i++)
       wgmma<1, 1>(dq, a + (i * STEP_ROWS >> 4), b + (i * STEP_ROWS >> 4), i > 0);
     wgmma_commit();
   }
-
-  __device__ __forceinline__ void free(uint64_t *empty) const {
-    if (lane_of_warp() == 0) barrier_arrive(shared_address(empty));
+  /* When it is there: each warp's 16 queries. */
+  __device__ __forceinline__ void end_queries(float (&dq)[32], backward_place at,
+                                              int number) const {
+    wgmma_keep(dq);
+    signal(&s.ds_empty[number % 2]);
+    int lane = lane_of_warp(), warp = group * 4 + warp_of_group();
+    uint32_t from = shared_address(s.dq[warp]);
+    slab_free<1>();
+#pragma unroll
+    for (int j = 0; j < 8; j++) store_shared(from + (uint32_t)(j * 512 + lane * 16), dq + 4 * j);
+    slab_written();
+    if (lane == 0)
+      bulk_add(p.dq + (term_at(p, w.batch, at.head, at.m * QUERIES) + warp * 16) * HEAD, from,
+               sizeof s.dq[warp]);
+    slab_sent();
   }
 
-  /* S^T of a tile is begun at the end of the tile before, or before the first. */
-  __device__ __forceinline__ void begin(float (&v)[64], int number) const {
+  /* From P and dP of a tile to those of the next. After the last tile, next is that tile: they are
+   * made again, for nothing. */
+  template <bool FIRST>
+  __device__ __forceinline__ void tile(float (&v)[64], float (&dp)[64], backward_place before,
+                                       backward_place after, int number, int next) {
     int stage = number % STAGES;
-    barrier_wait(shared_address(&s.q_full[stage]), (uint32_t)(number / STAGES & 1));
-    scores(v, s.k, s.q[stage]);
-  }
-
-  /* After the last tile, next is that tile: its S^T is made again, for nothing. */
-  __device__ __forceinline__ void tile(float (&v)[64], backward_place at, int number, int next) {
-    int stage = number % STAGES, m0 = at.m * QUERIES;
-    float dp[64];
-    barrier_wait(shared_address(&s.dout_full[stage]), (uint32_t)(number / STAGES & 1));
-    scores(dp, s.v, s.dout[stage]);
-    probabilities(v, s.lse2[stage], m0);
     uint32_t prob[32], ds[32];
-#pragma unroll
-    for (int i = 0; i < 32; i++) prob[i] = pack<__nv_bfloat16>(v[2 * i], v[2 * i + 1]);
-    wgmma_wait<0>();
-    wgmma_keep(dp);
-#pragma unroll
-    for (int j = 0; j < 16; j++) {
-      float2 of = *reinterpret_cast<const float2 *>(s.delta[stage] + j * 8 + thread % 4 * 2);
-#pragma unroll
-      for (int i = 2 * j; i < 2 * j + 2; i++)
-        ds[i] = pack<__nv_bfloat16>(v[2 * i] * (dp[2 * i] - of.x),
-                                    v[2 * i + 1] * (dp[2 * i + 1] - of.y));
-    }
+    differentiate(prob, ds, v, dp, s.delta[stage]);
+    share(ds, number);
     wgmma_keep(dv);
     add_rows(dv, prob, shared_address(s.dout[stage]));
-    uint32_t shared_ds = shared_address(s.ds[number % 2]);
-    share(shared_ds, ds);
-    warpgroup_meet<2>(1); /* both groups' dS is there */
-    float dq[32];
+    announce(number);
     wgmma_keep(dk);
-    query_grad(dq, shared_ds);
     add_rows(dk, ds, shared_address(s.q[stage]));
-    wgmma_wait<2>();
+    float dq[32];
+    if (!FIRST) begin_queries(dq, number - 1);
+    wgmma_wait<FIRST ? 1 : 2>();
     wgmma_keep(dv);
-    free(&s.dout_empty[stage]);
-    begin(v, next);
-    wgmma_wait<2>();
-    wgmma_keep(dq);
-    float *to = p.dq + (term_at(p, w.batch, at.head, m0) + group * 64) * HEAD + thread * 4;
-#pragma unroll
-    for (int j = 0; j < 8; j++) add_global(to + j * 512, dq + 4 * j);
-    wgmma_wait<0>();
-    free(&s.q_empty[stage]);
-    wgmma_keep(v);
+    signal(&s.dout_empty[stage]);
+    begin_scores(v, next); /* where P was, rounded or not */
+    wgmma_wait<FIRST ? 1 : 2>();
     wgmma_keep(dk);
-    wgmma_keep(dv);
+    signal(&s.q_empty[stage]);
+    if (!FIRST) {
+      wgmma_wait<1>();
+      end_queries(dq, before, number - 1);
+    }
+    begin_slopes(dp, next); /* where dS and dQ were */
+    end_scores(v, dp, next, after.m * QUERIES);
   }
 
   __device__ __forceinline__ void all_tiles() {
-    float v[64];
+    float v[64], dp[64], dq[32];
     int last = w.tiles() - 1;
-    begin(v, 0);
+    backward_place before(w), at(w), after(w);
+    after.next(w);
+    begin_scores(v, 0);
+    begin_slopes(dp, 0);
+    end_scores(v, dp, 0, at.m * QUERIES);
+    tile<true>(v, dp, before, after, 0, min(1, last));
+    for (int number = 1; number <= last; number++) {
+      before = at, at = after;
+      after.next(w);
+      tile<false>(v, dp, before, after, number, min(number + 1, last));
+    }
+    begin_queries(dq, last);
     wgmma_wait<0>();
-    wgmma_keep(v);
-    backward_place at(w);
-    for (int number = 0; number <= last; number++, at.next(w))
-      tile(v, at, number, number < last ? number + 1 : last);
+    end_queries(dq, at, last);
+    wgmma_keep(dk);
+    wgmma_keep(dv);
+    if (lane_of_warp() == 0) tma_wait<0>();
   }
 
   __device__ __forceinline__ void put(int which, const float (&acc)[32], float scale) const {
     auto sink = key_sink<__nv_bfloat16>(p, w.batch, w.kv_head, w.part, which);
-    int key = w.n0 + group * 64 + thread / 32 * 16 + lane_of_warp() / 4;
 #pragma unroll
     for (int i = 0; i < 32; i += 2) {
-      int row = key + i / 2 % 2 * 8, c = i / 4 * 8 + lane_of_warp() % 4 * 2;
+      int row = first_row() + i / 2 % 2 * 8, c = i / 4 * 8 + lane_of_warp() % 4 * 2;
       if (row < p.seq) sink.put_pair(row, c, acc[i] * scale, acc[i + 1] * scale);
     }
   }
@@ -273,6 +255,10 @@ __global__ void __launch_bounds__(THREADS, 1)
       barrier_init(shared_address(&s.dout_full[i]), 1);
       barrier_init(shared_address(&s.q_empty[i]), 8);
       barrier_init(shared_address(&s.dout_empty[i]), 8);
+    }
+    for (int i = 0; i < 2; i++) {
+      barrier_init(shared_address(&s.ds_full[i]), 8);
+      barrier_init(shared_address(&s.ds_empty[i]), 8);
     }
     barrier_init_fence();
   }
@@ -301,13 +287,12 @@ __global__ void __launch_bounds__(128) query_kernel(attention_args p) {
   int64_t head = number / rows;
   int row = (int)(number % rows) * 16, lane = lane_of_warp();
   if (head >= p.batch * p.heads || row >= p.seq) return;
-  const float *from =
-      p.dq + (head * p.padded + row / 64 * 64) * HEAD + (row % 64 / 16 * 32 + lane) * 4;
+  const float *from = p.dq + (head * p.padded + row) * HEAD + lane * 4;
   uint32_t slab = shared_address(memory + threadIdx.x / 32 * STEP_ROWS);
 #pragma unroll
   for (int c = 0; c < HEAD / 16; c++) {
-    float4 low = __ldcs(reinterpret_cast<const float4 *>(from + 2 * c * 512));
-    float4 high = __ldcs(reinterpret_cast<const float4 *>(from + (2 * c + 1) * 512));
+    float4 low = __ldcs(reinterpret_cast<const float4 *>(from + 2 * c * 128));
+    float4 high = __ldcs(reinterpret_cast<const float4 *>(from + (2 * c + 1) * 128));
     uint32_t b[4] = {pack<__nv_bfloat16>(low.x * p.scale, low.y * p.scale),
                      pack<__nv_bfloat16>(low.z * p.scale, low.w * p.scale),
                      pack<__nv_bfloat16>(high.x * p.scale, high.y * p.scale),
@@ -338,8 +323,6 @@ moe_status cuda_attention_sm90_backward(moe_device *dev, const attention_args &p
   static_cast<attention_args &>(args) = p;
   MOE_TRY(map_heads(dev, &args.qkv_map, p, p.qkv, p.heads + 2 * p.kv_heads));
   MOE_TRY(map_heads(dev, &args.dout_map, p, p.dout, p.heads));
-  CUDA_TRY(dev,
-           cudaMemsetAsync(p.dq, 0, (size_t)(p.batch * p.heads * p.padded * HEAD * 4), stream));
   auto kernel = p.doc_start != nullptr ? backward_kernel<true> : backward_kernel<false>;
   CUDA_TRY(dev, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   dim3 grid((unsigned)(p.batch * p.kv_heads * p.parts), (unsigned)div_up(p.seq, KEYS));

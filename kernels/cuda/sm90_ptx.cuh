@@ -118,6 +118,13 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void *from, int byt
                "l"(from), "r"(bytes), "r"(bar)
                : "memory");
 }
+/* Floats that lie side by side: to += from, each by itself and in any order. */
+__device__ __forceinline__ void bulk_add(float *to, uint32_t from, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+      "r"(from), "r"(bytes)
+      : "memory");
+}
 /* A thread's stores so far become one group (an empty one, if there were none since the last). */
 __device__ __forceinline__ void tma_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
@@ -147,6 +154,11 @@ __device__ __forceinline__ void store_blocks(uint32_t at, const uint32_t (&v)[4]
 __device__ __forceinline__ void store_shared(uint32_t at, float a, float b) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(a), "f"(b) : "memory");
 }
+__device__ __forceinline__ void store_shared(uint32_t at, const float *v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v[0]), "f"(v[1]),
+               "f"(v[2]), "f"(v[3])
+               : "memory");
+}
 __device__ __forceinline__ void store_shared(uint32_t at, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
@@ -159,13 +171,6 @@ __device__ __forceinline__ uint4 load_shared(uint32_t at) {
                : "r"(at)
                : "memory");
   return v;
-}
-
-/* to[0..3] += v[0..3] in global memory, 16-byte aligned, each by itself and in any order. */
-__device__ __forceinline__ void add_global(float *to, const float *v) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]),
-               "f"(v[1]), "f"(v[2]), "f"(v[3])
-               : "memory");
 }
 
 /* ---- wgmma: a warpgroup's matrix product ------------------------------------------------------
