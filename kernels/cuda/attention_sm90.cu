@@ -35,7 +35,8 @@ template <bool DOCUMENTS> struct backward_group {
   backward_memory &s;
   const work &w;
   int group, thread;
-  int key_end[2]; /* with documents: no query from here on sees this thread's keys */
+  int key_end[2];      /* with documents: no query from here on sees this thread's keys */
+  uint32_t values[16]; /* V stays in registers: that spares shared memory, which is short */
   float dk[32] = {}, dv[32] = {};
 
   __device__ __forceinline__ backward_group(const backward_args &p_, backward_memory &s_,
@@ -56,12 +57,6 @@ template <bool DOCUMENTS> struct backward_group {
       (first_key(p, w.batch, query) <= key ? seeing : end) = query;
     }
     return end;
-  }
-
-  /* acc [64 keys, 128 queries] = keys queries^T: S^T of K and Q, dP^T of V and dO */
-  __device__ __forceinline__ void scores(float (&acc)[64], const char *keys,
-                                         const char *queries) const {
-    score_rows(acc, shared_address(keys) + (uint32_t)(group * SM90_HALF), shared_address(queries));
   }
 
   /* Keys that a query does not see have probability 0. */
@@ -96,12 +91,12 @@ template <bool DOCUMENTS> struct backward_group {
   __device__ __forceinline__ void begin_scores(float (&v)[64], int number) const {
     int stage = number % STAGES;
     barrier_wait(shared_address(&s.q_full[stage]), (uint32_t)(number / STAGES & 1));
-    scores(v, s.k, s.q[stage]);
+    score_rows(v, shared_address(s.k) + (uint32_t)(group * SM90_HALF), shared_address(s.q[stage]));
   }
   __device__ __forceinline__ void begin_slopes(float (&dp)[64], int number) const {
     int stage = number % STAGES;
     barrier_wait(shared_address(&s.dout_full[stage]), (uint32_t)(number / STAGES & 1));
-    scores(dp, s.v, s.dout[stage]);
+    score_rows(dp, values, shared_address(s.dout[stage]));
   }
 
   /* When the scores are there, and then their gradients: v becomes P. */
@@ -214,6 +209,7 @@ template <bool DOCUMENTS> struct backward_group {
     int last = w.tiles() - 1;
     backward_place before(w), at(w), after(w);
     after.next(w);
+    take_rows(values, shared_address(s.v) + (uint32_t)(group * SM90_HALF));
     begin_scores(v, 0);
     begin_slopes(dp, 0);
     end_scores(v, dp, 0, at.m * QUERIES);

@@ -44,6 +44,27 @@ __device__ __forceinline__ void score_rows(float (&acc)[64], uint32_t a, uint32_
   wgmma_commit();
 }
 
+/* The same with a in registers. */
+__device__ __forceinline__ void score_rows(float (&acc)[64], const uint32_t (&a)[16], uint32_t b) {
+  uint64_t right = operand(b, 0);
+  wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < HEAD / 16; i++)
+    wgmma<0>(acc, a + 4 * i, right + (i * STEP_COLUMNS >> 4), i > 0);
+  wgmma_commit();
+}
+/* This warp's 16 of 64 rows for it, from shared memory at `from`. */
+__device__ __forceinline__ void take_rows(uint32_t (&a)[16], uint32_t from) {
+  int lane = lane_of_warp(), row = warp_of_group() * 16 + lane % 16;
+#pragma unroll
+  for (int c = 0; c < HEAD / 16; c++) {
+    uint32_t part[4];
+    load_matrices(part, from + (uint32_t)(row * 128 + (((2 * c + lane / 16) ^ (row & 7)) << 4)));
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[4 * c + i] = part[i];
+  }
+}
+
 /* acc [64, HEAD] += left [64, 128] b [128, HEAD], left in registers as score_rows leaves it,
  * rounded; add 0: stored instead of added. */
 __device__ __forceinline__ void add_rows(float (&acc)[32], const uint32_t (&left)[32], uint32_t b,

@@ -257,6 +257,18 @@ __device__ __forceinline__ void wgmma(float (&c)[32], const uint32_t *a, uint64_
                : SM90_F32(c, 0)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(b_mn), "r"(add));
 }
+template <int b_mn>
+__device__ __forceinline__ void wgmma(float (&c)[64], const uint32_t *a, uint64_t b, int add = 1) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+               "{%64, %65, %66, %67}, %68, add, 1, 1, %70;\n}"
+               : SM90_F32(c, 0), SM90_F32(c, 32)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(b_mn));
+}
 #undef SM90_F32
 #undef SM90_F8
 
