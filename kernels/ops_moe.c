@@ -7,6 +7,20 @@
 
 /* ---- router ------------------------------------------------------------------------------ */
 
+/* What both directions have: tokens, and where the router sent them. */
+static moe_status check_choices(const char *op, moe_tensor x, moe_tensor weight, moe_tensor probs,
+                                moe_tensor lse, moe_tensor experts, moe_tensor gates) {
+  MOE_TRY(moe_check_2d(op, "x", x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
+  MOE_TRY(moe_check_2d(op, "weight", weight, MOE_IS_F32, MOE_ANY, x.shape[1]));
+  int64_t tokens = x.shape[0], e = weight.shape[0];
+  MOE_TRY(moe_check_2d(op, "probs", probs, MOE_IS_F32, tokens, e));
+  MOE_TRY(moe_check_1d(op, "lse", lse, MOE_IS_F32, tokens));
+  MOE_TRY(moe_check_2d(op, "experts", experts, MOE_IS_I32, tokens, MOE_ANY));
+  int64_t k = experts.shape[1];
+  MOE_TRY(moe_check_rule(op, k >= 1 && k <= e, "K must be from 1 to the number of experts"));
+  return moe_check_2d(op, "gates", gates, MOE_IS_F32, tokens, k);
+}
+
 /* What a router is given and gives. */
 typedef struct {
   moe_tensor weight, bias, probs, lse, experts, gates, stats;
@@ -14,16 +28,9 @@ typedef struct {
 
 static moe_status check_routing(moe_tensor x, const routing *r) {
   const char *op = "router";
-  MOE_TRY(moe_check_2d(op, "x", x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
-  MOE_TRY(moe_check_2d(op, "weight", r->weight, MOE_IS_F32, MOE_ANY, x.shape[1]));
   int64_t tokens = x.shape[0], e = r->weight.shape[0];
+  MOE_TRY(check_choices(op, x, r->weight, r->probs, r->lse, r->experts, r->gates));
   if (moe_tensor_present(r->bias)) MOE_TRY(moe_check_1d(op, "bias", r->bias, MOE_IS_F32, e));
-  MOE_TRY(moe_check_2d(op, "probs", r->probs, MOE_IS_F32, tokens, e));
-  MOE_TRY(moe_check_1d(op, "lse", r->lse, MOE_IS_F32, tokens));
-  MOE_TRY(moe_check_2d(op, "experts", r->experts, MOE_IS_I32, tokens, MOE_ANY));
-  int64_t k = r->experts.shape[1];
-  MOE_TRY(moe_check_rule(op, k >= 1 && k <= e, "K must be from 1 to the number of experts"));
-  MOE_TRY(moe_check_2d(op, "gates", r->gates, MOE_IS_F32, tokens, k));
   MOE_TRY(moe_check_2d(op, "stats", r->stats, MOE_IS_F32, MOE_ANY, 2 * e + 1));
   return moe_check_rule(op, r->stats.shape[0] > 0 && tokens % r->stats.shape[0] == 0,
                         "the tokens must divide evenly into the groups of stats");
@@ -79,16 +86,9 @@ typedef struct {
 
 static moe_status check_routing_gradient(const routing_gradient *r) {
   const char *op = "router_backward";
-  MOE_TRY(moe_check_2d(op, "x", r->x, MOE_IS_ACT, MOE_ANY, MOE_ANY));
-  MOE_TRY(moe_check_2d(op, "weight", r->weight, MOE_IS_F32, MOE_ANY, r->x.shape[1]));
   int64_t tokens = r->x.shape[0], e = r->weight.shape[0];
-  MOE_TRY(moe_check_2d(op, "probs", r->probs, MOE_IS_F32, tokens, e));
-  MOE_TRY(moe_check_1d(op, "lse", r->lse, MOE_IS_F32, tokens));
-  MOE_TRY(moe_check_2d(op, "experts", r->experts, MOE_IS_I32, tokens, MOE_ANY));
-  int64_t k = r->experts.shape[1];
-  MOE_TRY(moe_check_rule(op, k >= 1 && k <= e, "K must be from 1 to the number of experts"));
-  MOE_TRY(moe_check_2d(op, "gates", r->gates, MOE_IS_F32, tokens, k));
-  MOE_TRY(moe_check_2d(op, "dgates", r->dgates, MOE_IS_F32, tokens, k));
+  MOE_TRY(check_choices(op, r->x, r->weight, r->probs, r->lse, r->experts, r->gates));
+  MOE_TRY(moe_check_2d(op, "dgates", r->dgates, MOE_IS_F32, tokens, r->experts.shape[1]));
   MOE_TRY(moe_check_2d(op, "load", r->load, MOE_IS_F32, MOE_ANY, e));
   MOE_TRY(moe_check_rule(op, r->load.shape[0] > 0 && tokens % r->load.shape[0] == 0,
                          "the tokens must divide evenly into the groups of load"));
