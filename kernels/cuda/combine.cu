@@ -124,11 +124,7 @@ static moe_status combine_norm(moe_device *dev, const combine_args &p, const moe
                       dim3((unsigned)div_up(p.rows, norm_warps)), 32 * norm_warps, 0, p, n,
                       cuda_data<float>(norm.rstd));
   };
-  int64_t groups = div_up(p.width, 256);
-  if (groups == 1) return start(cuda_int<1>{});
-  if (groups == 2) return start(cuda_int<2>{});
-  if (groups == 3) return start(cuda_int<3>{});
-  return start(cuda_int<4>{});
+  return cuda_groups(div_up(p.width, 256), start);
 }
 
 moe_status moe_cuda_combine_norm(moe_device *dev, moe_tensor src, moe_tensor slot, moe_norm norm,

@@ -80,6 +80,14 @@ template <typename F> static inline moe_status cuda_act(moe_dtype dtype, F f) {
 
 template <int N> struct cuda_int { static constexpr int value = N; };
 
+/* Call f with cuda_int<n>, n from 1 to 4. */
+template <typename F> static inline auto cuda_groups(int64_t n, F f) {
+  return n == 1   ? f(cuda_int<1>{})
+         : n == 2 ? f(cuda_int<2>{})
+         : n == 3 ? f(cuda_int<3>{})
+                  : f(cuda_int<4>{});
+}
+
 /* Call f with cuda_int<8> when 8 consecutive elements may be moved by 16-byte accesses: `row`
  * elements per row a multiple of 8, pointers aligned (NULL is). Else with cuda_int<1>. */
 template <typename F, typename... P>

@@ -218,10 +218,7 @@ static moe_status norm_backward_narrow(moe_device *dev, const norm_backward_args
       return cuda_start(dev, norm_backward_narrow_kernel<T, decltype(n)::value>, dim3(*blocks),
                         32 * narrow_warps, 0, p);
     };
-    if (groups == 1) return start(cuda_int<1>{});
-    if (groups == 2) return start(cuda_int<2>{});
-    if (groups == 3) return start(cuda_int<3>{});
-    return start(cuda_int<4>{});
+    return cuda_groups(groups, start);
   }
   return MOE_OK;
 }
