@@ -84,7 +84,7 @@ __global__ void combine_norm_kernel(combine_args p, norm_few n, float *rstds) {
   int first = (int)threadIdx.x % 32 * 8;
   if (row >= p.rows) return;
   norm_few_part<T> part[GROUPS];
-  float v[GROUPS][8], squares = 0.0f;
+  float v[GROUPS][8];
 #pragma unroll
   for (int j = 0; j < GROUPS; j++)
     if (int c = first + 256 * j; c < n.width) part[j].x.load(static_cast<const T *>(n.x) + at + c);
@@ -97,14 +97,7 @@ __global__ void combine_norm_kernel(combine_args p, norm_few n, float *rstds) {
 #pragma unroll
     for (int i = 0; i < 8; i++) part[j].residual.v[i] = from_float<T>(sum[i]);
   }
-#pragma unroll
-  for (int j = 0; j < GROUPS; j++) {
-    if (first + 256 * j >= n.width) break;
-    part[j].add(v[j], n, at + first + 256 * j, true);
-#pragma unroll
-    for (int i = 0; i < 8; i++) squares += v[j][i] * v[j][i];
-  }
-  float rstd = norm_few_rstd(n, warp_sum(squares));
+  float rstd = norm_few_add(part, v, n, row, true);
   if (threadIdx.x % 32 == 0) rstds[row] = rstd;
 #pragma unroll
   for (int j = 0; j < GROUPS; j++) {

@@ -61,24 +61,34 @@ __device__ __forceinline__ float norm_few_rstd(const norm_few &n, float squares)
   return 1.0f / sqrtf(squares / (float)n.width + n.eps);
 }
 
+/* By one warp: the row's sums to v, and 1 / sqrt(mean of their squares + eps). */
+template <typename T, int GROUPS>
+__device__ __forceinline__ float norm_few_add(const norm_few_part<T> (&part)[GROUPS],
+                                              float (&v)[GROUPS][8], const norm_few &n, int64_t row,
+                                              bool store_sum) {
+  int first = (int)threadIdx.x % 32 * 8;
+  float squares = 0.0f;
+#pragma unroll
+  for (int j = 0; j < GROUPS; j++) {
+    if (first + 256 * j >= n.width) break;
+    part[j].add(v[j], n, row * n.width + first + 256 * j, store_sum);
+#pragma unroll
+    for (int i = 0; i < 8; i++) squares += v[j][i] * v[j][i];
+  }
+  return norm_few_rstd(n, warp_sum(squares));
+}
+
 /* The norm of a row to `out`, by one warp. */
 template <typename T>
 __device__ __forceinline__ void norm_few_row(T *out, const norm_few &n, int64_t row,
                                              bool store_sum) {
   int first = (int)threadIdx.x % 32 * 8;
   norm_few_part<T> part[norm_few_groups];
-  float v[norm_few_groups][8], squares = 0.0f;
+  float v[norm_few_groups][8];
 #pragma unroll
   for (int j = 0; j < norm_few_groups; j++)
     if (int c = first + 256 * j; c < n.width) part[j].ask(n, c, row * n.width + c);
-#pragma unroll
-  for (int j = 0; j < norm_few_groups; j++) {
-    if (first + 256 * j >= n.width) break;
-    part[j].add(v[j], n, row * n.width + first + 256 * j, store_sum);
-#pragma unroll
-    for (int i = 0; i < 8; i++) squares += v[j][i] * v[j][i];
-  }
-  float rstd = norm_few_rstd(n, warp_sum(squares));
+  float rstd = norm_few_add(part, v, n, row, store_sum);
 #pragma unroll
   for (int j = 0; j < norm_few_groups; j++) {
     if (first + 256 * j >= n.width) break;

@@ -126,18 +126,11 @@ static __global__ void __launch_bounds__(piece_threads, 1) many_kernel(many_args
   many_shared &s = *reinterpret_cast<many_shared *>(memory);
   int64_t token = (int64_t)blockIdx.x * fused_tokens;
   int warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
-  auto here = [&](int tile, int i) {
-    return token + tile * piece_tile + piece_place(i).token < a.r.tokens;
-  };
-  auto place = [&](int tile, int i) {
-    return (token + tile * piece_tile + piece_place(i).token) * a.r.width + piece_place(i).column;
-  };
+  piece_rows rows = {token, a.r.tokens, a.r.width};
   auto fetch = [&](int tile) {
     for (int i = 0; i < 4 && tile < fused_tiles; i++) {
-      int64_t at = here(tile, i) ? place(tile, i) : 0;
-      copy_start<16>(&s.x[tile % many_ahead][i][threadIdx.x], a.x + at, here(tile, i));
-      copy_start<16>(&s.residual[tile % many_ahead][i][threadIdx.x], a.residual + at,
-                     here(tile, i));
+      rows.copy(&s.x[tile % many_ahead][i][threadIdx.x], a.x, tile, i);
+      rows.copy(&s.residual[tile % many_ahead][i][threadIdx.x], a.residual, tile, i);
     }
     copy_group();
   };
@@ -156,7 +149,8 @@ static __global__ void __launch_bounds__(piece_threads, 1) many_kernel(many_args
     many_add(s, tile, v);
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      if (here(tile, i)) *reinterpret_cast<uint4 *>(a.sum + place(tile, i)) = v[i / 2][i % 2];
+      if (rows.here(tile, i))
+        *reinterpret_cast<uint4 *>(a.sum + rows.place(tile, i)) = v[i / 2][i % 2];
     fetch(tile + many_ahead);
     __syncthreads(); /* the squares are there, and the parts of the tile before */
     if (tile > 0) many_logits(s, tile - 1);
@@ -165,8 +159,8 @@ static __global__ void __launch_bounds__(piece_threads, 1) many_kernel(many_args
     for (int i = 0; i < 4; i++) {
       uint4 &piece = v[i / 2][i % 2];
       piece = piece_normed(s.gain, piece_place(i).column, piece, rstd[i % 2]);
-      if (here(tile, i)) *reinterpret_cast<uint4 *>(a.out + place(tile, i)) = piece;
-      if (here(tile, i) && i < 2 && threadIdx.x % 4 == 0 && warp == 0)
+      if (rows.here(tile, i)) *reinterpret_cast<uint4 *>(a.out + rows.place(tile, i)) = piece;
+      if (rows.here(tile, i) && i < 2 && threadIdx.x % 4 == 0 && warp == 0)
         a.rstd[token + tile * piece_tile + piece_place(i).token] = rstd[i];
     }
     many_product(s, tile, v, w);

@@ -139,17 +139,11 @@ static __global__ void __launch_bounds__(piece_threads, 1) joint_kernel(joint_ar
   int64_t token = a.b.first + (int64_t)blockIdx.x * back_tokens;
   int tiles = (int)min(div_up(a.b.g.tokens - token, (int64_t)piece_tile),
                        (int64_t)(back_tokens / piece_tile));
-  auto here = [&](int tile, int i) {
-    return token + tile * piece_tile + piece_place(i).token < a.b.g.tokens;
-  };
-  auto place = [&](int tile, int i) {
-    return (token + tile * piece_tile + piece_place(i).token) * a.b.width + piece_place(i).column;
-  };
+  piece_rows rows = {token, a.b.g.tokens, a.b.width};
   auto fetch = [&](int tile) {
     for (int i = 0; i < 4 && tile < tiles; i++) {
-      int64_t at = here(tile, i) ? place(tile, i) : 0;
-      copy_start<16>(&s.dh[tile % joint_ahead][i][threadIdx.x], a.dh + at, here(tile, i));
-      copy_start<16>(&s.x[tile % joint_ahead][i][threadIdx.x], a.b.x + at, here(tile, i));
+      rows.copy(&s.dh[tile % joint_ahead][i][threadIdx.x], a.dh, tile, i);
+      rows.copy(&s.x[tile % joint_ahead][i][threadIdx.x], a.b.x, tile, i);
     }
     copy_group();
   };
@@ -164,9 +158,7 @@ static __global__ void __launch_bounds__(piece_threads, 1) joint_kernel(joint_ar
 #pragma unroll 1
   for (int tile = 0; tile < tiles; tile++) {
     uint4 dh[2][2], x[2][2];
-    for (int i = 0; i < 4; i++)
-      copy_start<16>(&s.dx[i][threadIdx.x], a.b.dx + (here(tile, i) ? place(tile, i) : 0),
-                     here(tile, i));
+    for (int i = 0; i < 4; i++) rows.copy(&s.dx[i][threadIdx.x], a.b.dx, tile, i);
     copy_group();
     copy_wait_but<joint_ahead>();
     __syncwarp();
@@ -191,7 +183,7 @@ static __global__ void __launch_bounds__(piece_threads, 1) joint_kernel(joint_ar
       uint4 dx = s.dx[i][threadIdx.x];
       joint_dx(s, piece_place(i).column, rstd[r], mean[r], dh[half][r], x[half][r], dx,
                dgain[half]);
-      if (here(tile, i)) *reinterpret_cast<uint4 *>(a.b.dx + place(tile, i)) = dx;
+      if (rows.here(tile, i)) *reinterpret_cast<uint4 *>(a.b.dx + rows.place(tile, i)) = dx;
     }
   }
   back_dw_write<1>(a.b, (int)threadIdx.x / 32 * piece_columns, dw);

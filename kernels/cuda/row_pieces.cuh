@@ -17,6 +17,24 @@ __device__ __forceinline__ piece_at piece_place(int i) {
   return {lane / 4 + i % 2 * 8, warp * piece_columns + i / 2 * 32 + lane % 4 * 8};
 }
 
+/* A block's rows of a matrix, [first, end) with 16 to a tile: where piece i of a tile lies. */
+struct piece_rows {
+  int64_t first, end;
+  int width;
+
+  __device__ __forceinline__ bool here(int tile, int i) const {
+    return first + tile * piece_tile + piece_place(i).token < end;
+  }
+  __device__ __forceinline__ int64_t place(int tile, int i) const {
+    return (first + tile * piece_tile + piece_place(i).token) * width + piece_place(i).column;
+  }
+  /* To shared memory; zeros where there is no such row. */
+  __device__ __forceinline__ void copy(uint4 *to, const __nv_bfloat16 *from, int tile,
+                                       int i) const {
+    copy_start<16>(to, from + (here(tile, i) ? place(tile, i) : 0), here(tile, i));
+  }
+};
+
 __device__ __forceinline__ void piece_unpack(const uint4 &from, float (&v)[8]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {

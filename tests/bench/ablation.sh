@@ -72,6 +72,7 @@ off experts "Hopper's expert kernels: cuBLAS per expert" MOE_EXPERT_GEMM=cublas
 off router "the one-pass router, forward and backward" MOE_PLAIN=router
 off squares "gradients squared as they are stored" MOE_PLAIN=squares
 off joint "norms, routers and moves of rows in pairs" MOE_PLAIN=joint
+off overlap "small kernels that begin before the one before ends" MOE_PLAIN=overlap
 off norm "rms_norm_backward by a warp for a row" MOE_PLAIN=norm
 off gather "rows taken in an order that the cache likes" MOE_PLAIN=gather
 off hopper "our attention for Hopper: cuDNN's" MOE_ATTENTION=cudnn
