@@ -55,11 +55,11 @@ __device__ __forceinline__ void score_rows(float (&acc)[64], const uint32_t (&a)
 }
 /* This warp's 16 of 64 rows for it, from shared memory at `from`. */
 __device__ __forceinline__ void take_rows(uint32_t (&a)[16], uint32_t from) {
-  int lane = lane_of_warp(), row = warp_of_group() * 16 + lane % 16;
+  uint32_t own = from + (uint32_t)warp_of_group() * STEP_ROWS;
 #pragma unroll
   for (int c = 0; c < HEAD / 16; c++) {
     uint32_t part[4];
-    load_matrices(part, from + (uint32_t)(row * 128 + (((2 * c + lane / 16) ^ (row & 7)) << 4)));
+    load_matrices(part, slab_blocks<128>(own, c));
 #pragma unroll
     for (int i = 0; i < 4; i++) a[4 * c + i] = part[i];
   }
