@@ -113,12 +113,10 @@ struct two_rows {
 
 /* Over the 4 lanes that share a row. */
 __device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(full_warp, x, 1));
-  return fmaxf(x, __shfl_xor_sync(full_warp, x, 2));
+  return quad_reduce(x, [](float a, float b) { return fmaxf(a, b); });
 }
 __device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(full_warp, x, 1);
-  return x + __shfl_xor_sync(full_warp, x, 2);
+  return quad_reduce(x, op_sum{});
 }
 
 /* Scores become probabilities relative to the raised peak; o and sum follow it. */

@@ -226,17 +226,22 @@ template <typename T> __device__ __forceinline__ T block_sum(T x) {
   return block_reduce(x, op_sum{}, T(0));
 }
 
+/* The sum over a warp's lanes up to this one. */
+template <typename T> __device__ __forceinline__ T warp_scan(T x) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    T before = __shfl_up_sync(full_warp, x, step);
+    if ((int)threadIdx.x % 32 >= step) x += before;
+  }
+  return x;
+}
+
 /* The sum over the threads before this one, in thread order; *total gets the sum over all. For
  * blocks of whole warps; all threads must call. */
 template <typename T> __device__ __forceinline__ T block_scan(T x, T *total) {
   __shared__ T part[32];
   int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, warps = (int)blockDim.x / 32;
-  T sum = x;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    T before = __shfl_up_sync(full_warp, sum, step);
-    if (lane >= step) sum += before;
-  }
+  T sum = warp_scan(x);
   __syncthreads(); /* an earlier call's readers are done */
   if (lane == 31) part[warp] = sum;
   __syncthreads();

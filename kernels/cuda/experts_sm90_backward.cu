@@ -168,8 +168,7 @@ template <moe_gu_kind KIND> struct down_backward {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         int row = h * 64 + warp_of_group() * 16 + lane_of_warp() / 4 + i * 8;
-        sum[i] += __shfl_xor_sync(full_warp, sum[i], 1);
-        sum[i] += __shfl_xor_sync(full_warp, sum[i], 2);
+        sum[i] = quad_reduce(sum[i], op_sum{});
         if (lane_of_warp() % 4 == 0 && row < t.rows)
           p.dgates[(int64_t)(t.column / N) * p.rows + t.row + row] = sum[i];
       }

@@ -59,12 +59,7 @@ static __device__ void sort_offsets(const sort_args &p, int32_t *segment) {
         mine[u] = base + 32 * u < p.chunks ? __ldcg(p.begin + (base + 32 * u) * p.count + j) : 0;
 #pragma unroll
       for (int u = 0; u < sort_ahead; u++) {
-        int32_t upto = mine[u];
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-          int32_t before = __shfl_up_sync(full_warp, upto, step);
-          if (lane >= step) upto += before;
-        }
+        int32_t upto = warp_scan(mine[u]);
         if (base + 32 * u < p.chunks) p.begin[(base + 32 * u) * p.count + j] = sum + upto - mine[u];
         sum += __shfl_sync(full_warp, upto, 31);
       }

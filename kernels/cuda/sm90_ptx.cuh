@@ -60,9 +60,9 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
   }
 #endif
 }
-/* The threads of so many warpgroups meet; id 1..15. */
-template <int GROUPS = 1> __device__ __forceinline__ void warpgroup_meet(int id) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(128 * GROUPS) : "memory");
+/* The threads of a warpgroup meet; id 1..15. */
+__device__ __forceinline__ void warpgroup_meet(int id) {
+  asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
 }
 
 /* ---- the copy engine ----------------------------------------------------------------------- */
