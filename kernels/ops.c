@@ -109,13 +109,18 @@ moe_status moe_check_norm(moe_norm n) {
   return moe_check_rule(op, n.eps > 0.0, "eps must be above 0");
 }
 
+moe_status moe_rms_norm_of(moe_device *dev, moe_norm n) {
+  const char *op = "rms_norm";
+  MOE_TRY(moe_check_norm(n));
+  MOE_TRY(dev->backend->rms_norm(dev, n.x, n.residual, n.gain, n.eps, n.sum, n.out, n.rstd));
+  if (moe_tensor_present(n.residual)) MOE_TRY(moe_check_finite(dev, op, "sum", n.sum));
+  MOE_TRY(moe_check_finite(dev, op, "rstd", n.rstd));
+  return moe_check_finite(dev, op, "out", n.out);
+}
+
 moe_status moe_rms_norm(moe_device *dev, moe_tensor x, moe_tensor residual, moe_tensor gain,
                         double eps, moe_tensor sum, moe_tensor out, moe_tensor rstd) {
-  MOE_TRY(moe_check_norm((moe_norm){x, residual, gain, eps, sum, out, rstd}));
-  MOE_TRY(dev->backend->rms_norm(dev, x, residual, gain, eps, sum, out, rstd));
-  if (moe_tensor_present(residual)) MOE_TRY(moe_check_finite(dev, "rms_norm", "sum", sum));
-  MOE_TRY(moe_check_finite(dev, "rms_norm", "rstd", rstd));
-  return moe_check_finite(dev, "rms_norm", "out", out);
+  return moe_rms_norm_of(dev, (moe_norm){x, residual, gain, eps, sum, out, rstd});
 }
 
 moe_status moe_check_norm_gradient(moe_norm_gradient n) {
@@ -170,7 +175,7 @@ moe_status moe_norm_gemm(moe_device *dev, moe_norm n, moe_tensor b, moe_tensor c
                          "sum must be neither x nor residual"));
   if (dev->backend->norm_gemm) MOE_TRY(dev->backend->norm_gemm(dev, n, b, c, &done));
   if (done) return moe_check_finite(dev, "norm_gemm", "c", c);
-  MOE_TRY(moe_rms_norm(dev, n.x, n.residual, n.gain, n.eps, n.sum, n.out, n.rstd));
+  MOE_TRY(moe_rms_norm_of(dev, n));
   return moe_gemm(dev, MOE_NT, n.out, b, 0.0f, c);
 }
 

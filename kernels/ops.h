@@ -60,6 +60,7 @@ typedef struct {
   double eps;
   moe_tensor sum, out, rstd;
 } moe_norm;
+moe_status moe_rms_norm_of(moe_device *dev, moe_norm norm);
 /* dx [T, D] act adds the gradient through the norm of `x` (the sum of the forward call);
  * dgain f32 [D] adds. */
 moe_status moe_rms_norm_backward(moe_device *dev, moe_tensor dout, moe_tensor x, moe_tensor gain,

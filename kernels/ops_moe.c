@@ -64,7 +64,7 @@ moe_status moe_norm_router(moe_device *dev, moe_norm n, moe_tensor weight, moe_t
     MOE_TRY(
         dev->backend->norm_router(dev, n, weight, bias, probs, lse, experts, gates, stats, &done));
   if (done) return check_routed(dev, &r);
-  MOE_TRY(moe_rms_norm(dev, n.x, n.residual, n.gain, n.eps, n.sum, n.out, n.rstd));
+  MOE_TRY(moe_rms_norm_of(dev, n));
   return moe_router(dev, n.out, weight, bias, probs, lse, experts, gates, stats);
 }
 
@@ -215,7 +215,7 @@ moe_status moe_combine_norm(moe_device *dev, moe_tensor src, moe_tensor slot, mo
   if (dev->backend->combine_norm) MOE_TRY(dev->backend->combine_norm(dev, src, slot, n, &done));
   if (!done) {
     MOE_TRY(moe_combine_rows(dev, src, slot, 0, 0, n.residual));
-    return moe_rms_norm(dev, n.x, n.residual, n.gain, n.eps, n.sum, n.out, n.rstd);
+    return moe_rms_norm_of(dev, n);
   }
   MOE_TRY(moe_check_finite(dev, op, "sum", n.sum));
   MOE_TRY(moe_check_finite(dev, op, "rstd", n.rstd));

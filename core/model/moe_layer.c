@@ -103,7 +103,7 @@ static moe_status norm_and_router(moe_block_env *env, moe_block *b, moe_tensor s
   if (env->mesh->ep == 1)
     return moe_norm_router(env->dev, n, b->w.router, b->bias, s->probs, s->router_lse, s->experts,
                            s->gates, stats);
-  MOE_TRY(moe_rms_norm(env->dev, n.x, n.residual, n.gain, n.eps, n.sum, n.out, n.rstd));
+  MOE_TRY(moe_rms_norm_of(env->dev, n));
   MOE_TRY(moe_dispatch_send_early(env->dispatcher, s->h2, &s->route));
   return moe_router(env->dev, s->h2, b->w.router, b->bias, s->probs, s->router_lse, s->experts,
                     s->gates, stats);
@@ -159,7 +159,7 @@ moe_status moe_experts_forward(moe_block_env *env, moe_block *b, moe_tensor stat
 moe_status moe_norm_after_experts(moe_block_env *env, moe_norm n) {
   if (env->mesh->ep == 1 && moe_tensor_present(n.residual))
     return moe_combine_norm(env->dev, env->left.y, env->left.slot, n);
-  return moe_rms_norm(env->dev, n.x, n.residual, n.gain, n.eps, n.sum, n.out, n.rstd);
+  return moe_rms_norm_of(env->dev, n);
 }
 
 /* ---- backward ------------------------------------------------------------------------------ */

@@ -176,7 +176,7 @@ static void make_moe(void) {
     moe_gather_rows(dev, at(x), at(pair), K, at(sorted)))                                          \
   X("combine_rows", 2.0 * T * D + 2.0 * ROUTED * D, 0,                                             \
     moe_combine_rows(dev, at(sorted), at(slot), 0, 0, at(y)))                                      \
-  X("combine_norm", 8.0 * T * D + 2.0 * ROUTED * D - 2.0 * T * D, 0,                               \
+  X("combine_norm", 6.0 * T * D + 2.0 * ROUTED * D, 0,                                             \
     moe_combine_norm(dev, at(sorted), at(slot),                                                    \
                      (moe_norm){at(x), at(attended), at(gain), 1e-5, at(y), at(z), at(rstd)}))     \
   X("gather_gates", 12.0 * ROUTED, 0,                                                              \

@@ -28,7 +28,7 @@ static moe_norm arguments(const normed *n) {
 }
 
 static void do_norm(moe_device *dev, const normed *n) {
-  op_ok(moe_rms_norm(dev, n->x.t, n->residual.t, n->gain.t, eps, n->sum.t, n->out.t, n->rstd.t));
+  op_ok(moe_rms_norm_of(dev, arguments(n)));
 }
 
 /* Few rows and many, words and odd ends, as wide as a warp holds and wider. */

@@ -135,7 +135,7 @@ static void check_sum(moe_device *dev, moe_dtype act, int64_t tokens, int64_t wi
   }
   op_ok(moe_combine_norm(dev, src.t, slot.t, n[0]));
   op_ok(moe_combine_rows(dev, src.t, slot.t, 0, 0, n[1].residual));
-  op_ok(moe_rms_norm(dev, n[1].x, n[1].residual, n[1].gain, eps, n[1].sum, n[1].out, n[1].rstd));
+  op_ok(moe_rms_norm_of(dev, n[1]));
   op_equal(sum[0], op_read(&sum[1]));
   op_close(rstd[0], op_read(&rstd[1]), 1e-6);
   op_close(out[0], op_read(&out[1]), op_tolerance(act) / 10.0);
